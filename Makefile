@@ -1,0 +1,33 @@
+# Two commands do everything on a fresh machine: `make train` and `make test`.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: install train test lint bench clean
+
+install: $(VENV)/.installed
+
+# The constraints file pins what was tested; without it an unpinned torch may be a multi-gigabyte build.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "kfacore needs Python 3.11 or newer, found %s" % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt hatchling editables
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+train: install
+	$(BIN)/kfac train --problem curves --approx tridiag --steps 100
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+bench: install
+	$(BIN)/python -m benchmarks step
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""Configuration: pydantic models composed from the registered components. Imports no torch."""

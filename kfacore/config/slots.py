@@ -1,0 +1,94 @@
+"""Base config models, one a slot: the options that every implementation of the slot has.
+
+Component defaults are the values of the authors' program (the preset ``paper``). An attribute's docstring is its help
+text.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "ApproxConfig",
+    "DampingConfig",
+    "EstimatorConfig",
+    "Fraction",
+    "LikelihoodConfig",
+    "Model",
+    "MomentumConfig",
+    "OptimizerConfig",
+    "ProblemConfig",
+    "SinkConfig",
+    "SlotConfig",
+]
+
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class Model(BaseModel):
+    """Base of all config models: frozen, unknown keys refused, NaN and infinity refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class SlotConfig(Model):
+    """Options of one component. Subclasses declare ``kind: Literal["name"] = "name"``."""
+
+    kind: str
+    """Name of the implementation."""
+
+
+class LikelihoodConfig(SlotConfig):
+    """Options of a likelihood."""
+
+
+class EstimatorConfig(SlotConfig):
+    """Options of a statistics estimator."""
+
+    tau1: Fraction = 0.125
+    """Share of the mini-batch, its first cases, used for the statistics (tau_1)."""
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Largest weight of the past in the running averages: f = min(1 - 1/k, decay)."""
+
+
+class ApproxConfig(SlotConfig):
+    """Options of an approximation of the Fisher."""
+
+    refresh_every: Annotated[int, Field(ge=1)] = 20
+    """Steps between two refreshes of the approximate inverse (T_3); the first three steps always refresh."""
+
+
+class DampingConfig(SlotConfig):
+    """Options of a damping strategy."""
+
+    pi: bool = True
+    """Split gamma between the two factors by their trace norms (pi_i); false adds gamma to both."""
+
+
+class MomentumConfig(SlotConfig):
+    """Options of a momentum rule."""
+
+    tau2: Fraction = 1.0
+    """Share of the mini-batch, its first cases, used for the quadratic model (tau_2)."""
+
+
+class OptimizerConfig(SlotConfig):
+    """Options of an optimizer."""
+
+
+class ProblemConfig(SlotConfig):
+    """Options of a problem."""
+
+    run_defaults: ClassVar[dict[str, Any]] = {}
+    """Configuration that this problem suggests (below presets and files), for example its likelihood and steps."""
+
+    data_dir: str | None = None
+    """Folder of the data files; also the environment variable KFAC_DATA."""
+
+
+class SinkConfig(SlotConfig):
+    """Options of a metrics sink."""

@@ -1,0 +1,62 @@
+"""The role of damping: lambda of the quadratic model and gamma of the approximate inverse."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kfacore.config.slots import DampingConfig
+from kfacore.roles.base import C, Part
+
+__all__ = ["Damping"]
+
+
+
+
+class Damping(Part[C]):
+    """Holds lambda and gamma as float64 scalars on the device and adapts them (method, sections 2.5 and 5).
+
+    Attributes:
+        uses_model: Whether candidates or adaptation need the quadratic model's value.
+        lam: lambda, ().
+        gamma: gamma, ().
+    """
+
+    uses_model: ClassVar[bool] = True
+    lam: Tensor
+    gamma: Tensor
+
+    @abstractmethod
+    def start(self, weight_decay: float, device: torch.device) -> None:
+        """Set `lam` and `gamma` to their first values; eta is the objective's weight decay."""
+
+    def candidates(self, step: int) -> list[Tensor]:
+        """The gammas to compare in this step; a step with several always refreshes."""
+        return [self.gamma]
+
+    def choose(self, gamma: Tensor) -> None:
+        """Take up the candidate whose model value was smallest."""
+        self.gamma = gamma
+
+    def adapts(self, step: int) -> bool:
+        """Whether lambda is adapted after this step, which costs one forward pass for rho."""
+        return False
+
+    def adapt(self, rho: Tensor) -> None:
+        """Adapt lambda to the reduction ratio, without waiting for the device.
+
+        Args:
+            rho: (), float64; -inf where the objective went up, NaN where it is not a number.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """lambda and gamma."""
+        return {"lam": self.lam, "gamma": self.gamma}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up lambda and gamma."""
+        self.lam = state["lam"].to(self.lam)
+        self.gamma = state["gamma"].to(self.gamma)

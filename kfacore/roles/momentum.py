@@ -1,0 +1,45 @@
+"""The role of momentum: the coefficients of the step delta = alpha Delta + mu delta_prev."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from kfacore.config.slots import MomentumConfig
+from kfacore.layers import share_of
+from kfacore.roles.base import C, Part
+
+__all__ = ["Momentum"]
+
+
+class Momentum(Part[C]):
+    """Chooses (alpha, mu) from the quadratic model on the span of Delta and delta_prev (method, section 4).
+
+    Attributes:
+        uses_model: Whether the coefficients come from the quadratic model.
+        uses_previous: Whether delta_prev is a direction of the step.
+    """
+
+    uses_model: ClassVar[bool] = True
+    uses_previous: ClassVar[bool] = True
+
+    def cases(self, batch_size: int) -> int:
+        """Cases of the quadratic model, ceil(tau_2 m)."""
+        assert isinstance(self.config, MomentumConfig)
+        return share_of(batch_size, self.config.tau2)
+
+    @abstractmethod
+    def coefficients(
+        self,
+        M: Tensor,  # (c, 2, 2) float64
+        b: Tensor,  # (c, 2) float64
+    ) -> Tensor:  # (c, 2) float64
+        """(alpha, mu) for each of c candidates.
+
+        Args:
+            M: Curvature of the quadratic model on (Delta, delta_prev); rows and columns of an unused delta_prev, or
+                of the one that does not exist in the first step, are zero. Zero if no part uses the model.
+            b: Gradient on the same directions.
+        """
