@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 __all__ = [
     "ConfigError",
     "DataError",
-    "ResourceError",
     "KfacError",
     "NumericalError",
     "PluginError",
+    "ResourceError",
     "UnsupportedModelError",
     "nearest",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kfacore.config.slots import ApproxConfig
 from kfacore.layers import LayerInfo
-from kfacore.roles.base import C, Part
+from kfacore.roles.base import Part
 
 if TYPE_CHECKING:
     from kfacore.moments import Moment, Moments
@@ -107,7 +107,7 @@ class Factorisation(ABC):
         """
 
 
-class Approximation(Part[C]):
+class Approximation(Part):
     """An approximation of the Fisher: the moments it needs and how to invert them.
 
     Attributes:
@@ -115,6 +115,7 @@ class Approximation(Part[C]):
         structure: ``"any"`` graph of layers, or ``"chain"`` if each layer must feed the next one only.
     """
 
+    config: ApproxConfig
     moments: ClassVar[tuple[type[Moment], ...]]
     structure: ClassVar[Literal["any", "chain"]] = "any"
 

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from abc import ABC
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar
 
 from kfacore.config.slots import SlotConfig
+from kfacore.errors import ConfigError
 
 __all__ = ["Part"]
 
-C = TypeVar("C", bound=SlotConfig)
 
-
-class Part(ABC, Generic[C]):
+class Part(ABC):
     """Base of every role: built from its config model and nothing else.
+
+    An implementation sets ``Config`` to its config model and annotates ``config`` with it.
 
     Args:
         config: The component's config object; its class's defaults if left out.
 
-    Attributes:
-        Config: The component's config model, set by each implementation.
-        config: The config object.
+    Raises:
+        ConfigError: The object is not of the component's config model.
     """
 
     Config: ClassVar[type[SlotConfig]]
+    config: SlotConfig
 
-    def __init__(self, config: C | None = None) -> None:
-        # The cast-free route: an implementation's Config is its C by contract, which typing cannot express.
-        self.config: C = self.Config() if config is None else config  # type: ignore[assignment, call-arg]
+    def __init__(self, config: SlotConfig | None = None) -> None:
+        if config is None:
+            config = self.Config.model_validate({})
+        if not isinstance(config, self.Config):
+            raise ConfigError(f"{type(self).__name__} takes a {self.Config.__name__}, found a {type(config).__name__}")
+        self.config = config

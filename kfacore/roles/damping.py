@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from kfacore.config.slots import DampingConfig
-from kfacore.roles.base import C, Part
+from kfacore.roles.base import Part
 
 __all__ = ["Damping"]
 
 
-
-
-class Damping(Part[C]):
+class Damping(Part):
     """Holds lambda and gamma as float64 scalars on the device and adapts them (method, sections 2.5 and 5).
 
     Attributes:
@@ -25,6 +23,7 @@ class Damping(Part[C]):
         gamma: gamma, ().
     """
 
+    config: DampingConfig
     uses_model: ClassVar[bool] = True
     lam: Tensor
     gamma: Tensor
@@ -53,7 +52,7 @@ class Damping(Part[C]):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """lambda and gamma."""
+        """Lambda and gamma."""
         return {"lam": self.lam, "gamma": self.gamma}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

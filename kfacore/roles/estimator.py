@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kfacore.config.slots import EstimatorConfig
 from kfacore.layers import share_of
-from kfacore.roles.base import C, Part
+from kfacore.roles.base import Part
 from kfacore.roles.likelihood import Likelihood
 
 if TYPE_CHECKING:
@@ -39,12 +39,14 @@ class LayerSamples:
         return int(self.inputs.shape[0])
 
 
-class Estimator(Part[C]):
+class Estimator(Part):
     """Chooses what is sent back through the network to estimate the Fisher (method, section 2, step 3).
 
     An implementation gives the vectors v at the output; the expectation (or sum over passes) of v v^T must be the
     metric it stands for.
     """
+
+    config: EstimatorConfig
 
     def cases(self, batch_size: int) -> int:
         """Number of cases used, ceil(tau_1 m)."""

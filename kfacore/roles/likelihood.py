@@ -10,17 +10,19 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-
-from kfacore.roles.base import C, Part
+from kfacore.config.slots import LikelihoodConfig
+from kfacore.roles.base import Part
 
 __all__ = ["Likelihood"]
 
 
-class Likelihood(Part[C]):
+class Likelihood(Part):
     """A predictive distribution in its natural parameters, with its Fisher metric (method, section 1).
 
     `sample` is the only place in the project where targets are drawn.
     """
+
+    config: LikelihoodConfig
 
     @abstractmethod
     def nll(

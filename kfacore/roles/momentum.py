@@ -9,12 +9,12 @@ from torch import Tensor
 
 from kfacore.config.slots import MomentumConfig
 from kfacore.layers import share_of
-from kfacore.roles.base import C, Part
+from kfacore.roles.base import Part
 
 __all__ = ["Momentum"]
 
 
-class Momentum(Part[C]):
+class Momentum(Part):
     """Chooses (alpha, mu) from the quadratic model on the span of Delta and delta_prev (method, section 4).
 
     Attributes:
@@ -22,12 +22,12 @@ class Momentum(Part[C]):
         uses_previous: Whether delta_prev is a direction of the step.
     """
 
+    config: MomentumConfig
     uses_model: ClassVar[bool] = True
     uses_previous: ClassVar[bool] = True
 
     def cases(self, batch_size: int) -> int:
         """Cases of the quadratic model, ceil(tau_2 m)."""
-        assert isinstance(self.config, MomentumConfig)
         return share_of(batch_size, self.config.tau2)
 
     @abstractmethod

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacore.config.slots import ProblemConfig
-from kfacore.roles.base import C, Part
+from kfacore.roles.base import Part
 
 __all__ = ["Problem", "ProblemData", "Split"]
 
@@ -51,7 +51,7 @@ class ProblemData:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-class Problem(Part[C]):
+class Problem(Part):
     """A model, its initialisation and its data (method, section 6).
 
     Attributes:
@@ -60,6 +60,7 @@ class Problem(Part[C]):
         image_shape: (height, width) of one case for pictures, or None.
     """
 
+    config: ProblemConfig
     task: Literal["autoencoder", "classifier", "regression"]
     image_shape: tuple[int, int] | None = None
 

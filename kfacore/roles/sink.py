@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from kfacore.config.slots import SinkConfig
-from kfacore.roles.base import C, Part
+from kfacore.roles.base import Part
 
 __all__ = ["Sink"]
 
 
-class Sink(Part[C]):
+class Sink(Part):
     """Receives every event of a run, in order.
 
     Life: `open` once, `write` for every event, `close` once, also after an error.
     """
+
+    config: SinkConfig
 
     @abstractmethod
     def open(self, run: Path, *, step: int) -> None:
