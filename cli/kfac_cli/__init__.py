@@ -1,0 +1,1 @@
+"""The `kfac` command: parses, calls the core, prints; no mathematics."""

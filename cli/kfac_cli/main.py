@@ -1,0 +1,123 @@
+"""Entry point of the `kfac` command: collects the commands and turns every error into a line and an exit code.
+
+Exit codes: 0 done, 1 unexpected or environment, 2 usage, configuration, data or plug-in, 3 numerical failure,
+130 Ctrl-C. A command that knows better (4, 143) raises `typer.Exit` itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import tempfile
+import traceback
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+import kfacore
+from kfacore.errors import KfacError
+
+__all__ = ["COMMANDS", "app", "main"]
+
+COMMANDS: tuple[str, ...] = (
+    "kfac_cli.commands.list",
+    "kfac_cli.commands.show",
+    "kfac_cli.commands.plugins",
+    "kfac_cli.commands.doctor",
+    "kfac_cli.commands.schema",
+)
+"""Command modules in the order of the help. Each is torch-free at import and has ``register(app)``."""
+
+# Plain help (no rich panels): it starts faster, and its text survives pipes and narrow terminals.
+app = typer.Typer(name="kfac", rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kfac {kfacore.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Second-order optimization for PyTorch with Kronecker-factored curvature."""
+
+
+for _module in COMMANDS:
+    import_module(_module).register(app)
+
+
+def _say(message: str) -> None:
+    """One error on stderr, even if its message has characters that the terminal's encoding lacks."""
+    try:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    except UnicodeEncodeError:
+        print(f"error: {message}".encode("ascii", "backslashreplace").decode(), file=sys.stderr, flush=True)
+
+
+def _drop_output() -> None:
+    """Point stdout at nothing, so that the interpreter's flush at exit does not fail on the broken pipe again."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
+    os.close(devnull)
+
+
+def _environment_failure(error: OSError) -> str | None:
+    """The message for a machine that refused, or None if the error is not of that sort."""
+    advice = {
+        errno.ENOSPC: "free some space or choose another folder",
+        errno.EDQUOT: "free some space or choose another folder",
+        errno.EROFS: "choose a folder on a disk that can be written",
+        errno.EACCES: "check the permissions or choose another folder",
+        errno.EPERM: "check the permissions or choose another folder",
+    }.get(error.errno or 0)
+    if advice is None:
+        return None
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}: {advice}"
+
+
+def _unexpected(error: BaseException) -> str:
+    """Keep the traceback of a defect where it can be sent from, and say where in one line."""
+    reason = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="kfac-traceback-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write("".join(traceback.format_exception(error)))
+    except OSError:
+        return f"unexpected {reason} (set KFAC_TRACEBACK=1 to see the traceback)"
+    return f"unexpected {reason} (a defect of kfac or of a plug-in; traceback in {file.name})"
+
+
+def main() -> None:
+    """Run the command and leave with its exit code."""
+    if os.environ.get("KFAC_TRACEBACK"):
+        app()
+        return
+    try:
+        try:
+            app()
+        except SystemExit:
+            sys.stdout.flush()  # a full disk or a closed pipe shows here rather than at exit, where nobody answers
+            raise
+    except KfacError as error:
+        _say(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        _drop_output()
+        sys.exit(1)
+    except OSError as error:
+        _say(_environment_failure(error) or _unexpected(error))
+        sys.exit(1)
+    except Exception as error:
+        _say(_unexpected(error))
+        sys.exit(1)

@@ -1,0 +1,9 @@
+"""Momentum rules: config models and manifests. Imports no torch."""
+
+from __future__ import annotations
+
+from kfacore.plugin import Component
+
+__all__ = ["COMPONENTS"]
+
+COMPONENTS: tuple[Component, ...] = ()
