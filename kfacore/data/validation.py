@@ -1,0 +1,54 @@
+"""Checks of whole data sets before training, where a wrong entry costs a message and not a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kfacore.errors import DataError
+
+if TYPE_CHECKING:
+    from kfacore.roles import Likelihood, ProblemData, Split
+
+__all__ = ["check"]
+
+
+def check(data: ProblemData, likelihood: Likelihood, outputs: int) -> None:
+    """Refuse data that cannot be trained or tested on.
+
+    Args:
+        data: The problem's data, on the CPU.
+        likelihood: The likelihood, which knows what targets it takes.
+        outputs: The model's number of outputs, o.
+
+    Raises:
+        DataError: A split without cases, NaN or infinite inputs, different numbers of inputs and targets, test
+            cases of another shape than training cases, or targets that the likelihood refuses.
+    """
+    _check_split(data.train, "train", data.source)
+    if data.test is not None:
+        _check_split(data.test, "test", data.source)
+        if data.test.inputs.shape[1:] != data.train.inputs.shape[1:]:
+            raise DataError(
+                f"test inputs ({data.source}): each case has shape {tuple(data.test.inputs.shape[1:])}, but training "
+                f"cases have {tuple(data.train.inputs.shape[1:])}; both must agree"
+            )
+    likelihood.check_targets(data.train.targets, outputs, f"training targets ({data.source})")
+    if data.test is not None:
+        likelihood.check_targets(data.test.targets, outputs, f"test targets ({data.source})")
+
+
+def _check_split(split: Split, name: str, source: str) -> None:
+    inputs, targets = split.inputs, split.targets
+    where = f"{'training' if name == 'train' else name} inputs ({source})"
+    if inputs.ndim == 0 or inputs.numel() == 0:
+        raise DataError(f"{where}: no cases, shape {tuple(inputs.shape)}; give at least one")
+    if targets.ndim == 0 or targets.shape[0] != inputs.shape[0]:
+        count = 0 if targets.ndim == 0 else targets.shape[0]
+        raise DataError(f"{where}: {inputs.shape[0]} cases, but {count} targets; each case needs one")
+    bad = ~inputs.isfinite().reshape(inputs.shape[0], -1).all(dim=1)
+    if bool(bad.any()):
+        count, first = int(bad.sum()), int(bad.nonzero()[0, 0])
+        raise DataError(
+            f"{where}: {count} of {inputs.shape[0]} cases hold NaN or infinity, the first is case {first}; remove or "
+            "repair them"
+        )
