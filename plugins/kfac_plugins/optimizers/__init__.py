@@ -1,9 +1,77 @@
-"""Optimizers: config models and manifests. Imports no torch."""
+"""Optimizers: configs and manifests. Imports no torch."""
 
 from __future__ import annotations
 
-from kfacore.plugin import Component
+from typing import Annotated, Literal
 
-__all__ = ["COMPONENTS"]
+from pydantic import Field
 
-COMPONENTS: tuple[Component, ...] = ()
+from kfacore.plugin import Component, OptimizerConfig
+
+__all__ = ["COMPONENTS", "AdamConfig", "KfacOptimizerConfig", "NesterovConfig", "SgdConfig"]
+
+Rate = Annotated[float, Field(gt=0.0)]
+Below1 = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class KfacOptimizerConfig(OptimizerConfig):
+    """K-FAC; its options are those of the slots estimator, approx, damping and momentum."""
+
+    kind: Literal["kfac"] = "kfac"
+
+
+class NesterovConfig(OptimizerConfig):
+    """Options of SGD with Nesterov momentum, the paper's baseline."""
+
+    kind: Literal["nesterov"] = "nesterov"
+    lr: Rate = 0.01
+    """Learning rate (epsilon)."""
+    mu_max: Below1 = 0.99
+    """Largest momentum coefficient; the schedule rises from 1/2 towards it."""
+
+
+class SgdConfig(OptimizerConfig):
+    """Options of torch's SGD."""
+
+    kind: Literal["sgd"] = "sgd"
+    lr: Rate = 0.01
+    """Learning rate."""
+    momentum: Below1 = 0.9
+    """Momentum coefficient; 0 is plain SGD."""
+    nesterov: bool = False
+    """Torch's form of Nesterov momentum (needs momentum above 0)."""
+
+
+class AdamConfig(OptimizerConfig):
+    """Options of torch's Adam."""
+
+    kind: Literal["adam"] = "adam"
+    lr: Rate = 0.001
+    """Learning rate."""
+    beta1: Below1 = 0.9
+    """Decay of the average of gradients."""
+    beta2: Below1 = 0.999
+    """Decay of the average of squared gradients."""
+    eps: Rate = 1e-8
+    """Added to the denominator."""
+
+
+COMPONENTS: tuple[Component, ...] = (
+    Component(
+        "optimizer",
+        "kfac",
+        KfacOptimizerConfig,
+        "kfacore.optimizer:KFAC",
+        "K-FAC: Kronecker-factored curvature with exact re-scaling and momentum.",
+        uses=frozenset({"estimator", "approx", "damping", "momentum"}),
+    ),
+    Component(
+        "optimizer",
+        "nesterov",
+        NesterovConfig,
+        "kfac_plugins.optimizers.nesterov:Nesterov",
+        "SGD with Nesterov momentum and the schedule of Sutskever et al. (2013).",
+    ),
+    Component("optimizer", "sgd", SgdConfig, "kfac_plugins.optimizers.torch_optimizers:Sgd", "torch.optim.SGD."),
+    Component("optimizer", "adam", AdamConfig, "kfac_plugins.optimizers.torch_optimizers:Adam", "torch.optim.Adam."),
+)

@@ -1,9 +1,22 @@
-"""Metrics sinks: config models and manifests. Imports no torch."""
+"""Metrics sinks: configs and manifests. Imports no torch."""
 
 from __future__ import annotations
 
-from kfacore.plugin import Component
+from typing import Literal
 
-__all__ = ["COMPONENTS"]
+from kfacore.plugin import Component, SinkConfig
 
-COMPONENTS: tuple[Component, ...] = ()
+__all__ = ["COMPONENTS", "JsonlConfig"]
+
+
+class JsonlConfig(SinkConfig):
+    """Options of the JSON Lines sink."""
+
+    kind: Literal["jsonl"] = "jsonl"
+
+
+COMPONENTS: tuple[Component, ...] = (
+    Component(
+        "sink", "jsonl", JsonlConfig, "kfac_plugins.sinks.jsonl:Jsonl", "One JSON object an event, in metrics.jsonl."
+    ),
+)

@@ -1,0 +1,127 @@
+"""Mini-batches: how large the k-th one is, and which cases it holds.
+
+Batch k depends on the seed, on k and on its size alone. Resuming a run therefore needs no sampler state, and two runs
+with one seed see the same cases in the same order whatever optimizer they use, which pairs the variants of a study.
+
+Source: Martens & Grosse 2015, section 13 (exponential schedule); method, section 2, step 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kfacore.errors import ConfigError
+from kfacore.roles.problem import Split
+
+__all__ = ["BatchSampler", "BatchSchedule", "derive_seed"]
+
+
+def derive_seed(seed: int, purpose: str, index: int = 0) -> int:
+    """A seed for one purpose, so that no two consumers of the run's seed draw from the same stream.
+
+    Args:
+        seed: The run's seed.
+        purpose: What is drawn, for example ``"batch"``.
+        index: Number of the draw.
+
+    Returns:
+        63 bits of a hash of the three. The low 32 bits, all that torch's CPU generator takes up, are as good as any.
+    """
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(frozen=True)
+class BatchSchedule:
+    """Size of the k-th mini-batch.
+
+    Exponential: m_k = min(floor(m_1 (N/m_1)^((k-1)/(K-1))), N), so m_1 at k = 1 and all N cases from k = K on.
+    Constant: m_k = min(m_1, N).
+
+    Attributes:
+        kind: Which of the two.
+        cases: N, the size of the training set.
+        start: m_1.
+        target_step: K, the step at which the whole training set is reached.
+
+    Raises:
+        ConfigError: The training set is empty or a number is below 1.
+    """
+
+    kind: Literal["exponential", "constant"]
+    cases: int
+    start: int
+    target_step: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("cases", self.cases), ("start", self.start), ("target_step", self.target_step)):
+            if value < 1:
+                raise ConfigError(f"batch schedule: {name} must be at least 1, found {value}")
+
+    def size(self, step: int) -> int:
+        """m_k.
+
+        Args:
+            step: k, from 1.
+
+        Returns:
+            A number of cases in 1..N.
+        """
+        if self.start >= self.cases:
+            return self.cases
+        if self.kind == "constant":
+            return self.start
+        # The last point is exact by definition; computing it would leave the floor at the mercy of rounding.
+        if step >= self.target_step:
+            return self.cases
+        growth = (self.cases / self.start) ** ((step - 1) / (self.target_step - 1))
+        return min(int(self.start * growth * (1.0 + 1e-12)), self.cases)
+
+
+class BatchSampler:
+    """Draws mini-batches without replacement from data that lives on the device.
+
+    Args:
+        split: The training cases, on the device.
+        schedule: Sizes.
+        seed: The run's seed.
+    """
+
+    def __init__(self, split: Split, schedule: BatchSchedule, seed: int) -> None:
+        self.split = split
+        self.schedule = schedule
+        self.seed = seed
+        self._generator = torch.Generator()
+
+    def indices(self, step: int) -> Tensor:
+        """The cases of batch k, distinct, in random order: the first m_k entries of a permutation drawn for (seed, k).
+
+        Args:
+            step: k, from 1.
+
+        Returns:
+            (m_k,) integers on the CPU. A smaller batch of the same step is a prefix of a larger one.
+        """
+        self._generator.manual_seed(derive_seed(self.seed, "batch", step))
+        permutation = torch.randperm(len(self.split), generator=self._generator)
+        return permutation[: self.schedule.size(step)]
+
+    def batch(self, step: int) -> Split:
+        """Inputs and targets of batch k; an autoencoder's target stays the very same tensor as its input.
+
+        Args:
+            step: k, from 1.
+        """
+        inputs, targets = self.split.inputs, self.split.targets
+        indices = self.indices(step)
+        if inputs.device.type == "cuda":
+            # Pinned memory is what makes the copy asynchronous; the device never waits for the draw.
+            indices = indices.pin_memory()
+        indices = indices.to(inputs.device, non_blocking=True)
+        chosen = inputs.index_select(0, indices)
+        return Split(chosen, chosen if targets is inputs else targets.index_select(0, indices))

@@ -1,0 +1,92 @@
+"""Loss and error over a whole data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kfacore.roles.likelihood import Likelihood
+from kfacore.roles.problem import Split
+
+__all__ = ["Measure", "evaluate", "evaluate_all"]
+
+CHUNK = 5000
+"""Cases in one forward pass: bounds memory without costing speed."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a model does on a data set.
+
+    Attributes:
+        loss: Mean over cases of the negative log-likelihood, without weight decay.
+        error: Mean over cases of the likelihood's error.
+    """
+
+    loss: float
+    error: float
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, likelihood: Likelihood, split: Split, *, chunk: int = CHUNK) -> Measure:
+    """Mean loss and error of a model, in evaluation mode and without gradients.
+
+    Args:
+        model: The model; its training mode is restored.
+        likelihood: The likelihood.
+        split: The cases, on the model's device.
+        chunk: Cases in one forward pass.
+
+    Returns:
+        The two means; sums over chunks are kept in double precision. One synchronisation.
+    """
+    training = model.training
+    model.eval()
+    total: Tensor | None = None
+    try:
+        for start in range(0, len(split), chunk):
+            targets = split.targets[start : start + chunk]
+            z = model(split.inputs[start : start + chunk])
+            sums = torch.stack(
+                [
+                    likelihood.nll(z, targets).sum(dtype=torch.float64),
+                    likelihood.error(z, targets).sum(dtype=torch.float64),
+                ]
+            )
+            total = sums if total is None else total + sums
+    finally:
+        model.train(training)
+    if total is None:
+        return Measure(float("nan"), float("nan"))
+    loss, error = (total / len(split)).tolist()
+    return Measure(loss, error)
+
+
+def evaluate_all(
+    model: nn.Module,
+    averaged: nn.Module | None,
+    likelihood: Likelihood,
+    train: Split,
+    test: Split | None,
+) -> dict[str, float | None]:
+    """The measures of an evaluation event, None where there is no test set or no average yet.
+
+    Args:
+        model: The model with the current parameters.
+        averaged: The model with averaged parameters, if there is one.
+        likelihood: The likelihood.
+        train: Training cases.
+        test: Test cases.
+
+    Returns:
+        ``train_loss``, ``train_error``, ``test_loss``, ``test_error`` and the same with ``averaged_`` in front.
+    """
+    result: dict[str, float | None] = {}
+    for prefix, candidate in (("", model), ("averaged_", averaged)):
+        for name, split in (("train", train), ("test", test)):
+            measure = evaluate(candidate, likelihood, split) if candidate is not None and split is not None else None
+            result[f"{prefix}{name}_loss"] = None if measure is None else measure.loss
+            result[f"{prefix}{name}_error"] = None if measure is None else measure.error
+    return result

@@ -1,0 +1,403 @@
+"""The training loop: batches in, steps taken, events out, and a run folder from which it can always go on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kfacore.errors import ConfigError, DataError, NumericalError
+from kfacore.roles import Sink, StepReport
+from kfacore.training.batches import BatchSampler, BatchSchedule
+from kfacore.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from kfacore.training.evaluate import evaluate_all
+from kfacore.training.files import disk_errors
+from kfacore.training.notices import NoticeLog
+from kfacore.training.plots import draw_run
+from kfacore.training.run import RunFolder, default_folder
+from kfacore.training.setup import Parts, build_parts, manifest, method_of
+from kfacore.training.signals import StopSignals, resume_command
+
+if TYPE_CHECKING:
+    from kfacore.config.run import RunConfig
+    from kfacore.registry import Registry
+
+__all__ = ["Event", "Listener", "RunResult", "read_scalars", "train"]
+
+logger = logging.getLogger("kfacore.training")
+
+Event = Mapping[str, Any]
+"""One event of a run: ``{"event": "step", "step": 3, ...}``, plain Python values."""
+
+Listener = Callable[[Event], None]
+"""Is told every event, after the sinks."""
+
+_SCALARS = ("loss", "objective", "error", "lam", "gamma", "rho", "alpha", "mu")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        run: The run folder.
+        step: Steps taken in all.
+        seconds: Training seconds in all, without evaluation and checkpoints.
+        measures: The last evaluation: ``train_loss``, ``train_error``, ``test_...``, ``averaged_...``.
+        plots: The pictures drawn.
+    """
+
+    run: Path
+    step: int
+    seconds: float
+    measures: Mapping[str, float | None]
+    plots: tuple[Path, ...]
+
+
+def train(
+    config: RunConfig,
+    *,
+    registry: Registry,
+    out: Path | None = None,
+    resume: Path | None = None,
+    init: Path | None = None,
+    listeners: Sequence[Listener] = (),
+) -> RunResult:
+    """Train a model and keep everything about it in a run folder.
+
+    Args:
+        config: The resolved configuration; for `resume` see `kfacore.training.resume.resume_config`.
+        registry: Where the components are.
+        out: The run folder, which must not hold a run; by default a new one under ``runs``.
+        resume: The folder of a run to continue, in place of `out`.
+        init: Parameters to start from.
+        listeners: Are told every event.
+
+    Returns:
+        The end of the run.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the run is saved.
+        NumericalError: The loss or the parameters are no longer finite; the last good checkpoint is kept.
+        ResourceError: The disk refused; the last checkpoint is intact.
+        KfacError: Something is wrong with the configuration or the data; nothing has been written.
+    """
+    if resume is not None and (out is not None or init is not None):
+        raise ConfigError("a resumed run keeps its folder and parameters; leave out --out and --init")
+    folder = RunFolder(resume or out or default_folder(config.problem.kind, method_of(config)))
+    if resume is None:
+        folder.check_free()
+    with _threads(config.threads):
+        if resume is not None:
+            folder.lock()
+        try:
+            checkpoint = load_checkpoint(folder.checkpoint_file) if resume is not None else None
+            parts = build_parts(config, registry, init)
+            run = _Run(config, registry, folder, parts, listeners)
+            if checkpoint is None:
+                folder.create(config.as_dict(), manifest(config, registry, parts, _now()))
+            else:
+                run.restore(checkpoint)
+            with StopSignals() as stop:
+                return run.go(stop)
+        finally:
+            folder.unlock()
+
+
+def read_scalars(report: StepReport) -> dict[str, float | None]:
+    """The scalars of a report as Python numbers, in one transfer from each device they live on (usually one in all).
+
+    Args:
+        report: The report of a step.
+
+    Returns:
+        Loss, objective, error, lam, gamma, rho, alpha and mu; None where the report has none.
+    """
+    values: dict[str, float | None] = dict.fromkeys(_SCALARS)
+    homes: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name in _SCALARS:
+        value = getattr(report, name)
+        if value is not None:
+            homes.setdefault(value.device, []).append((name, value.detach().reshape(()).to(torch.float64)))
+    for scalars in homes.values():
+        numbers = torch.stack([value for _, value in scalars]).tolist()
+        values.update(zip((name for name, _ in scalars), numbers, strict=True))
+    return values
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Run with a number of CPU threads; the process gets its own back."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Run:
+    """One life of a run: from a start or a checkpoint to its end or an interruption."""
+
+    def __init__(
+        self, config: RunConfig, registry: Registry, folder: RunFolder, parts: Parts, listeners: Sequence[Listener]
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.parts = parts
+        self.listeners = listeners
+        self.sinks: list[Sink] = [registry.build("sink", sink) for sink in config.sink]
+        schedule = BatchSchedule(config.batch.schedule, len(parts.train), config.batch.start, config.batch.target_step)
+        self.sampler = BatchSampler(parts.train, schedule, config.seed)
+        self.notices = NoticeLog()
+        self.step = 0
+        self.seconds = 0.0
+        self.evaluated: int | None = None
+        self.measures: dict[str, float | None] = {}
+        self.saved: int | None = None
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take up where a checkpoint left off."""
+        parts, folder = self.parts, self.folder
+        if checkpoint.step > self.config.steps:
+            raise ConfigError(
+                f"{folder.path} has already taken {checkpoint.step} steps; --steps is the total, give more than that"
+            )
+        if checkpoint.data != parts.data.checksum:
+            raise DataError(
+                f"the data has changed since {folder.path} was started (checksum {parts.data.checksum[:12]}, then "
+                f"{checkpoint.data[:12]}); restore the old data or start a new run"
+            )
+        record = folder.read_manifest()
+        try:
+            parts.model.load_state_dict(dict(checkpoint.model))
+            parts.optimizer.load_state_dict(dict(checkpoint.optimizer))
+            if parts.average is not None and checkpoint.averaged is not None:
+                parts.average.load_state_dict(dict(checkpoint.averaged))
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"{folder.checkpoint_file} does not fit the run's configuration: {reason}; start a new run"
+            ) from error
+        self.step, self.seconds = checkpoint.step, checkpoint.seconds
+        self.evaluated, self.saved = checkpoint.evaluated, checkpoint.step
+        self._compare(record)
+        life = {"step": self.step, "time": _now(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        record["resumed"] = [*record.get("resumed", []), life]
+        folder.write_config(self.config.as_dict())
+        folder.write_manifest(record)
+
+    def _compare(self, record: Mapping[str, Any]) -> None:
+        """Say what keeps a resumed run from being bit for bit the one that never stopped."""
+        versions = record.get("versions", {})
+        now = {"torch": torch.__version__, "device": self.parts.device_name, "threads": torch.get_num_threads()}
+        then = {"torch": versions.get("torch"), "device": record.get("device"), "threads": record.get("threads")}
+        for name, value in now.items():
+            if value != then[name]:
+                logger.warning(
+                    "resumed with %s %s, started with %s: the numbers may differ in the last bits",
+                    name,
+                    value,
+                    then[name],
+                )
+
+    def go(self, stop: StopSignals) -> RunResult:
+        """Train to the last step."""
+        config, folder = self.config, self.folder
+        try:
+            for sink in self.sinks:
+                with self._disk():
+                    sink.open(folder.path, step=self.step)
+            self._emit(self._start_event())
+            if self.saved is None:
+                self._save()
+            if self._evaluates(self.step):
+                self._evaluate()
+            while self.step < config.steps:
+                if stop.received is None:
+                    self._advance()
+                if stop.received is not None:
+                    self._save()
+                    raise stop.exception(folder.path, self.step)
+                if self._evaluates(self.step):
+                    self._evaluate()
+                if self.step == config.steps or self._due(config.checkpoint.every):
+                    self._save()
+            return self._finish()
+        except NumericalError as error:
+            raise self._explain(error) from error
+        finally:
+            for sink in self.sinks:
+                with self._disk():
+                    sink.close()
+
+    def _advance(self) -> None:
+        """One step, timed, with its report read and passed on."""
+        started = time.perf_counter()
+        step = self.step + 1
+        batch = self.sampler.batch(step)
+        report = self.parts.optimizer.step(batch.inputs, batch.targets)
+        if self.parts.average is not None:
+            self.parts.average.update(self.parts.model, step)
+        scalars = read_scalars(report)
+        self.seconds += time.perf_counter() - started
+        self.step = step
+        notices = {"notices": list(report.notices)} if report.notices else {}
+        self._emit(
+            {
+                "event": "step",
+                "step": step,
+                "batch_size": len(batch),
+                **scalars,
+                "seconds": self.seconds,
+                **notices,
+            }
+        )
+        self.notices.take(step, report.notices)
+        loss = scalars["loss"]
+        if loss is None or not math.isfinite(loss):
+            raise NumericalError(
+                f"the loss of step {step} is {loss} (lambda {_show(scalars['lam'])}, gamma {_show(scalars['gamma'])})"
+            )
+
+    def _evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due now and not done yet (a resumed run may have stopped just before one)."""
+        last = step == self.config.steps
+        return self.evaluated != step and (last or self._due(self.config.eval.every))
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _evaluate(self) -> None:
+        parts = self.parts
+        averaged = None if parts.average is None else parts.average.model
+        self.measures = evaluate_all(parts.model, averaged, parts.likelihood, parts.train, parts.test)
+        self.evaluated = self.step
+        self._emit({"event": "eval", "step": self.step, **self.measures, "seconds": self.seconds})
+        loss = self.measures["train_loss"]
+        if loss is None or not math.isfinite(loss):
+            raise NumericalError(f"the training loss after step {self.step} is {loss}")
+
+    def _save(self) -> None:
+        """Write a checkpoint, unless it would replace a good one by numbers that are not finite."""
+        if self.saved == self.step and self.step > 0:
+            return
+        parts = self.parts
+        finite = torch.stack([parameter.isfinite().all() for parameter in parts.model.parameters()]).all()
+        if not bool(finite):
+            raise NumericalError(f"the parameters after step {self.step} hold NaN or infinity")
+        for sink in self.sinks:
+            with self._disk():
+                sink.flush()  # first, so that no event before the checkpoint can be missing after a crash
+        save_checkpoint(
+            self.folder.checkpoint_file,
+            Checkpoint(
+                model=parts.model.state_dict(),
+                optimizer=parts.optimizer.state_dict(),
+                averaged=None if parts.average is None else parts.average.state_dict(),
+                step=self.step,
+                seconds=self.seconds,
+                evaluated=self.evaluated,
+                config=self.config.as_dict(),
+                data=parts.data.checksum,
+            ),
+            remedy=self._remedy(),
+        )
+        self.saved = self.step
+        path = str(self.folder.checkpoint_file)
+        self._emit({"event": "checkpoint", "step": self.step, "path": path, "seconds": self.seconds})
+
+    def _finish(self) -> RunResult:
+        parts, folder = self.parts, self.folder
+        self._save()
+        for sink in self.sinks:
+            with self._disk():
+                sink.flush()
+        events = folder.events()
+        if not self.measures:  # everything was done before this life began; its last evaluation is on file
+            names = [f"{prefix}{name}" for prefix in ("", "averaged_") for name in _MEASURES]
+            last: dict[str, Any] = next((event for event in reversed(events) if event.get("event") == "eval"), {})
+            self.measures = {name: last.get(name) for name in names}
+        plots = draw_run(folder, events, parts) if events else ()
+        if not events:
+            logger.warning("no plots: the jsonl sink, which keeps the events for them, is switched off")
+        self._emit(
+            {
+                "event": "done",
+                "step": self.step,
+                "seconds": self.seconds,
+                **self.measures,
+                "run": str(folder.path),
+                "plots": [str(plot) for plot in plots],
+                "notices": dict(self.notices.counts),
+            }
+        )
+        return RunResult(folder.path, self.step, self.seconds, self.measures, tuple(plots))
+
+    def _start_event(self) -> dict[str, Any]:
+        config, parts = self.config, self.parts
+        return {
+            "event": "start",
+            "step": self.step,
+            "steps": config.steps,
+            "run": str(self.folder.path),
+            "problem": config.problem.kind,
+            "optimizer": config.optimizer.kind,
+            "approx": None if config.approx is None else config.approx.kind,
+            "device": parts.device_name,
+            "threads": torch.get_num_threads(),
+            "dtype": config.dtype,
+            "seed": config.seed,
+            "parameters": sum(parameter.numel() for parameter in parts.model.parameters()),
+            "train_cases": len(parts.train),
+            "test_cases": 0 if parts.test is None else len(parts.test),
+            "data": parts.data.source,
+            "seconds": self.seconds,
+        }
+
+    def _emit(self, event: Event) -> None:
+        for sink in self.sinks:
+            with self._disk():
+                sink.write(event)
+        for listener in self.listeners:
+            listener(event)
+
+    def _disk(self) -> contextlib.AbstractContextManager[None]:
+        return disk_errors(self.folder.path, self._remedy())
+
+    def _remedy(self) -> str:
+        if self.saved is None:
+            return ""
+        return f"the checkpoint of step {self.saved} is intact, go on with: {resume_command(self.folder.path)}"
+
+    def _explain(self, error: NumericalError) -> NumericalError:
+        """A numerical failure with where it happened, what is saved and what to try."""
+        kept = "" if self.saved is None else f" The checkpoint of step {self.saved} is kept in {self.folder.path}."
+        where = "" if "step" in str(error) else f" (after step {self.step})"
+        return NumericalError(f"{error}{where}.{kept} {_ADVICE}")
+
+
+_MEASURES = ("train_loss", "train_error", "test_loss", "test_error")
+
+_ADVICE = (
+    "Try a larger damping.lambda0, a smaller learning rate, or --dtype float64; if it happens in the first step, look "
+    "at the data and the initial parameters"
+)
+
+
+def _show(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3g}"

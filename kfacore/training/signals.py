@@ -1,0 +1,86 @@
+"""Ctrl-C and SIGTERM: the first asks the run to stop after the step, the second stops it at once."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import ClassVar, Self
+
+from kfacore.errors import KfacError
+
+__all__ = ["Interrupted", "StopSignals", "Terminated", "resume_command"]
+
+
+def resume_command(run: Path) -> str:
+    """The command that continues a run, ready to paste into a shell."""
+    return f"kfac train --resume {shlex.quote(str(run))}"
+
+
+class Interrupted(KfacError):  # noqa: N818  # stopping is not an error
+    """The run was stopped by Ctrl-C and is saved.
+
+    Attributes:
+        run: The run folder.
+        step: The step after which it stopped.
+        resume: The command that continues it.
+    """
+
+    exit_code: ClassVar[int] = 130
+    cause: ClassVar[str] = "Ctrl-C"
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.run = run
+        self.step = step
+        self.resume = resume_command(run)
+        super().__init__(f"stopped by {self.cause} after step {step}; everything is saved. Go on with: {self.resume}")
+
+
+class Terminated(Interrupted):
+    """The run was stopped by SIGTERM and is saved."""
+
+    exit_code: ClassVar[int] = 143
+    cause: ClassVar[str] = "SIGTERM"
+
+
+class StopSignals:
+    """While active, the first SIGINT or SIGTERM sets `received`; a second one ends the process's work at once.
+
+    In a thread other than the main one Python allows no handlers; there it does nothing.
+
+    Attributes:
+        received: The signal that asked to stop, or None.
+    """
+
+    received: signal.Signals | None
+
+    def __init__(self) -> None:
+        self.received = None
+        self._previous: dict[signal.Signals, signal._HANDLER] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = signal.Signals(number)
+        elif number == signal.SIGTERM:
+            raise SystemExit(Terminated.exit_code)
+        else:
+            raise KeyboardInterrupt
+
+    def exception(self, run: Path, step: int) -> Interrupted:
+        """What to raise once the run is saved."""
+        return (Terminated if self.received == signal.SIGTERM else Interrupted)(run, step)
