@@ -12,7 +12,7 @@ import sys
 import tempfile
 import traceback
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -29,6 +29,9 @@ COMMANDS: tuple[str, ...] = (
     "kfac_cli.commands.schema",
 )
 """Command modules in the order of the help. Each is torch-free at import and has ``register(app)``."""
+
+TRACEBACK_VARIABLE = "KFAC_TRACEBACK"
+"""Environment variable: if set, every error also shows its traceback."""
 
 # Plain help (no rich panels): it starts faster, and its text survives pipes and narrow terminals.
 app = typer.Typer(name="kfac", rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -86,21 +89,28 @@ def _environment_failure(error: OSError) -> str | None:
 def _unexpected(error: BaseException) -> str:
     """Keep the traceback of a defect where it can be sent from, and say where in one line."""
     reason = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    if os.environ.get(TRACEBACK_VARIABLE):
+        return f"unexpected {reason}"
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="kfac-traceback-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
         ) as file:
             file.write("".join(traceback.format_exception(error)))
     except OSError:
-        return f"unexpected {reason} (set KFAC_TRACEBACK=1 to see the traceback)"
+        return f"unexpected {reason} (set {TRACEBACK_VARIABLE}=1 to see the traceback)"
     return f"unexpected {reason} (a defect of kfac or of a plug-in; traceback in {file.name})"
+
+
+def _fail(error: BaseException, message: str, code: int) -> NoReturn:
+    """Leave with one line, and with the traceback above it where it was asked for."""
+    if os.environ.get(TRACEBACK_VARIABLE):
+        traceback.print_exception(error)
+    _say(message)
+    sys.exit(code)
 
 
 def main() -> None:
     """Run the command and leave with its exit code."""
-    if os.environ.get("KFAC_TRACEBACK"):
-        app()
-        return
     try:
         try:
             app()
@@ -108,16 +118,13 @@ def main() -> None:
             sys.stdout.flush()  # a full disk or a closed pipe shows here rather than at exit, where nobody answers
             raise
     except KfacError as error:
-        _say(str(error))
-        sys.exit(error.exit_code)
+        _fail(error, str(error), error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         _drop_output()
         sys.exit(1)
     except OSError as error:
-        _say(_environment_failure(error) or _unexpected(error))
-        sys.exit(1)
+        _fail(error, _environment_failure(error) or _unexpected(error), 1)
     except Exception as error:
-        _say(_unexpected(error))
-        sys.exit(1)
+        _fail(error, _unexpected(error), 1)

@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # re-scaling of the step by the quadratic model.
     "heskes": {
         "estimator": {"kind": "exact"},
-        "damping": {"kind": "fixed", "pi": False},
+        "damping": {"kind": "fixed", "gamma": 0.1, "pi": False},
         "momentum": {"kind": "fixed", "lr": 1.0, "mu": 0.0},
     },
 }
