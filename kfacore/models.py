@@ -69,8 +69,8 @@ def autoencoder(sizes: Sequence[int], hidden: str = "logistic") -> nn.Sequential
     """
     if len(sizes) < 3 or len(sizes) % 2 == 0 or sizes[0] != sizes[-1]:
         raise ConfigError(
-            f"layer sizes {list(sizes)}: an autoencoder has an odd number of widths (3 or more), the code in the middle "
-            "and the last equal to the first"
+            f"layer sizes {list(sizes)}: an autoencoder has an odd number of widths (3 or more), the code in the "
+            "middle and the last equal to the first"
         )
     return mlp(sizes, hidden, linear=(len(sizes) // 2,))
 

@@ -1,9 +1,46 @@
-"""Approximations of the Fisher: config models and manifests. Imports no torch."""
+"""Approximations of the Fisher: configs and manifests. Imports no torch."""
 
 from __future__ import annotations
 
-from kfacore.plugin import Component
+from typing import Annotated, Literal
 
-__all__ = ["COMPONENTS"]
+from pydantic import Field
 
-COMPONENTS: tuple[Component, ...] = ()
+from kfacore.plugin import ApproxConfig, Component
+
+__all__ = ["COMPONENTS", "BlockDiagonalConfig", "BlockTridiagonalConfig"]
+
+
+class BlockDiagonalConfig(ApproxConfig):
+    """Options of the block-diagonal approximation."""
+
+    kind: Literal["blockdiag"] = "blockdiag"
+    """Name of the implementation."""
+
+
+class BlockTridiagonalConfig(ApproxConfig):
+    """Options of the block-tridiagonal approximation."""
+
+    kind: Literal["tridiag"] = "tridiag"
+    """Name of the implementation."""
+
+    tolerance: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Keep canonical correlations of adjacent layers with r^2 above this: 0 is exact, 1 is block-diagonal."""
+
+
+COMPONENTS: tuple[Component, ...] = (
+    Component(
+        "approx",
+        "blockdiag",
+        BlockDiagonalConfig,
+        "kfac_plugins.approx.blockdiag:BlockDiagonal",
+        "Kronecker-factored blocks, layers independent (section 4.2); any graph of layers.",
+    ),
+    Component(
+        "approx",
+        "tridiag",
+        BlockTridiagonalConfig,
+        "kfac_plugins.approx.tridiag:BlockTridiagonal",
+        "Inverse block-tridiagonal, adjacent layers coupled (section 4.3); a chain of layers.",
+    ),
+)

@@ -1,9 +1,62 @@
-"""Damping strategies: config models and manifests. Imports no torch."""
+"""Damping strategies: configs and manifests. Imports no torch."""
 
 from __future__ import annotations
 
-from kfacore.plugin import Component
+from typing import Annotated, Literal
 
-__all__ = ["COMPONENTS"]
+from pydantic import Field
 
-COMPONENTS: tuple[Component, ...] = ()
+from kfacore.plugin import Component, DampingConfig
+
+__all__ = ["COMPONENTS", "FixedDampingConfig", "LevenbergMarquardtConfig"]
+
+Positive = Annotated[float, Field(gt=0.0)]
+Period = Annotated[int, Field(ge=1)]
+
+
+class LevenbergMarquardtConfig(DampingConfig):
+    """Options of adaptive damping."""
+
+    kind: Literal["levenberg-marquardt"] = "levenberg-marquardt"
+    """Name of the implementation."""
+
+    lambda0: Positive = 150.0
+    """First lambda; the authors' value for the autoencoders."""
+    lambda_every: Period = 5
+    """Steps between adaptations of lambda (T_1)."""
+    gamma_every: Period = 20
+    """Steps between comparisons of three gammas (T_2)."""
+    gamma_min: Annotated[float, Field(ge=0.0)] | None = None
+    """Lower clamp of the candidates of gamma; the square root of the weight decay if left out."""
+    gamma_max: Positive | None = 1.0
+    """Upper clamp of the candidates of gamma, as in the authors' program."""
+
+
+class FixedDampingConfig(DampingConfig):
+    """Options of constant damping."""
+
+    kind: Literal["fixed"] = "fixed"
+    """Name of the implementation."""
+
+    lambda0: Annotated[float, Field(ge=0.0)] = 0.0
+    """lambda of the quadratic model."""
+    gamma: Positive | None = None
+    """gamma of the approximate inverse; sqrt(lambda0 + weight decay) if left out."""
+
+
+COMPONENTS: tuple[Component, ...] = (
+    Component(
+        "damping",
+        "levenberg-marquardt",
+        LevenbergMarquardtConfig,
+        "kfac_plugins.damping.levenberg_marquardt:LevenbergMarquardt",
+        "lambda by the reduction ratio, gamma by comparing candidates (sections 6.5, 6.6).",
+    ),
+    Component(
+        "damping",
+        "fixed",
+        FixedDampingConfig,
+        "kfac_plugins.damping.fixed:FixedDamping",
+        "Constant lambda and gamma.",
+    ),
+)

@@ -1,9 +1,62 @@
-"""Momentum rules: config models and manifests. Imports no torch."""
+"""Momentum rules: configs and manifests. Imports no torch."""
 
 from __future__ import annotations
 
-from kfacore.plugin import Component
+from typing import Annotated, Literal
 
-__all__ = ["COMPONENTS"]
+from pydantic import Field
 
-COMPONENTS: tuple[Component, ...] = ()
+from kfacore.plugin import Component, MomentumConfig
+
+__all__ = ["COMPONENTS", "FixedMomentumConfig", "NoMomentumConfig", "QuadraticModelConfig"]
+
+
+class QuadraticModelConfig(MomentumConfig):
+    """Options of parameter-free momentum."""
+
+    kind: Literal["quadratic-model"] = "quadratic-model"
+    """Name of the implementation."""
+
+
+class NoMomentumConfig(MomentumConfig):
+    """Options of re-scaling without momentum."""
+
+    kind: Literal["none"] = "none"
+    """Name of the implementation."""
+
+
+class FixedMomentumConfig(MomentumConfig):
+    """Options of a given learning rate and momentum."""
+
+    kind: Literal["fixed"] = "fixed"
+    """Name of the implementation."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 1.0
+    """Learning rate: alpha of every step."""
+    mu: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Momentum: mu of every step."""
+
+
+COMPONENTS: tuple[Component, ...] = (
+    Component(
+        "momentum",
+        "quadratic-model",
+        QuadraticModelConfig,
+        "kfac_plugins.momentum.quadratic_model:QuadraticModelMomentum",
+        "alpha and mu minimise the exact quadratic model (section 7); nothing to tune.",
+    ),
+    Component(
+        "momentum",
+        "none",
+        NoMomentumConfig,
+        "kfac_plugins.momentum.none:NoMomentum",
+        "alpha minimises the exact quadratic model (section 6.4); no momentum.",
+    ),
+    Component(
+        "momentum",
+        "fixed",
+        FixedMomentumConfig,
+        "kfac_plugins.momentum.fixed:FixedMomentum",
+        "A given learning rate and momentum; no quadratic model unless the damping needs it.",
+    ),
+)

@@ -1,0 +1,150 @@
+r"""Factorisations that are checked: finite, or tried again in double precision, then with more jitter.
+
+On real data factors are singular (pixels that are always zero) and single-precision routines fail or return NaN
+without an error (method, section 9). Nothing here returns a result that was not checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfacore.errors import NumericalError
+from kfacore.roles.approx import Notice
+
+__all__ = ["Spd", "eigh_psd", "factor_spd", "pi_of"]
+
+_JITTERS = (0.0, 1e-7, 1e-5, 1e-3, 1e-1)
+
+
+def pi_of(A: Tensor, G: Tensor) -> Tensor:
+    """Pi = sqrt((tr A / dim A) / (tr G / dim G)), the trace-norm split of gamma (paper, section 6.3).
+
+    Where one of the two traces is zero (a dead layer) there is nothing to balance: 1.
+    """
+    ratio = (A.diagonal().mean() / G.diagonal().mean()).sqrt()
+    return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
+
+
+@dataclass(frozen=True)
+class Spd:
+    """A damped factor X + shift I with its inverse.
+
+    Attributes:
+        base: X, symmetric, (d, d); shared by all candidates of gamma.
+        shift: What was added to the diagonal, a scalar on the device.
+        inverse: (X + shift I)^-1.
+    """
+
+    base: Tensor
+    shift: Tensor
+    inverse: Tensor
+
+    def times(
+        self,
+        V: Tensor,  # (d, m)
+    ) -> Tensor:
+        """(X + shift I) V."""
+        return torch.addmm(V * self.shift, self.base, V)
+
+
+def factor_spd(
+    bases: Sequence[Tensor], shifts: Sequence[Tensor], names: Sequence[tuple[str, str]]
+) -> tuple[list[Spd], list[Tensor], list[Notice]]:
+    """Inverses and Cholesky factors of many damped factors, with one wait for the device in all.
+
+    Args:
+        bases: Symmetric positive semi-definite X.
+        shifts: What to add to each diagonal, scalars.
+        names: (layer, factor) of each, for notices.
+
+    Returns:
+        The damped factors, L of each (L L^T = X + shift I), and a notice for each that needed double precision or
+        jitter.
+
+    Raises:
+        NumericalError: Some factor is not finite or could not be factorised with any jitter; names the layer.
+    """
+    results: list[Spd] = []
+    lower: list[Tensor] = []
+    checks: list[Tensor] = []
+    for base, shift in zip(bases, shifts, strict=True):
+        result, L, info = _cholesky(base, shift.to(base.dtype))
+        results.append(result)
+        lower.append(L)
+        checks.append((info == 0) & torch.isfinite(result.inverse.diagonal().sum()))
+    good = torch.stack(checks).tolist()
+    notices: list[Notice] = []
+    for i, fine in enumerate(good):
+        if not fine:
+            results[i], lower[i], notice = _retry(bases[i], shifts[i], *names[i])
+            notices.append(notice)
+    return results, lower, notices
+
+
+def _cholesky(base: Tensor, shift: Tensor) -> tuple[Spd, Tensor, Tensor]:
+    damped = base.clone()
+    damped.diagonal().add_(shift)
+    L, info = torch.linalg.cholesky_ex(damped)
+    return Spd(base, shift, torch.cholesky_inverse(L)), L, info
+
+
+def _retry(base: Tensor, shift: Tensor, layer: str, factor: str) -> tuple[Spd, Tensor, Notice]:
+    """In double precision, then with growing jitter relative to the mean diagonal."""
+    if not bool(torch.isfinite(base).all()) or not bool(torch.isfinite(shift)):
+        raise NumericalError(
+            f"{layer}: factor {factor} has NaN or infinite entries; the forward or backward pass overflowed. "
+            "Check the data and the initialisation, or start with a larger damping"
+        )
+    double = base.double()
+    scale = double.diagonal().mean().clamp_min(torch.finfo(base.dtype).tiny)
+    for jitter in _JITTERS:
+        total = shift.double() + jitter * scale
+        result, L, info = _cholesky(double, total)
+        if int(info) == 0 and bool(torch.isfinite(result.inverse).all()):
+            how = "double precision" + (f" and jitter {jitter:g} of its mean diagonal" if jitter else "")
+            notice = Notice(layer, f"factor {factor} could not be factorised in {_short(base)}; used {how}")
+            d = base.dtype
+            return Spd(base, total.to(d), result.inverse.to(d)), L.to(d), notice
+    raise NumericalError(
+        f"{layer}: factor {factor} could not be factorised even with jitter {_JITTERS[-1]:g} of its mean diagonal; "
+        "raise the damping (damping.lambda0, or gamma_min)"
+    )
+
+
+def eigh_psd(M: Tensor, layer: str, factor: str) -> tuple[Tensor, Tensor, list[Notice]]:
+    """Eigenvalues (ascending) and eigenvectors of a symmetric positive semi-definite matrix, checked.
+
+    Args:
+        M: (d, d), symmetric up to rounding.
+        layer: Name of the layer, for notices.
+        factor: Name of the matrix, for notices.
+
+    Raises:
+        NumericalError: M is not finite, or the eigenproblem failed in double precision too; names the layer.
+    """
+    M = 0.5 * (M + M.T)
+    trace = M.diagonal().sum()
+    notices: list[Notice] = []
+    for dtype in dict.fromkeys((M.dtype, torch.float64)):
+        try:
+            values, vectors = torch.linalg.eigh(M.to(dtype))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but missing from the stubs
+            continue
+        # A failed run may return NaN, or numbers that are finite and wrong: the trace must be kept.
+        slack = 1e3 * torch.finfo(dtype).eps * M.shape[0] * values.abs().amax()
+        if bool(torch.isfinite(vectors).all() & ((values.sum() - trace).abs() <= slack)):
+            if dtype != M.dtype:
+                notices.append(Notice(layer, f"eigenproblem of {factor} failed in {_short(M)}; used double precision"))
+            return values.to(M.dtype), vectors.to(M.dtype), notices
+    raise NumericalError(
+        f"{layer}: the eigenproblem of {factor} failed in double precision; "
+        "raise the damping, or use approx = 'blockdiag', which needs no eigenvectors"
+    )
+
+
+def _short(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

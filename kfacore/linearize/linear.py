@@ -1,0 +1,93 @@
+"""The rule of `torch.nn.Linear` with one row a case: s = W a + b."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from kfacore.errors import UnsupportedModelError
+from kfacore.layers import LayerInfo
+from kfacore.linearize.rules import LayerRule
+
+__all__ = ["LinearRule"]
+
+
+class LinearRule(LayerRule):
+    """Linear layers, with or without bias; V = [W b], abar = [a; 1].
+
+    A bias that is frozen, or absent, is a constant: the block is W alone.
+    """
+
+    def matches(self, module: nn.Module) -> bool:
+        """Linear and subclasses that keep its forward."""
+        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+    def info(self, name: str, module: nn.Module) -> LayerInfo:
+        """d_in counts the bias only if it is trainable."""
+        trainable = {key for key, parameter in module.named_parameters(recurse=False) if parameter.requires_grad}
+        if "weight" not in trainable or not trainable <= {"weight", "bias"}:
+            raise UnsupportedModelError(
+                f"{name}: {type(module).__name__} must have a plain trainable weight, found trainable "
+                f"{', '.join(sorted(trainable))}; remove reparameterisations, or freeze the whole layer"
+            )
+        linear = cast("nn.Linear", module)
+        bias = "bias" in trainable
+        return LayerInfo(name, linear.in_features + bias, linear.out_features, bias)
+
+    def parameters(self, module: nn.Module) -> list[nn.Parameter]:
+        """[weight] or [weight, bias]."""
+        return [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
+
+    def split(self, info: LayerInfo, block: Tensor) -> list[Tensor]:
+        """All columns, or all but the last and the last."""
+        return [block[:, :-1], block[:, -1]] if info.bias else [block]
+
+    def check_input(self, info: LayerInfo, x: Any) -> Tensor:
+        """One row a case."""
+        if not isinstance(x, Tensor) or x.dim() != 2:
+            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise UnsupportedModelError(
+                f"{info.name}: Linear must get inputs of shape (cases, features), found {found}; layers that share "
+                "weights over positions are not supported"
+            )
+        return x
+
+    def inputs(self, info: LayerInfo, x: Tensor) -> Tensor:
+        """[a; 1]."""
+        x = x.detach()
+        return torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1) if info.bias else x
+
+    def gradient(self, info: LayerInfo, x: Tensor, g: Tensor, out: Tensor, *, accumulate: bool) -> None:
+        """G^T A straight into the block, the bias column as a sum."""
+        weight = out[:, :-1] if info.bias else out
+        x = x.detach()
+        weight.addmm_(g.T, x, beta=1.0 if accumulate else 0.0)
+        if info.bias:
+            sums = g.sum(0)
+            if accumulate:
+                out[:, -1].add_(sums)
+            else:
+                out[:, -1].copy_(sums)
+
+    def primal(self, module: nn.Module, x: Tensor) -> Tensor:
+        """W a + b."""
+        linear = cast("nn.Linear", module)
+        return nn.functional.linear(x, linear.weight, linear.bias)
+
+    def tangent(
+        self, info: LayerInfo, module: nn.Module, x: Tensor, dx: Tensor | None, directions: Sequence[Tensor]
+    ) -> Tensor:
+        """All directions' incoming tangents in one product with W, then one product a direction."""
+        linear = cast("nn.Linear", module)
+        n = x.shape[0]
+        result = x.new_empty(len(directions) * n, info.d_out) if dx is None else dx @ linear.weight.detach().T
+        for index, block in enumerate(directions):
+            rows = result[index * n : (index + 1) * n]
+            weight = block[:, :-1] if info.bias else block
+            rows.addmm_(x, weight.T, beta=0.0 if dx is None else 1.0)
+            if info.bias:
+                rows.add_(block[:, -1])
+        return result

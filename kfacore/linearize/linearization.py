@@ -1,0 +1,273 @@
+r"""A mini-batch as a linear map of the parameters: outputs, gradient, g_i, and J v.
+
+One forward pass serves everything. It runs in two chunks, the cases of the statistics and the rest, so that the
+sampled backward pass costs its share of the cases only. J v is forward-mode differentiation through the model with
+the layers' products already known: a layer's output is taken from the forward pass, only its tangent is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+import torch.autograd.forward_ad as fwd
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from kfacore.errors import UnsupportedModelError
+from kfacore.linearize.blocks import BlockVector
+from kfacore.linearize.checks import check_calls, check_cases, check_chain, check_gradient
+from kfacore.linearize.rules import Layer, find_layers
+from kfacore.nest import cases_of, repeat_cases, slice_cases
+from kfacore.roles.estimator import LayerSamples
+
+__all__ = ["Linearization", "Linearizer"]
+
+
+@dataclass
+class Call:
+    """One call of a layer in a forward pass."""
+
+    x: Tensor
+    s: Tensor
+    edge: GradientEdge
+    version: int
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether an in-place operation (for example an in-place ReLU) has changed the layer's output since."""
+        return self.s._version != self.version
+
+
+@dataclass
+class Chunk:
+    """Consecutive cases that went forward together."""
+
+    z: Tensor
+    calls: list[Call] = field(default_factory=list)
+
+
+class Linearizer:
+    """Turns mini-batches into linearizations of one model.
+
+    Attributes:
+        model: The model.
+        layers: Its layers; in execution order once the first mini-batch has been seen.
+
+    Args:
+        model: Any module whose trainable parameters lie in supported layers.
+        structure: ``"chain"`` if the model must be a chain of layers, else ``"any"``.
+
+    Raises:
+        UnsupportedModelError: Some module cannot be preconditioned; the message names it.
+    """
+
+    def __init__(self, model: nn.Module, structure: str = "any") -> None:
+        self.model = model
+        self.structure = structure
+        self.layers = find_layers(model)
+        self.ordered = False
+        self._checked = False
+
+    def set_order(self, names: Sequence[str]) -> None:
+        """Take up the execution order of a saved state.
+
+        Raises:
+            UnsupportedModelError: The model does not have exactly these layers.
+        """
+        known = {layer.info.name: layer for layer in self.layers}
+        if set(known) != set(names):
+            raise UnsupportedModelError(
+                f"the saved optimizer state has layers {', '.join(names)}; this model has {', '.join(known)}"
+            )
+        self.layers = [known[name] for name in names]
+        self.ordered = True
+
+    def __call__(self, inputs: Any, statistics_cases: int | None = None) -> Linearization:
+        """Run the forward pass.
+
+        Args:
+            inputs: Any nest of tensors whose first dimension is the case.
+            statistics_cases: How many of the first cases the estimator will use; all if left out.
+
+        Raises:
+            UnsupportedModelError: A layer was used twice or not at all, the layers' order changed, cases are mixed,
+                or the forward pass draws random numbers; the message names the module.
+        """
+        m = cases_of(inputs)
+        n = m if statistics_cases is None else statistics_cases
+        bounds = [0, n, m] if n < m else [0, m]
+        chunks = [self._forward(slice_cases(inputs, a, b)) for a, b in pairwise(bounds)]
+        linearization = Linearization(self, inputs, chunks)
+        if not self._checked:
+            check_cases(self.model, inputs)
+            check_gradient(self.layers, chunks[0])
+            if self.structure == "chain":
+                check_chain(self.layers, chunks[0])
+            self._checked = m > 1  # one case cannot show that cases are mixed
+        return linearization
+
+    def _forward(self, inputs: Any) -> Chunk:
+        calls: list[tuple[Layer, Call]] = []
+
+        def record(layer: Layer) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+                x = layer.rule.check_input(layer.info, args[0] if args else next(iter(kwargs.values()), None))
+                calls.append((layer, Call(x.detach(), output.detach(), get_gradient_edge(output), output._version)))
+
+            return hook
+
+        handles = [layer.module.register_forward_hook(record(layer), with_kwargs=True) for layer in self.layers]
+        try:
+            with torch.enable_grad():
+                z = self.model(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        order = check_calls(self.layers, [layer for layer, _ in calls], z, cases_of(inputs), ordered=self.ordered)
+        self.layers, self.ordered = order, True
+        return Chunk(z, [call for _, call in calls])
+
+
+class Linearization:
+    """One mini-batch, linearised at the current parameters.
+
+    Args:
+        linearizer: What made it.
+        inputs: The mini-batch's inputs.
+        chunks: Its forward passes, in the order of the cases.
+    """
+
+    def __init__(self, linearizer: Linearizer, inputs: Any, chunks: list[Chunk]) -> None:
+        self.layers = linearizer.layers
+        self._model = linearizer.model
+        self._inputs = inputs
+        self._chunks = chunks
+        self.cases = sum(chunk.z.shape[0] for chunk in chunks)
+
+    def outputs(self) -> list[Tensor]:
+        """Z of each chunk, (n_c, o), detached, in the order of the cases."""
+        return [chunk.z.detach() for chunk in self._chunks]
+
+    def statistics_outputs(self) -> Tensor:
+        """Z of the estimator's cases, (n, o), detached."""
+        return self._chunks[0].z.detach()
+
+    def backpropagate(
+        self,
+        vectors: Tensor,  # (k, n, o)
+    ) -> list[LayerSamples]:
+        """Send k sets of output vectors back through the estimator's cases; no weight gradients are formed.
+
+        Args:
+            vectors: One vector a case and pass, a derivative by z.
+
+        Returns:
+            abar and g of each layer.
+        """
+        chunk = self._chunks[0]
+        passes = [_layer_gradients(chunk, v, retain=True) for v in vectors.unbind(0)]
+        return [
+            LayerSamples(
+                layer.rule.inputs(layer.info, call.x),
+                passes[0][i].unsqueeze(0) if len(passes) == 1 else torch.stack([g[i] for g in passes]),
+            )
+            for i, (layer, call) in enumerate(zip(self.layers, chunk.calls, strict=True))
+        ]
+
+    def gradient(
+        self,
+        vectors: Sequence[Tensor],  # (n_c, o) a chunk
+        out: BlockVector,
+    ) -> BlockVector:
+        """J^T v summed over all cases, written into ``out``. Frees the graph: the last use of backward passes.
+
+        Args:
+            vectors: Derivatives by z of each chunk of `outputs`.
+            out: Receives the result.
+        """
+        for index, (chunk, v) in enumerate(zip(self._chunks, vectors, strict=True)):
+            gradients = _layer_gradients(chunk, v, retain=False)
+            for layer, call, g, block in zip(self.layers, chunk.calls, gradients, out.blocks, strict=True):
+                layer.rule.gradient(layer.info, call.x, g, block, accumulate=index > 0)
+        return out
+
+    def jvp(
+        self,
+        directions: Sequence[Sequence[Tensor]],  # k times one block (d_out, d_in) a layer
+        cases: int | None = None,
+    ) -> Tensor:  # (k, n, o)
+        """J v for several directions in one pass, on the first cases of the mini-batch.
+
+        The model runs forward once on k copies of the cases, each copy moving in its own direction. Must be called
+        before the parameters change.
+
+        Raises:
+            UnsupportedModelError: The model uses an operation without forward-mode derivative.
+        """
+        n = self.cases if cases is None else cases
+        k = len(directions)
+        with torch.no_grad(), fwd.dual_level(), self._tangents(directions, n):
+            try:
+                z = self._model(repeat_cases(slice_cases(self._inputs, 0, n), k))
+            except NotImplementedError as error:
+                raise UnsupportedModelError(
+                    f"{type(self._model).__name__}: an operation of the model has no forward-mode derivative, which "
+                    f"the exact quadratic model needs ({str(error).splitlines()[0]}); use momentum = 'fixed'"
+                ) from error
+            tangent = _unpack(z)[1]
+        if tangent is None:
+            tangent = torch.zeros_like(z)
+        return tangent.view(k, n, *tangent.shape[1:])
+
+    @contextmanager
+    def _tangents(self, directions: Sequence[Sequence[Tensor]], n: int) -> Iterator[None]:
+        """Replace each layer's forward by one that takes the known output and computes its tangent."""
+        patched: list[nn.Module] = []
+        try:
+            for i, layer in enumerate(self.layers):
+                calls = [chunk.calls[i] for chunk in self._chunks]
+                # An instance attribute shadows the class's forward; hooks of the user still run around it.
+                layer.module.__dict__["forward"] = _tangent_forward(layer, calls, [d[i] for d in directions], n)
+                patched.append(layer.module)
+            yield
+        finally:
+            for module in patched:
+                del module.__dict__["forward"]
+
+
+def _layer_gradients(chunk: Chunk, v: Tensor, *, retain: bool) -> Sequence[Tensor]:
+    """G of each layer for output vectors v."""
+    return torch.autograd.grad(chunk.z, [call.edge for call in chunk.calls], v, retain_graph=retain)
+
+
+def _tangent_forward(layer: Layer, calls: list[Call], blocks: list[Tensor], n: int) -> Callable[[Tensor], Tensor]:
+    known = not any(call.overwritten for call in calls)
+    k = len(blocks)
+
+    def forward(input: Tensor) -> Tensor:  # the name nn.Linear.forward has, for keyword calls
+        x, dx = _unpack(input)
+        s = _first([call.s for call in calls], n).repeat(k, 1) if known else layer.rule.primal(layer.module, x)
+        tangent = layer.rule.tangent(layer.info, layer.module, x[:n], dx, blocks)
+        return cast("Tensor", fwd.make_dual(s, tangent))  # type: ignore[no-untyped-call]  # torch has no types here
+
+    return forward
+
+
+def _unpack(dual: Tensor) -> tuple[Tensor, Tensor | None]:
+    primal, tangent = fwd.unpack_dual(dual)  # type: ignore[no-untyped-call]  # torch has no types here
+    return primal, tangent
+
+
+def _first(parts: list[Tensor], n: int) -> Tensor:
+    """The first n rows of consecutive parts."""
+    taken: list[Tensor] = []
+    for part in parts:
+        if n > 0:
+            taken.append(part[:n])
+        n -= part.shape[0]
+    return taken[0] if len(taken) == 1 else torch.cat(taken)

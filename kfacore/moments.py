@@ -1,0 +1,184 @@
+r"""Running averages of second moments: the statistics that approximations are made of.
+
+A moment sees each mini-batch's layer inputs and output gradients and averages (method, section 2, step 3)
+
+    X <- f X + (1 - f) X_new,     f = min(1 - 1/k, decay),
+
+so that the first estimate is taken whole and the scale never depends on the batch size. Moments are uncentred.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from kfacore.errors import ConfigError
+from kfacore.layers import LayerInfo
+from kfacore.roles.approx import Inverse
+from kfacore.roles.estimator import LayerSamples
+
+__all__ = ["InputCross", "InputFactor", "Moment", "Moments", "OutputCross", "OutputFactor"]
+
+
+class Moment(ABC):
+    """One kind of running average: a tensor for each layer, or for each pair of adjacent layers.
+
+    Attributes:
+        values: The averages, in execution order; updated in place.
+
+    Args:
+        layers: The layers, in execution order.
+        like: A tensor with the dtype and device of the averages.
+    """
+
+    def __init__(self, layers: Sequence[LayerInfo], like: Tensor) -> None:
+        self.layers = layers
+        self.values = [torch.zeros(shape, dtype=like.dtype, device=like.device) for shape in self.shapes(layers)]
+
+    @abstractmethod
+    def shapes(self, layers: Sequence[LayerInfo]) -> list[tuple[int, ...]]:
+        """Shape of each value."""
+
+    @abstractmethod
+    def update(self, samples: Sequence[LayerSamples], keep: float) -> None:
+        """Average the samples' estimate in with weight 1 - keep; old values must not matter at all if keep = 0."""
+
+    def refreshed(self, inverse: Inverse) -> None:  # noqa: B027  # optional: most moments have no coordinates
+        """Called when an inverse has been taken up, for averages kept in its coordinates; nothing by default."""
+
+
+class _Products(Moment):
+    """Averages of products X^T Y over cases."""
+
+    @abstractmethod
+    def rows(self, samples: Sequence[LayerSamples]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The two matrices of rows whose product is averaged, one pair a value."""
+
+    def update(self, samples: Sequence[LayerSamples], keep: float) -> None:
+        """One product a value, straight into the average."""
+        scale = (1.0 - keep) / samples[0].cases
+        for value, (x, y) in zip(self.values, self.rows(samples), strict=True):
+            value.addmm_(x.T, y, beta=keep, alpha=scale)
+
+
+class InputFactor(_Products):
+    """A_i = E[abar_{i-1} abar_{i-1}^T], (d_in, d_in)."""
+
+    def shapes(self, layers: Sequence[LayerInfo]) -> list[tuple[int, ...]]:
+        """(d_in, d_in) a layer."""
+        return [(layer.d_in, layer.d_in) for layer in layers]
+
+    def rows(self, samples: Sequence[LayerSamples]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Abar with itself."""
+        return ((s.inputs, s.inputs) for s in samples)
+
+
+class OutputFactor(_Products):
+    """G_i = E[g_i g_i^T], (d_out, d_out)."""
+
+    def shapes(self, layers: Sequence[LayerInfo]) -> list[tuple[int, ...]]:
+        """(d_out, d_out) a layer."""
+        return [(layer.d_out, layer.d_out) for layer in layers]
+
+    def rows(self, samples: Sequence[LayerSamples]) -> Iterator[tuple[Tensor, Tensor]]:
+        """G with itself, over cases and passes."""
+        return ((g, g) for g in _gradients(samples))
+
+
+class InputCross(_Products):
+    """Ax_i = E[abar_{i-1} abar_i^T], (d_in of i, d_in of i+1), for i < L."""
+
+    def shapes(self, layers: Sequence[LayerInfo]) -> list[tuple[int, ...]]:
+        """One a pair of adjacent layers."""
+        return [(a.d_in, b.d_in) for a, b in pairwise(layers)]
+
+    def rows(self, samples: Sequence[LayerSamples]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Abar of a layer with abar of the next."""
+        return ((a.inputs, b.inputs) for a, b in pairwise(samples))
+
+
+class OutputCross(_Products):
+    """Gx_i = E[g_i g_{i+1}^T], (d_out of i, d_out of i+1), for i < L."""
+
+    def shapes(self, layers: Sequence[LayerInfo]) -> list[tuple[int, ...]]:
+        """One a pair of adjacent layers."""
+        return [(a.d_out, b.d_out) for a, b in pairwise(layers)]
+
+    def rows(self, samples: Sequence[LayerSamples]) -> Iterator[tuple[Tensor, Tensor]]:
+        """G of a layer with g of the next, over cases and passes."""
+        gradients = _gradients(samples)
+        return pairwise(gradients)
+
+
+def _gradients(samples: Sequence[LayerSamples]) -> list[Tensor]:
+    """G as rows, (k n, d_out)."""
+    return [s.gradients.flatten(0, 1) for s in samples]
+
+
+M = TypeVar("M", bound=Moment)
+
+
+class Moments:
+    """The moments that an approximation declared, updated together.
+
+    Attributes:
+        layers: The layers, in execution order.
+        updates: Number of mini-batches seen, k.
+
+    Args:
+        kinds: The moment classes.
+        layers: The layers.
+        like: A tensor with the dtype and device of the averages.
+    """
+
+    def __init__(self, kinds: Sequence[type[Moment]], layers: Sequence[LayerInfo], like: Tensor) -> None:
+        self.layers = layers
+        self.updates = 0
+        self._by_kind = {kind: kind(layers, like) for kind in kinds}
+
+    def __getitem__(self, kind: type[M]) -> list[Tensor]:
+        """The averages of one kind; read-only for everyone but the moment itself."""
+        return self._by_kind[kind].values
+
+    def snapshot(self, kind: type[M]) -> list[Tensor]:
+        """Copies of the averages of one kind, which later updates do not change."""
+        return [value.clone() for value in self[kind]]
+
+    def update(self, samples: Sequence[LayerSamples], decay: float) -> None:
+        """Take in a mini-batch with f = min(1 - 1/k, decay)."""
+        self.updates += 1
+        keep = min(1.0 - 1.0 / self.updates, decay)
+        for moment in self._by_kind.values():
+            moment.update(samples, keep)
+
+    def refreshed(self, inverse: Inverse) -> None:
+        """Tell the moments which inverse is in use now."""
+        for moment in self._by_kind.values():
+            moment.refreshed(inverse)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of updates and every average."""
+        values = {kind.__name__: moment.values for kind, moment in self._by_kind.items()}
+        return {"updates": self.updates, "values": values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up averages of the same kinds and shapes.
+
+        Raises:
+            ConfigError: The state was made by an approximation with other moments.
+        """
+        names = {kind.__name__ for kind in self._by_kind}
+        if set(state["values"]) != names:
+            raise ConfigError(
+                f"the saved statistics are {', '.join(sorted(state['values']))}; "
+                f"this approximation needs {', '.join(sorted(names))}"
+            )
+        self.updates = state["updates"]
+        for kind, moment in self._by_kind.items():
+            for value, saved in zip(moment.values, state["values"][kind.__name__], strict=True):
+                value.copy_(saved)

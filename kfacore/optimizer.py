@@ -1,0 +1,383 @@
+r"""The K-FAC optimizer: one `KFAC.step` is one iteration of method.md, section 2.
+
+Source: Martens & Grosse (2015), Algorithm 2; where the authors' program differs from the paper, the program.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfacore.config.presets import PRESETS
+from kfacore.config.slots import (
+    ApproxConfig,
+    DampingConfig,
+    EstimatorConfig,
+    LikelihoodConfig,
+    Model,
+    MomentumConfig,
+)
+from kfacore.errors import ConfigError, NumericalError, nearest
+from kfacore.linearize import BlockVector, Linearization, Linearizer
+from kfacore.nest import cases_of
+from kfacore.preconditioner import Preconditioner
+from kfacore.quadratic import fisher_gram, model_value, on_planes
+from kfacore.registry import get_registry
+from kfacore.roles.approx import Approximation, Inverse, Notice
+from kfacore.roles.damping import Damping
+from kfacore.roles.estimator import Estimator
+from kfacore.roles.likelihood import Likelihood
+from kfacore.roles.momentum import Momentum
+from kfacore.roles.optimizer import Optimizer, StepReport
+
+__all__ = ["KFAC", "KFACConfig"]
+
+_SLOTS = ("likelihood", "approx", "estimator", "damping", "momentum")
+
+
+class KFACConfig(Model):
+    """All options of `KFAC` in one object; a slot is a name, a table with ``kind``, or a config object."""
+
+    likelihood: str | dict[str, Any] | LikelihoodConfig
+    """The predictive distribution."""
+    approx: str | dict[str, Any] | ApproxConfig = "blockdiag"
+    """The approximation of the Fisher."""
+    estimator: str | dict[str, Any] | EstimatorConfig | None = None
+    """The statistics estimator; the preset's if left out."""
+    damping: str | dict[str, Any] | DampingConfig | None = None
+    """The damping strategy; the preset's if left out."""
+    momentum: str | dict[str, Any] | MomentumConfig | None = None
+    """The momentum rule; the preset's if left out."""
+    weight_decay: float = 1e-5
+    """eta of the objective h = loss + eta/2 ||theta||^2, biases included."""
+    preset: str = "default"
+    """Where slots that are left out come from: "default", "paper" or "heskes"."""
+    seed: int = 0
+    """Seed of the sampled targets."""
+
+
+class KFAC(torch.optim.Optimizer, Optimizer):
+    r"""K-FAC with exact re-scaling, parameter-free momentum and adaptive damping.
+
+    Each step minimises, on the plane of Delta = -F-hat^-1 grad h and the previous step, the quadratic model
+    1/2 delta^T (F + (lambda + eta) I) delta + grad h^T delta with the exact Fisher F, and always takes the minimum.
+
+    Args:
+        model: Any module whose trainable parameters lie in supported layers; outputs z of shape (cases, outputs).
+        config: All options in one object; then no other option may be given.
+        likelihood: A name, a table, a config object or an instance; likewise the other slots.
+        approx: The approximation of the Fisher, ``"blockdiag"`` or ``"tridiag"``, or a plug-in's.
+        estimator: The statistics estimator.
+        damping: The damping strategy.
+        momentum: The momentum rule.
+        weight_decay: eta >= 0.
+        preset: Where slots that are left out come from.
+        seed: Seed of the sampled targets.
+
+    Raises:
+        ConfigError: An option is wrong.
+        UnsupportedModelError: A module cannot be preconditioned; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: KFACConfig | None = None,
+        *,
+        likelihood: str | Mapping[str, Any] | LikelihoodConfig | Likelihood | None = None,
+        approx: str | Mapping[str, Any] | ApproxConfig | Approximation | None = None,
+        estimator: str | Mapping[str, Any] | EstimatorConfig | Estimator | None = None,
+        damping: str | Mapping[str, Any] | DampingConfig | Damping | None = None,
+        momentum: str | Mapping[str, Any] | MomentumConfig | Momentum | None = None,
+        weight_decay: float | None = None,
+        preset: str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        given = {
+            "likelihood": likelihood,
+            "approx": approx,
+            "estimator": estimator,
+            "damping": damping,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "preset": preset,
+            "seed": seed,
+        }
+        chosen = _options(config, {key: value for key, value in given.items() if value is not None})
+        eta = chosen["weight_decay"]
+        if not (isinstance(eta, int | float) and math.isfinite(eta) and eta >= 0):
+            raise ConfigError(f"weight_decay must be a number >= 0, found {eta!r}")
+        registry = get_registry()
+        self.likelihood = registry.build("likelihood", chosen["likelihood"])
+        self.approx = registry.build("approx", chosen["approx"])
+        self.estimator = registry.build("estimator", chosen["estimator"])
+        self.damping = registry.build("damping", chosen["damping"])
+        self.momentum = registry.build("momentum", chosen["momentum"])
+
+        self.linearizer = Linearizer(model, self.approx.structure)
+        parameters = [parameter for layer in self.linearizer.layers for parameter in layer.parameters]
+        device = parameters[0].device
+        self.generator = torch.Generator(device).manual_seed(int(chosen["seed"]))
+        self.damping.start(float(eta), device)
+        self.steps = 0
+        self.preconditioner: Preconditioner | None = None
+        self._grad: BlockVector | None = None
+        self._delta: BlockVector | None = None
+        torch.optim.Optimizer.__init__(self, parameters, {"weight_decay": float(eta)})
+
+    @classmethod
+    def for_run(
+        cls,
+        config: Any,
+        *,
+        model: nn.Module,
+        likelihood: Likelihood,
+        parts: Mapping[str, Any],
+        weight_decay: float,
+        seed: int,
+    ) -> KFAC:
+        """Build it for `kfac train`."""
+        return cls(model, likelihood=likelihood, weight_decay=weight_decay, seed=seed, **parts)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model being trained."""
+        return self.linearizer.model
+
+    @property
+    def weight_decay(self) -> float:
+        """Eta of the objective."""
+        return float(self.param_groups[0]["weight_decay"])
+
+    def step(self, inputs: Any, targets: Tensor) -> StepReport:  # type: ignore[override]  # a step needs its batch
+        """One iteration: forward, backward, statistics, inverse, quadratic model, update, damping.
+
+        Args:
+            inputs: Any nest of tensors whose first dimension is the case; passed to the model as it is.
+            targets: One target a case.
+
+        Returns:
+            What happened, as scalars on the device.
+
+        Raises:
+            UnsupportedModelError: The forward pass cannot be linearised; the message names the module.
+            DataError: Inputs and targets do not fit.
+            NumericalError: No candidate of gamma gave a finite model (seen in steps that refresh or adapt).
+        """
+        k = self.steps + 1
+        m = cases_of(inputs)
+        batch = self.linearizer(inputs, self.estimator.cases(m))
+        if k == 1:
+            self.likelihood.check_targets(targets, batch.statistics_outputs().shape[1], "targets")
+        loss, objective, error = self._objective(batch, targets)
+
+        preconditioner = self._prepare()
+        preconditioner.update(self.estimator.collect(batch, targets, self.likelihood, self.generator))
+        grad = self._gradient(batch, targets)
+
+        candidates, notices, refreshed = self._inverses(preconditioner, k)
+        proposals = [self._vector().copy_blocks(inverse.solve(grad.blocks)) for _, inverse in candidates]
+        torch._foreach_neg_([proposal.flat for proposal in proposals])
+        M, b = self._model(batch, proposals, grad)
+        x = self.momentum.coefficients(M, b)
+        values = model_value(M, b, x)
+
+        best = 0
+        if len(candidates) > 1:
+            best = int(torch.where(torch.isnan(values), torch.inf, values).argmin())
+        gamma, inverse = candidates[best]
+        if refreshed:
+            preconditioner.use(inverse)
+            self.damping.choose(gamma)
+        lam, (alpha, mu), value = self.damping.lam, x[best], values[best]
+        self._take(proposals[best], alpha, mu)
+
+        self.steps = k
+        rho = self._adapt(inputs, targets, objective, value) if self.damping.adapts(k) else None
+        has_model = self.momentum.uses_model or self.damping.uses_model
+        return StepReport(
+            step=k,
+            batch_size=m,
+            loss=loss,
+            objective=objective,
+            error=error,
+            model_value=value if has_model else None,
+            rho=rho,
+            lam=lam,
+            gamma=gamma,
+            alpha=alpha,
+            mu=mu,
+            refreshed=refreshed,
+            notices=tuple(str(notice) for notice in notices),
+        )
+
+    def _objective(self, batch: Linearization, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """loss, h = loss + eta/2 ||theta||^2, and the reported error, at the parameters of the forward pass."""
+        loss, error = self._losses(batch.outputs(), targets)
+        return loss, loss + self._penalty(), error
+
+    def _losses(self, outputs: list[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+        losses, errors = [], []
+        for z, y in zip(outputs, torch.split(targets, [len(z) for z in outputs]), strict=True):
+            losses.append(self.likelihood.nll(z, y).sum(dtype=torch.float64))
+            errors.append(self.likelihood.error(z, y).sum(dtype=torch.float64))
+        return torch.stack(losses).sum() / len(targets), torch.stack(errors).sum() / len(targets)
+
+    def _penalty(self) -> Tensor:
+        norms = torch._foreach_norm(self._parameters())
+        return 0.5 * self.weight_decay * torch.stack(norms).double().square().sum()
+
+    def _parameters(self) -> list[Tensor]:
+        """The parameters in execution order, aligned with the parts of a `BlockVector`, without their graph."""
+        return [parameter.detach() for layer in self.linearizer.layers for parameter in layer.parameters]
+
+    def _vector(self) -> BlockVector:
+        return BlockVector.zeros(self.linearizer.layers)
+
+    def _prepare(self) -> Preconditioner:
+        """The preconditioner, made when the first forward pass has told the order of the layers."""
+        if self.preconditioner is None:
+            layers = self.linearizer.layers
+            infos = [layer.info for layer in layers]
+            self.preconditioner = Preconditioner(
+                self.approx, infos, layers[0].parameters[0], self.estimator.config.decay
+            )
+            self._grad, self._delta = self._vector(), self._vector()
+        return self.preconditioner
+
+    def _gradient(self, batch: Linearization, targets: Tensor) -> BlockVector:
+        """Grad h = mean of J^T (d nll / dz) + eta theta."""
+        assert self._grad is not None
+        outputs = batch.outputs()
+        parts = torch.split(targets, [len(z) for z in outputs])
+        vectors = [self.likelihood.residual(z, y) / batch.cases for z, y in zip(outputs, parts, strict=True)]
+        grad = batch.gradient(vectors, self._grad)
+        torch._foreach_add_(grad.parts, self._parameters(), alpha=self.weight_decay)
+        return grad
+
+    def _inverses(
+        self, preconditioner: Preconditioner, k: int
+    ) -> tuple[list[tuple[Tensor, Inverse]], list[Notice], bool]:
+        """The inverses to compare in this step: the one in use, or new ones."""
+        gammas = self.damping.candidates(k)
+        if preconditioner.inverse is not None and len(gammas) == 1 and not preconditioner.due(k):
+            return [(gammas[0], preconditioner.inverse)], [], False
+        made, notices = preconditioner.refresh(gammas, pi=self.damping.config.pi)
+        return made, notices, True
+
+    def _model(self, batch: Linearization, proposals: list[BlockVector], grad: BlockVector) -> tuple[Tensor, Tensor]:
+        """M and b on (Delta, delta_prev) for each candidate; zeros if no part uses the model."""
+        assert self._delta is not None
+        c = len(proposals)
+        if not (self.momentum.uses_model or self.damping.uses_model):
+            empty = grad.flat.new_zeros(c, 2, 2, dtype=torch.float64)
+            return empty, empty[:, 0]
+        moving = self.momentum.uses_previous and self.steps > 0
+        directions = [*proposals, self._delta] if moving else proposals
+        n = self.momentum.cases(batch.cases)
+        z = torch.cat(batch.outputs())[:n]
+        gram = fisher_gram(self.likelihood, z, batch.jvp([v.blocks for v in directions], n))
+        products = [torch.dot(v.flat, w.flat) for v in directions for w in directions]
+        inner = torch.stack(products).double().view(len(directions), len(directions))
+        M = gram + (self.damping.lam + self.weight_decay) * inner
+        b = torch.stack([torch.dot(v.flat, grad.flat) for v in directions]).double()
+        if not moving:
+            M = nn.functional.pad(M, (0, 1, 0, 1))
+            b = nn.functional.pad(b, (0, 1))
+        return on_planes(M, b)
+
+    def _take(self, proposal: BlockVector, alpha: Tensor, mu: Tensor) -> None:
+        """Delta <- alpha Delta + mu delta, theta <- theta + delta. Always: the method has no rejection."""
+        assert self._delta is not None
+        delta = self._delta.flat
+        delta.mul_(mu.to(delta.dtype)).addcmul_(proposal.flat, alpha.to(delta.dtype))
+        torch._foreach_add_(self._parameters(), self._delta.parts)
+
+    def _adapt(self, inputs: Any, targets: Tensor, before: Tensor, predicted: Tensor) -> Tensor:
+        """Rho = (h(theta + delta) - h(theta)) / model value on the same mini-batch; -inf if h went up."""
+        with torch.no_grad():
+            loss, _ = self._losses([self.model(inputs)], targets)
+        change = loss + self._penalty() - before
+        rho = torch.where(change > 0, -torch.inf, change / predicted)
+        self.damping.adapt(rho)
+        if not bool(torch.isfinite(predicted)):
+            raise NumericalError(
+                f"step {self.steps}: the quadratic model is not finite (loss {float(before):g}, lambda "
+                f"{float(self.damping.lam):g}, gamma {float(self.damping.gamma):g}); the parameters have diverged. "
+                "Check the data, or start with a larger damping.lambda0"
+            )
+        return rho
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit for bit; loads with ``torch.load(weights_only=True)``."""
+        state = super().state_dict()
+        state["kfac"] = {
+            "steps": self.steps,
+            "layers": [layer.info.name for layer in self.linearizer.layers],
+            "approx": self.approx.config.kind,
+            "damping": self.damping.state_dict(),
+            "generator": self.generator.get_state(),
+            "preconditioner": None if self.preconditioner is None else self.preconditioner.state_dict(),
+            "delta": None if self._delta is None else self._delta.flat,
+        }
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state; tensors go to the parameters' device and keep their dtype.
+
+        Raises:
+            ConfigError: The state is of another optimizer or approximation.
+            UnsupportedModelError: The state is of a model with other layers.
+        """
+        own = state.get("kfac")
+        if own is None:
+            raise ConfigError("the state is not of a KFAC optimizer (it has no 'kfac' entry)")
+        if own["approx"] != self.approx.config.kind:
+            raise ConfigError(
+                f"the state is of approx = {own['approx']!r}, this optimizer has {self.approx.config.kind!r}"
+            )
+        super().load_state_dict({key: value for key, value in state.items() if key != "kfac"})
+        self.linearizer.set_order(own["layers"])
+        device = self.linearizer.layers[0].parameters[0].device
+        self.steps = own["steps"]
+        self.damping.load_state_dict(own["damping"])
+        self.generator.set_state(own["generator"].cpu())
+        if own["preconditioner"] is not None:
+            moved = _to_device(own["preconditioner"], device)
+            self._prepare().load_state_dict(moved)
+            assert self._delta is not None
+            self._delta.flat.copy_(own["delta"])
+
+
+def _options(config: KFACConfig | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Every option with its value: given, or the config's, or the preset's."""
+    if config is not None:
+        if given:
+            raise ConfigError(f"give config or single options, not both; found config and {', '.join(given)}")
+        given = {key: getattr(config, key) for key in type(config).model_fields}
+    defaults = {key: field.default for key, field in KFACConfig.model_fields.items() if key != "likelihood"}
+    chosen = {**defaults, **{key: value for key, value in given.items() if value is not None}}
+    if "likelihood" not in chosen:
+        raise ConfigError("KFAC needs likelihood = 'bernoulli', 'categorical' or 'gaussian': what the outputs mean")
+    if chosen["preset"] not in PRESETS:
+        raise ConfigError(f"unknown preset '{chosen['preset']}': {nearest(chosen['preset'], PRESETS)}")
+    preset = PRESETS[chosen["preset"]]
+    standard = {"estimator": "monte-carlo", "damping": "levenberg-marquardt", "momentum": "quadratic-model"}
+    for slot, kind in standard.items():
+        if chosen[slot] is None:
+            chosen[slot] = preset.get(slot, kind)
+    return chosen
+
+
+def _to_device(nest: Any, device: torch.device) -> Any:
+    if isinstance(nest, Tensor):
+        return nest.to(device)
+    if isinstance(nest, dict):
+        return {key: _to_device(value, device) for key, value in nest.items()}
+    if isinstance(nest, list):
+        return [_to_device(value, device) for value in nest]
+    return nest

@@ -1,0 +1,75 @@
+r"""The block-diagonal approximation of the inverse Fisher (Martens & Grosse 2015, section 4.2).
+
+Each layer's block of the Fisher is a Kronecker product, and the inverse acts on the layer's weight block V_i as
+
+    U_i = Gd_i^-1 V_i Ad_i^-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from kfac_plugins.approx import BlockDiagonalConfig
+from kfacore.kronecker import DampedFactors, damp, symmetric
+from kfacore.layers import LayerInfo
+from kfacore.moments import InputFactor, Moments, OutputFactor
+from kfacore.roles.approx import Approximation, Factorisation, Inverse, Notice
+
+__all__ = ["BlockDiagonal"]
+
+
+class BlockDiagonalInverse(Inverse):
+    """F-hat = diag_i(Ad_i (x) Gd_i), any graph of layers."""
+
+    def __init__(self, layers: Sequence[LayerInfo], factors: DampedFactors, notices: tuple[Notice, ...] = ()) -> None:
+        self.layers = layers
+        self.notices = notices
+        self._factors = factors
+
+    def solve(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """Gd^-1 V Ad^-1 a layer."""
+        return [self._factors.solve(i, V) for i, V in enumerate(blocks)]
+
+    def multiply(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """Gd V Ad a layer."""
+        return [self._factors.multiply(i, V) for i, V in enumerate(blocks)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The damped factors."""
+        return self._factors.state_dict()
+
+    def _like(self) -> Tensor:
+        return self._factors.A[0].inverse
+
+
+class BlockDiagonalFactorisation(Factorisation):
+    """Symmetric copies of A and G, shared by all candidates of gamma; each candidate is two Choleskys a layer."""
+
+    def __init__(self, layers: Sequence[LayerInfo], A: list[Tensor], G: list[Tensor]) -> None:
+        self._layers, self._A, self._G = layers, A, G
+
+    def damped(self, gamma: Tensor, *, pi: bool = True) -> BlockDiagonalInverse:
+        """Damp and invert."""
+        factors, _, _, notices = damp(self._layers, self._A, self._G, gamma, pi=pi)
+        return BlockDiagonalInverse(self._layers, factors, notices)
+
+
+class BlockDiagonal(Approximation):
+    """Block-diagonal Kronecker-factored Fisher."""
+
+    Config = BlockDiagonalConfig
+    config: BlockDiagonalConfig
+    moments = (InputFactor, OutputFactor)
+
+    def factorise(self, moments: Moments) -> BlockDiagonalFactorisation:
+        """Copy A and G."""
+        return BlockDiagonalFactorisation(
+            moments.layers, symmetric(moments[InputFactor]), symmetric(moments[OutputFactor])
+        )
+
+    def load_inverse(self, state: Mapping[str, Any], layers: Sequence[LayerInfo]) -> BlockDiagonalInverse:
+        """From the damped factors."""
+        return BlockDiagonalInverse(layers, DampedFactors.from_state(state))

@@ -1,0 +1,57 @@
+r"""Adaptive damping (Martens & Grosse 2015, sections 6.5 and 6.6; method, sections 2.5 and 5).
+
+lambda follows the reduction ratio rho = (h(theta + delta) - h(theta)) / M(delta) by the Levenberg-Marquardt rule,
+
+    rho < 1/4 (or NaN):  lambda <- lambda / w1,      rho > 3/4:  lambda <- lambda w1,      w1 = (19/20)^T_1,
+
+and gamma is chosen every T_2 steps among {w2 gamma, gamma, gamma / w2}, w2 = sqrt(19/20)^T_2, by the value of the
+quadratic model. The clamp of the candidates is the authors' program's; the paper has none.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kfac_plugins.damping import LevenbergMarquardtConfig
+from kfacore.roles.damping import Damping
+
+__all__ = ["LevenbergMarquardt"]
+
+_DECAY = 19.0 / 20.0
+
+
+class LevenbergMarquardt(Damping):
+    """lambda by rho, gamma by comparison."""
+
+    Config = LevenbergMarquardtConfig
+    config: LevenbergMarquardtConfig
+
+    def start(self, weight_decay: float, device: torch.device) -> None:
+        """lambda_0, gamma_0 = sqrt(lambda_0 + eta)."""
+        c = self.config
+        self.lam = torch.tensor(c.lambda0, dtype=torch.float64, device=device)
+        self.gamma = torch.tensor(math.sqrt(c.lambda0 + weight_decay), dtype=torch.float64, device=device)
+        self._lowest = math.sqrt(weight_decay) if c.gamma_min is None else c.gamma_min
+
+    def candidates(self, step: int) -> list[Tensor]:
+        """Three gammas every T_2 steps; only the new ones are clamped, so a gamma above the clamp can come down."""
+        c = self.config
+        if step % c.gamma_every:
+            return [self.gamma]
+        w2 = math.sqrt(_DECAY) ** c.gamma_every
+        lower = (self.gamma * w2).clamp(min=self._lowest)
+        upper = (self.gamma / w2).clamp(max=c.gamma_max) if c.gamma_max is not None else self.gamma / w2
+        return [lower, self.gamma, upper]
+
+    def adapts(self, step: int) -> bool:
+        """Every T_1 steps."""
+        return step % self.config.lambda_every == 0
+
+    def adapt(self, rho: Tensor) -> None:
+        """The Levenberg-Marquardt rule, on the device; NaN counts as a failure of the model."""
+        w1 = _DECAY**self.config.lambda_every
+        factor = torch.where(rho > 0.75, w1, torch.where(rho >= 0.25, 1.0, 1.0 / w1))
+        self.lam = self.lam * factor
