@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,17 +44,17 @@ def replace_file(path: Path) -> Iterator[IO[bytes]]:
         OSError: The folder or the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    # not tempfile: its files are private to the user, and data folders are shared
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes private files; a shared data folder wants ordinary ones
-        os.replace(name, path)
+        temporary.replace(path)
     except BaseException:
         with suppress(OSError):
-            os.unlink(name)
+            temporary.unlink(missing_ok=True)
         raise
 
 
@@ -67,8 +67,9 @@ def write_cache(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     import numpy as np
 
     checksum = np.array(sha256_of_arrays(*(arrays[name] for name in sorted(arrays))))
+    members: dict[str, Any] = {**arrays, _CHECKSUM: checksum}
     with replace_file(path) as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays, **{_CHECKSUM: checksum})
+        np.savez_compressed(file, **members)
 
 
 def read_cache(path: Path) -> dict[str, NDArray[Any]]:
@@ -119,10 +120,3 @@ def cached(
             error.strerror or error,
         )
     return arrays
-
-
-def _umask() -> int:
-    # the mask can only be read by setting it
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -45,4 +45,4 @@ def _bytes(array: NDArray[np.generic]) -> memoryview | bytes:
     # hashing the buffer in place saves a copy of the data; a view as bytes needs rows in order and a last axis
     import numpy as np
 
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)) if array.size else b""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b""

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import softplus
 
 from kfac_plugins.likelihoods import BernoulliConfig
 from kfac_plugins.likelihoods._targets import require_finite, require_matrix
@@ -34,7 +34,7 @@ class Bernoulli(Likelihood):
         y: Tensor,  # (n, o)
     ) -> Tensor:  # (n,)
         """Cross-entropy of each case in nats, summed over outputs; finite for any finite z."""
-        return (F.softplus(z) - y * z).sum(dim=-1)
+        return (softplus(z) - y * z).sum(dim=-1)
 
     def mean(
         self,
@@ -68,7 +68,7 @@ class Bernoulli(Likelihood):
         z: Tensor,  # (n, o)
         t: Tensor,  # (..., n, o)
     ) -> Tensor:  # (..., n, o)
-        """p (1 - p) t, entry by entry."""
+        """F_R t = p (1 - p) t, entry by entry."""
         return _variance(z) * t
 
     def fisher_sqrt(

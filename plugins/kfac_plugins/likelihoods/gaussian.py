@@ -43,7 +43,7 @@ class Gaussian(Likelihood):
         z: Tensor,  # (n, o)
         generator: torch.Generator | None = None,
     ) -> Tensor:  # (n, o)
-        """z plus standard normal noise."""
+        """The mean z plus standard normal noise."""
         return z + torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
 
     def residual(
@@ -60,7 +60,7 @@ class Gaussian(Likelihood):
         t: Tensor,  # (..., n, o)
     ) -> Tensor:  # (..., n, o)
         """The identity: t."""
-        return t.expand(torch.broadcast_shapes(t.shape, z.shape))
+        return t
 
     def fisher_sqrt(
         self,

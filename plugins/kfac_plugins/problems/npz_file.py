@@ -1,0 +1,199 @@
+"""A user's own .npz file: finding it and checking its arrays. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from kfacore.data.npz import read_npz
+from kfacore.data.places import search_folders, user_cache
+from kfacore.data.status import DataStatus
+from kfacore.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["Arrays", "Task", "find_npz", "npz_status", "read_arrays"]
+
+Task = Literal["autoencoder", "classifier", "regression"]
+
+_WHAT = "your own arrays: x_train, and y_train, x_test, y_test as needed"
+_NO_FILE = "the problem 'npz' needs a file: --set problem.file=data.npz"
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Checked arrays.
+
+    Attributes:
+        task: What is learned.
+        case_shape: Shape of one case in the file.
+        x_train: (N, d) float32.
+        y_train: (N,) int64 class numbers, (N, k) float32, or None for an autoencoder.
+        x_test: (M, d), or None.
+        y_test: Like ``y_train``.
+        outputs: Outputs the model needs.
+        source: The file.
+    """
+
+    task: Task
+    case_shape: tuple[int, ...]
+    x_train: NDArray[np.float32]
+    y_train: NDArray[Any] | None
+    x_test: NDArray[np.float32] | None
+    y_test: NDArray[Any] | None
+    outputs: int
+    source: Path
+
+
+def find_npz(file: str, data_dir: str | None) -> Path:
+    """The file itself, or a relative name below ``data_dir`` or ``KFAC_DATA``.
+
+    Raises:
+        ConfigError: No file is named.
+        DataError: It is in none of these folders.
+    """
+    if not file:
+        raise ConfigError(_NO_FILE)
+    path = Path(file).expanduser()
+    # the cache is this program's own place, no place for the user's files
+    folders = [Path(), *(folder for folder in search_folders(data_dir) if folder != user_cache())]
+    for folder in folders:
+        if (folder / path).is_file():
+            return folder / path
+    places = "" if path.is_absolute() else f" in {', '.join(str(folder.absolute()) for folder in folders)}"
+    raise DataError(f"{path}: no such file{places}; name it with --set problem.file=FILE")
+
+
+def read_arrays(path: Path, task: Task | None, classes: int | None) -> Arrays:
+    """Read and check a file.
+
+    Args:
+        path: The file.
+        task: What is learned, or None to infer it from ``y_train``.
+        classes: Number of classes, or None for the largest training label plus one.
+
+    Raises:
+        DataError: An array is missing, empty, not numeric, not finite, of the wrong shape or dtype, counts do not
+            match, or a label is out of range.
+    """
+    raw = read_npz(path, required=("x_train",), optional=("y_train", "x_test", "y_test"))
+    _check_pairs(raw, path)
+    task = task or _infer(raw)
+    if task != "autoencoder" and "y_train" not in raw:
+        raise DataError(f"{path}: has no array 'y_train', which a {task} needs")
+    if classes is not None and task != "classifier":
+        raise ConfigError(f"problem.classes={classes} is for a classifier, but {path.name} is used for a {task}")
+    x_train = _inputs(raw["x_train"], f"{path}: array 'x_train'")
+    x_test = _inputs(raw["x_test"], f"{path}: array 'x_test'") if "x_test" in raw else None
+    y_train: NDArray[Any] | None = None
+    y_test: NDArray[Any] | None = None
+    outputs = x_train.shape[1]
+    if task == "classifier":
+        y_train = _labels(raw["y_train"], f"{path}: array 'y_train'", classes)
+        outputs = classes or max(2, int(y_train.max()) + 1)
+        if x_test is not None:
+            y_test = _labels(raw["y_test"], f"{path}: array 'y_test'", outputs)
+    elif task == "regression":
+        y_train = _outputs(raw["y_train"], f"{path}: array 'y_train'")
+        outputs = y_train.shape[1]
+        if x_test is not None:
+            y_test = _outputs(raw["y_test"], f"{path}: array 'y_test'")
+            if y_test.shape[1] != outputs:
+                raise DataError(f"{path}: y_test has {y_test.shape[1]} columns, y_train has {outputs}; both must agree")
+    return Arrays(task, raw["x_train"].shape[1:], x_train, y_train, x_test, y_test, outputs, path)
+
+
+def npz_status(file: str, data_dir: str | None) -> DataStatus:
+    """Whether the named file is there, for ``kfac data list``."""
+    if not file:
+        return DataStatus(_WHAT, "missing", advice=_NO_FILE)
+    try:
+        path = find_npz(file, data_dir)
+    except DataError as error:
+        return DataStatus(_WHAT, "missing", advice=str(error))
+    return DataStatus(_WHAT, "unverified", (path,), DataStatus.size_of([path]))
+
+
+def _check_pairs(raw: dict[str, NDArray[Any]], path: Path) -> None:
+    """Arrays that belong together are there and have the same number of cases."""
+    if "y_test" in raw and "x_test" not in raw:
+        raise DataError(f"{path}: has y_test but no x_test; give both or none")
+    if "y_train" in raw and "x_test" in raw and "y_test" not in raw:
+        raise DataError(f"{path}: has y_train and x_test but no y_test; add it, or leave out x_test")
+    if "y_test" in raw and "y_train" not in raw:
+        raise DataError(f"{path}: has y_test but no y_train; give both or none")
+    for name, array in raw.items():
+        if array.ndim == 0 or array.size == 0:
+            raise DataError(f"{path}: array '{name}' is empty, shape {array.shape}; give at least one case")
+    for part in ("train", "test"):
+        if f"y_{part}" in raw and len(raw[f"y_{part}"]) != len(raw[f"x_{part}"]):
+            raise DataError(
+                f"{path}: x_{part} has {len(raw[f'x_{part}'])} cases, y_{part} has {len(raw[f'y_{part}'])}; each case "
+                "needs one target"
+            )
+    if "x_test" in raw and raw["x_test"].shape[1:] != raw["x_train"].shape[1:]:
+        raise DataError(
+            f"{path}: cases of x_test have shape {raw['x_test'].shape[1:]}, those of x_train "
+            f"{raw['x_train'].shape[1:]}; both must agree"
+        )
+
+
+def _infer(raw: dict[str, NDArray[Any]]) -> Task:
+    if "y_train" not in raw:
+        return "autoencoder"
+    return "classifier" if raw["y_train"].dtype.kind in "uib" else "regression"
+
+
+def _inputs(array: NDArray[Any], where: str) -> NDArray[np.float32]:
+    """One float32 row a case: (N, ...) -> (N, d); (N,) are N cases of one number."""
+    return _real(array.reshape(len(array), -1), where)
+
+
+def _outputs(array: NDArray[Any], where: str) -> NDArray[np.float32]:
+    """Regression targets, one column an output: (N,) -> (N, 1)."""
+    return _real(array.reshape(len(array), -1), where)
+
+
+def _real(array: NDArray[Any], where: str) -> NDArray[np.float32]:
+    import numpy as np
+
+    if array.dtype.kind not in "fuib":
+        raise DataError(f"{where} has dtype {array.dtype}; needed are real numbers")
+    with np.errstate(over="ignore"):  # numbers beyond float32 become infinite and are reported as such
+        values = array.astype(np.float32)
+    bad = ~np.isfinite(values).all(axis=1)
+    if bad.any():
+        raise DataError(
+            f"{where}: {int(bad.sum())} of {len(values)} cases hold NaN, infinity or numbers beyond float32, the first "
+            f"is case {int(bad.argmax())}; remove or repair them"
+        )
+    return values
+
+
+def _labels(array: NDArray[Any], where: str, classes: int | None) -> NDArray[np.int64]:
+    """Class numbers, (N,) or (N, 1) -> (N,) int64."""
+    import numpy as np
+
+    if array.dtype.kind not in "uib":
+        raise DataError(
+            f"{where} has dtype {array.dtype}; a classifier needs integer class numbers (or set "
+            "problem.task=regression)"
+        )
+    if array.shape not in ((len(array),), (len(array), 1)):
+        raise DataError(
+            f"{where} has shape {array.shape}; a classifier needs one class number a case, shape ({len(array)},); from "
+            "one-hot rows take .argmax(1)"
+        )
+    labels = array.reshape(-1)
+    top = "" if classes is None else f" to {classes - 1}"
+    wrong = labels < 0 if classes is None else (labels < 0) | (labels >= classes)
+    if wrong.any():
+        first = int(wrong.argmax())
+        raise DataError(
+            f"{where}: class numbers must be 0{top or ' or more'}, found {labels[first]} at case {first} and "
+            f"{int(wrong.sum())} such cases in all; renumber the classes{' or set problem.classes' if top else ''}"
+        )
+    return labels.astype(np.int64)
