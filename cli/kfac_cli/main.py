@@ -22,6 +22,8 @@ from kfacore.errors import KfacError
 __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS: tuple[str, ...] = (
+    "kfac_cli.commands.train",
+    "kfac_cli.commands.report",
     "kfac_cli.commands.list",
     "kfac_cli.commands.show",
     "kfac_cli.commands.plugins",

@@ -271,7 +271,8 @@ class _Run:
         loss = scalars["loss"]
         if loss is None or not math.isfinite(loss):
             raise NumericalError(
-                f"the loss of step {step} is {loss} (lambda {_show(scalars['lam'])}, gamma {_show(scalars['gamma'])})"
+                f"the loss of step {step} is {loss} (lambda {_show(scalars['lam'])}, gamma {_show(scalars['gamma'])}). "
+                f"{_ADVICE}"
             )
 
     def _evaluates(self, step: int) -> bool:
@@ -290,7 +291,7 @@ class _Run:
         self._emit({"event": "eval", "step": self.step, **self.measures, "seconds": self.seconds})
         loss = self.measures["train_loss"]
         if loss is None or not math.isfinite(loss):
-            raise NumericalError(f"the training loss after step {self.step} is {loss}")
+            raise NumericalError(f"the training loss after step {self.step} is {loss}. {_ADVICE}")
 
     def _save(self) -> None:
         """Write a checkpoint, unless it would replace a good one by numbers that are not finite."""
@@ -299,7 +300,7 @@ class _Run:
         parts = self.parts
         finite = torch.stack([parameter.isfinite().all() for parameter in parts.model.parameters()]).all()
         if not bool(finite):
-            raise NumericalError(f"the parameters after step {self.step} hold NaN or infinity")
+            raise NumericalError(f"the parameters after step {self.step} hold NaN or infinity. {_ADVICE}")
         for sink in self.sinks:
             with self._disk():
                 sink.flush()  # first, so that no event before the checkpoint can be missing after a crash
@@ -385,10 +386,12 @@ class _Run:
         return f"the checkpoint of step {self.saved} is intact, go on with: {resume_command(self.folder.path)}"
 
     def _explain(self, error: NumericalError) -> NumericalError:
-        """A numerical failure with where it happened, what is saved and what to try."""
-        kept = "" if self.saved is None else f" The checkpoint of step {self.saved} is kept in {self.folder.path}."
-        where = "" if "step" in str(error) else f" (after step {self.step})"
-        return NumericalError(f"{error}{where}.{kept} {_ADVICE}")
+        """A numerical failure with where it happened and what is saved."""
+        message = str(error).rstrip(".")
+        if "step" not in message:  # a part that does not know where it is
+            message = f"step {self.step + 1}: {message}"
+        kept = "" if self.saved is None else f"; the checkpoint of step {self.saved} is kept in {self.folder.path}"
+        return NumericalError(f"{message}{kept}")
 
 
 _MEASURES = ("train_loss", "train_error", "test_loss", "test_error")

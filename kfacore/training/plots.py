@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacore.roles import Likelihood, Problem, Split
-from kfacore.training.figures import new_figure, number, tidy
+from kfacore.training.figures import new_figure, number, save_figure, tidy
 from kfacore.training.files import disk_errors
 
 if TYPE_CHECKING:
@@ -64,10 +64,10 @@ def draw_run(folder: RunFolder, events: Sequence[Mapping[str, Any]], parts: Part
     drawn = []
     progress = draw_progress(events, title, ERROR_NAMES[parts.problem.task])
     if progress is not None:
-        drawn.append(savenew_figure(progress, folder.plots / "progress.png"))
+        drawn.append(save_figure(progress, folder.plots / "progress.png"))
     trace = draw_trace(events, title)
     if trace is not None:
-        drawn.append(savenew_figure(trace, folder.plots / "trace.png"))
+        drawn.append(save_figure(trace, folder.plots / "trace.png"))
     if parts.problem.task == "autoencoder" and parts.problem.image_shape is not None:
         average = None if parts.average is None else parts.average.model
         figure = draw_reconstructions(
@@ -78,7 +78,7 @@ def draw_run(folder: RunFolder, events: Sequence[Mapping[str, Any]], parts: Part
             f"{title}: {'training' if parts.test is None else 'test'} cases above their reconstructions"
             + ("" if average is None else " (averaged parameters)"),
         )
-        drawn.append(savenew_figure(figure, folder.plots / "reconstructions.png"))
+        drawn.append(save_figure(figure, folder.plots / "reconstructions.png"))
     return tuple(drawn)
 
 

@@ -1,0 +1,241 @@
+"""The command `kfac train`: one run, from a problem's name to a folder with curves."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kfacore.errors import ConfigError
+from kfacore.registry import get_registry
+
+if TYPE_CHECKING:
+    from kfacore.config.run import RunConfig
+    from kfacore.training.describe import ModelTable
+
+__all__ = ["register"]
+
+
+def _names(slot: str) -> Callable[[str], list[str]]:
+    """Completion of the names in a slot."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [c.name for c in get_registry().components(slot) if c.name.startswith(incomplete)]
+
+    return complete
+
+
+def _presets(incomplete: str) -> list[str]:
+    """Completion of --preset."""
+    from kfacore.config.presets import PRESETS
+
+    return [name for name in PRESETS if name.startswith(incomplete)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+
+    @app.command()
+    def train(
+        problem: Annotated[
+            str | None, typer.Option(help="What to train (default curves).", autocompletion=_names("problem"))
+        ] = None,
+        approx: Annotated[
+            str | None,
+            typer.Option(help="Approximation of the Fisher (default tridiag).", autocompletion=_names("approx")),
+        ] = None,
+        optimizer: Annotated[
+            str | None, typer.Option(help="What trains (default kfac).", autocompletion=_names("optimizer"))
+        ] = None,
+        config: Annotated[
+            list[Path] | None, typer.Option("--config", "-c", help="A TOML file of options; may be repeated.")
+        ] = None,
+        sets: Annotated[
+            list[str] | None,
+            typer.Option("--set", metavar="KEY=VALUE", help="One option, for example damping.lambda0=1.0; repeatable."),
+        ] = None,
+        steps: Annotated[int | None, typer.Option(help="Steps in all, also when a run is resumed.")] = None,
+        seed: Annotated[int | None, typer.Option(help="Seed of every random draw.")] = None,
+        preset: Annotated[str | None, typer.Option(help="Named set of options.", autocompletion=_presets)] = None,
+        device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+        dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
+        threads: Annotated[int | None, typer.Option(help="Threads of the CPU computation.")] = None,
+        data_dir: Annotated[Path | None, typer.Option(help="Folder of the problem's data files.")] = None,
+        out: Annotated[Path | None, typer.Option(help="The run folder; must not hold a run yet.")] = None,
+        init: Annotated[Path | None, typer.Option(help="Start from parameters in a .safetensors or .npz file.")] = None,
+        resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue the run in this folder.")] = None,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Show the configuration, the layers and their memory; train nothing.")
+        ] = False,
+        json: Annotated[bool, typer.Option("--json", help="Print every event as a line of JSON on stdout.")] = False,
+    ) -> None:
+        """Train a model and keep curves, checkpoints and pictures in a run folder.
+
+        Ctrl-C finishes the step, saves, and prints the command that continues; a second one stops at once.
+        """
+        flags: dict[str, Any] = {
+            "problem": problem,
+            "approx": approx,
+            "optimizer": optimizer,
+            "steps": steps,
+            "seed": seed,
+            "device": device,
+            "dtype": dtype,
+            "threads": threads,
+            "problem.data_dir": None if data_dir is None else str(data_dir),
+        }
+        run_config = _configure(flags, preset, config or [], sets or [], resume, out, init)
+        if dry_run:
+            _dry_run(run_config, init, json=json)
+        else:
+            _train(run_config, out=out, resume=resume, init=init, json=json)
+
+
+def _configure(
+    flags: Mapping[str, Any],
+    preset: str | None,
+    files: list[Path],
+    sets: list[str],
+    resume: Path | None,
+    out: Path | None,
+    init: Path | None,
+) -> RunConfig:
+    """The configuration of a new run, or of the one to continue."""
+    if resume is None:
+        from kfacore.config.resolve import resolve
+
+        # In one mapping a later key reaches into the table of an earlier one: --problem first, then --data-dir.
+        return resolve(get_registry(), preset=preset, files=files, flags=flags, sets=sets)
+    for name, value in (("--out", out), ("--init", init)):
+        if value is not None:
+            raise ConfigError(f"{name} {value}: a resumed run keeps its folder and parameters; leave {name} out")
+    from kfacore.training.resume import resume_config
+
+    return resume_config(get_registry(), resume, flags={**flags, "preset": preset}, sets=sets, files=files)
+
+
+def _train(config: RunConfig, *, out: Path | None, resume: Path | None, init: Path | None, json: bool) -> None:
+    """Train with people or programs looking on."""
+    from kfac_cli.live import LiveLine, duration, figure
+    from kfacore.training.signals import Interrupted
+
+    with LiveLine() as live:
+        from kfacore.training.loop import train
+
+        listeners: list[Callable[[Mapping[str, Any]], None]] = [live]
+        if json:
+            listeners.append(_print_event)
+        interrupted: Interrupted | None = None
+        try:
+            result = train(config, registry=get_registry(), out=out, resume=resume, init=init, listeners=listeners)
+        except Interrupted as stopped:
+            interrupted = stopped
+    if interrupted is not None:
+        typer.echo(str(interrupted), err=True)
+        raise typer.Exit(interrupted.exit_code)
+    measures = result.measures
+    live.say(f"done: {result.step} steps in {duration(result.seconds)} of training")
+    for name, prefix in (("current parameters", ""), ("averaged parameters", "averaged_")):
+        if measures.get(f"{prefix}train_error") is not None:
+            numbers = [
+                f"{part} {kind} {figure(measures[f'{prefix}{part}_{kind}'])}"
+                for part in ("train", "test")
+                for kind in ("loss", "error")
+                if measures.get(f"{prefix}{part}_{kind}") is not None
+            ]
+            live.say(f"  {name}: {', '.join(numbers)}")
+    for plot in result.plots:
+        live.say(f"  {plot}")
+
+
+def _print_event(event: Mapping[str, Any]) -> None:
+    """One line of strict JSON, at once."""
+    from kfacore.training.files import plain
+
+    sys.stdout.write(jsonlib.dumps(plain(event), ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def _dry_run(config: RunConfig, init: Path | None, *, json: bool) -> None:
+    """Show what would be trained."""
+    from kfacore.training.describe import describe
+
+    table = describe(config, get_registry(), init)
+    if json:
+        from kfac_cli.answers import print_json
+
+        print_json({"config": config.as_dict(), **_table_json(table)})
+        return
+    typer.echo(_config_text(config.as_dict()))
+    typer.echo(_table_text(table))
+
+
+def _config_text(values: Mapping[str, Any]) -> str:
+    """The configuration in TOML's spelling, one line a key or table."""
+    lines = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        lines.append(f"{key} = {_toml(value)}")
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items() if v is not None) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return jsonlib.dumps(value, ensure_ascii=False)
+
+
+def _table_text(table: ModelTable) -> str:
+    """Layers with their factors and memory, aligned."""
+    symbols = list(dict.fromkeys(factor.symbol for row in table.rows for factor in row.factors))
+    lines = [["layer", "d_in", "d_out", "parameters", *symbols, *(["factors MB"] if symbols else [])]]
+    for row in table.rows:
+        shapes = {factor.symbol: "x".join(map(str, factor.shape)) for factor in row.factors}
+        size = table.megabytes(sum(factor.size for factor in row.factors))
+        lines.append(
+            [row.name, str(row.d_in), str(row.d_out), f"{row.parameters:,}"]
+            + [shapes.get(symbol, "") for symbol in symbols]
+            + ([f"{size:.2f}"] if symbols else [])
+        )
+    total = ["total", "", "", f"{table.parameters:,}", *([""] * len(symbols))]
+    lines.append(total + ([f"{table.megabytes(table.factor_entries):.2f}"] if symbols else []))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = "\n".join(
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+    notes = [f"parameters: {table.megabytes(table.parameters):.1f} MB"]
+    if symbols:
+        notes.append(
+            f"factors (running averages): {table.megabytes(table.factor_entries):.1f} MB; the inverse in use takes "
+            "about as much again, and so does each further candidate of gamma while it is compared"
+        )
+    return text + "\n" + "\n".join(notes)
+
+
+def _table_json(table: ModelTable) -> dict[str, Any]:
+    return {
+        "layers": [
+            {
+                "name": row.name,
+                "d_in": row.d_in,
+                "d_out": row.d_out,
+                "parameters": row.parameters,
+                "factors": {factor.symbol: list(factor.shape) for factor in row.factors},
+            }
+            for row in table.rows
+        ],
+        "parameters": table.parameters,
+        "parameters_mb": table.megabytes(table.parameters),
+        "factors_mb": table.megabytes(table.factor_entries),
+    }

@@ -1,0 +1,187 @@
+"""What people see of a run while it goes on: a live line on a terminal, an occasional plain one elsewhere; on stderr.
+
+Imports rich only when something is shown, and no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+__all__ = ["LiveLine", "duration", "figure", "step_parts"]
+
+_NAMES = {"lam": "lambda"}
+_DIGITS = {"loss": 4, "error": 4}
+
+_PLAIN_SECONDS = 10.0
+"""Seconds between two lines where there is no terminal."""
+
+
+def figure(value: object, digits: int = 4) -> str:
+    """A number in few characters; ``-`` where there is none."""
+    if not isinstance(value, int | float):
+        return "-"
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.{digits}g}"
+
+
+def duration(seconds: float) -> str:
+    """``42s``, ``3m05s`` or ``2h07m``."""
+    total = max(0, round(seconds))
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m{total % 60:02d}s"
+    return f"{total // 3600}h{total % 3600 // 60:02d}m"
+
+
+def step_parts(event: Mapping[str, Any], steps: int, milliseconds: float, remaining: float, rho: object) -> list[str]:
+    """One step in a few words each; numbers that the optimizer does not have are left out.
+
+    Args:
+        event: The step event.
+        steps: Steps in all.
+        milliseconds: Recent time of a step.
+        remaining: Seconds to go, evaluations not counted.
+        rho: The last reduction ratio, which is not computed in every step.
+    """
+    numbers = {name: event.get(name) for name in ("loss", "error", "lam", "gamma", "rho", "alpha", "mu")}
+    numbers["rho"] = rho
+    return [
+        f"step {event['step']}/{steps}",
+        *(
+            f"{_NAMES.get(name, name)} {figure(value, _DIGITS.get(name, 3))}"
+            for name, value in numbers.items()
+            if value is not None
+        ),
+        f"{figure(milliseconds, 3)} ms/step",
+        f"ETA {duration(remaining)}",
+    ]
+
+
+class LiveLine:
+    """A listener of a run that shows its events to people.
+
+    On a terminal the current step is redrawn in place, and evaluations stay above it; elsewhere a line is printed for
+    each evaluation, and for a step every ten seconds. Warnings of the library appear among them.
+    """
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        # Colours and redrawing are for terminals; the width must not break the plain lines of a log file.
+        terminal = sys.stderr.isatty()
+        self.console: Console = Console(stderr=True, highlight=False, soft_wrap=not terminal)
+        self._live: Live | None = None
+        self._steps = 0
+        self._started = 0
+        self._rho: object = None
+        self._recent: list[tuple[int, float]] = []
+        self._printed = time.monotonic()
+        self._handler = _ConsoleHandler(self.console)
+
+    def __enter__(self) -> Self:
+        logging.getLogger("kfacore").addHandler(self._handler)
+        logging.getLogger("kfac_plugins").addHandler(self._handler)
+        if self.console.is_terminal:
+            from rich.live import Live
+
+            waiting = "loading torch and the data ..."
+            self._live = Live(waiting, console=self.console, refresh_per_second=8, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        logging.getLogger("kfacore").removeHandler(self._handler)
+        logging.getLogger("kfac_plugins").removeHandler(self._handler)
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Show one event."""
+        shows = {"start": self._on_start, "step": self._on_step, "eval": self._on_eval}
+        show = shows.get(event["event"])
+        if show is not None:
+            show(event)
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self.console.print(text, markup=False)
+
+    def _on_start(self, event: Mapping[str, Any]) -> None:
+        self._steps = int(event["steps"])
+        method = event["optimizer"] if event["approx"] is None else f"{event['optimizer']}/{event['approx']}"
+        test = f" + {event['test_cases']:,} test" if event["test_cases"] else ""
+        self.say(
+            f"{event['problem']} with {method}: {event['parameters']:,} parameters, {event['train_cases']:,}{test} "
+            f"cases, {event['dtype']} on {event['device']}"
+        )
+        going_on = f", continued after step {event['step']}" if event["step"] else ""
+        self.say(f"run folder {event['run']}{going_on}")
+        self._recent = [(int(event["step"]), float(event["seconds"]))]
+
+    def _on_step(self, event: Mapping[str, Any]) -> None:
+        step, seconds = int(event["step"]), float(event["seconds"])
+        self._recent = [*self._recent[-20:], (step, seconds)]  # a whole cycle of refreshes
+        (first, before), (last, now) = self._recent[0], self._recent[-1]
+        each = (now - before) / max(last - first, 1)
+        if event.get("rho") is not None:
+            self._rho = event["rho"]
+        parts = step_parts(event, self._steps, 1e3 * each, each * (self._steps - step), self._rho)
+        if self._live is not None:
+            self._live.update(_fitted(parts, self.console.width))
+        elif time.monotonic() - self._printed >= _PLAIN_SECONDS:
+            self._printed = time.monotonic()
+            self.say("  ".join(parts))
+
+    def _on_eval(self, event: Mapping[str, Any]) -> None:
+        parts = [f"step {event['step']}"]
+        for name, prefix in (("", ""), ("averaged ", "averaged_")):
+            numbers = [
+                f"{part} {figure(event[f'{prefix}{part}_error'])}"
+                for part in ("train", "test")
+                if event.get(f"{prefix}{part}_error") is not None
+            ]
+            if numbers:
+                parts.append(f"{name}error: {', '.join(numbers)}")
+        self.say("  ".join(parts))
+
+
+def _fitted(parts: Sequence[str], width: int) -> Text:
+    """The parts in as many lines as they need: broken between parts, never cut."""
+    from rich.text import Text
+
+    lines = [""]
+    for part in parts:
+        longer = f"{lines[-1]}  {part}" if lines[-1] else part
+        if len(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints log records above the live line."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        self.console.print(f"{record.levelname.lower()}: {record.getMessage()}", markup=False)
