@@ -1,0 +1,44 @@
+"""Shared fixtures: distributions with plug-ins, installed for one test in a folder on the path."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kfacore.registry import reset_registry
+
+Install = Callable[..., Path]
+
+
+@pytest.fixture
+def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """``install_plugin(name, source, ...)`` installs a distribution whose module of that name is a plug-in."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+    before = set(sys.modules)
+
+    def install(
+        name: str, source: str, *, distribution: str | None = None, entry: str | None = None, version: str = "1.2"
+    ) -> Path:
+        distribution = distribution or name.replace("_", "-")
+        module = site / f"{name}.py"
+        module.write_text(textwrap.dedent(source), encoding="utf-8")
+        info = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        metadata = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+        (info / "METADATA").write_text(metadata, encoding="utf-8")
+        (info / "entry_points.txt").write_text(f"[kfac]\n{entry or name} = {name}\n", encoding="utf-8")
+        reset_registry()
+        return module
+
+    yield install
+    for name in set(sys.modules) - before:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and Path(file).is_relative_to(site):
+            del sys.modules[name]
+    reset_registry()
