@@ -7,9 +7,11 @@ the layers' products already known: a layer's output is taken from the forward p
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from typing import Any, cast
 
@@ -211,6 +213,7 @@ class Linearization:
         """
         n = self.cases if cases is None else cases
         k = len(directions)
+        _load_forward_mode()
         with torch.no_grad(), fwd.dual_level(), self._tangents(directions, n):
             try:
                 z = self._model(repeat_cases(slice_cases(self._inputs, 0, n), k))
@@ -256,6 +259,14 @@ def _tangent_forward(layer: Layer, calls: list[Call], blocks: list[Tensor], n: i
         return cast("Tensor", fwd.make_dual(s, tangent))  # type: ignore[no-untyped-call]  # torch has no types here
 
     return forward
+
+
+@cache
+def _load_forward_mode() -> None:
+    """Make torch load its forward-mode decompositions, which warns of a deprecated part of torch itself."""
+    with warnings.catch_warnings(), fwd.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        fwd.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]  # torch has no types here
 
 
 def _unpack(dual: Tensor) -> tuple[Tensor, Tensor | None]:

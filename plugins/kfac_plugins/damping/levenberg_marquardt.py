@@ -53,5 +53,6 @@ class LevenbergMarquardt(Damping):
     def adapt(self, rho: Tensor) -> None:
         """The Levenberg-Marquardt rule, on the device; NaN counts as a failure of the model."""
         w1 = _DECAY**self.config.lambda_every
-        factor = torch.where(rho > 0.75, w1, torch.where(rho >= 0.25, 1.0, 1.0 / w1))
-        self.lam = self.lam * factor
+        # Chosen among tensors of lambda's dtype: between plain numbers torch.where answers in its default dtype.
+        kept = torch.where(rho >= 0.25, self.lam, self.lam / w1)
+        self.lam = torch.where(rho > 0.75, self.lam * w1, kept)
