@@ -96,6 +96,9 @@ def _compose(registry: Registry, layers: Sequence[Layer]) -> RunConfig:
                 continue
             if key in SLOTS and key != "sink":
                 _enter_slot(registry, key, tree, layer, origins, written)
+            if isinstance(value, list):  # replaces the list of lower layers, whose origins must not answer for it
+                for location in [known for known in origins if known[0] == key]:
+                    del origins[location]
             for location in _locations((key,), value):
                 origins[location] = layer.origin_of(location)
                 (written.add if layer.user else written.discard)(location)
