@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfacore.data.fetch import RemoteFile, fetch
+from kfacore.data.fetch import RemoteFile, fetch, mirrors_from
 from kfacore.data.idx import idx_bytes, parse_idx, uncompressed
 from kfacore.data.npz import read_npz
 from kfacore.data.places import search_folders
@@ -134,14 +134,14 @@ def fetch_mnist(folder: Path, mirrors: Sequence[str], progress: Progress) -> lis
 
     Args:
         folder: The data folder.
-        mirrors: Base addresses; empty for `MIRRORS`.
+        mirrors: Base addresses; empty for those of ``KFAC_MIRROR`` or, without it, `MIRRORS`.
         progress: Told about every piece.
 
     Raises:
         ResourceError: No network, or the folder cannot be written.
         DataError: Wrong checksum.
     """
-    return fetch(list(FILES.values()), folder / "mnist", mirrors or MIRRORS, progress)
+    return fetch(list(FILES.values()), folder / "mnist", mirrors or mirrors_from(None, MIRRORS), progress)
 
 
 def mnist_status(data_dir: str | Path | None = None) -> DataStatus:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -124,7 +127,10 @@ def _from_sklearn(*, download: bool) -> tuple[NDArray[Any], NDArray[Any]]:
     except ImportError as error:
         raise ResourceError(f"reading the Olivetti faces {_INSTALL}") from error
     try:
-        bunch = datasets.fetch_olivetti_faces(download_if_missing=download)
+        # scikit-learn reports on stdout, where only the command's own answer belongs, and warns of each failed attempt
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            bunch = datasets.fetch_olivetti_faces(download_if_missing=download)
     except OSError as error:
         raise ResourceError(
             f"scikit-learn cannot get the Olivetti faces ({error}); check the network, or put {FILE} into the data "
