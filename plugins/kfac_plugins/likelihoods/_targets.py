@@ -34,7 +34,7 @@ def require_finite(y: Tensor, where: str) -> None:
     Raises:
         DataError: At least one entry is not finite.
     """
-    bad = ~y.isfinite().reshape(y.shape[0], -1).all(dim=1)
+    bad = ~y.isfinite().all(dim=1)
     if bool(bad.any()):
         count, first = int(bad.sum()), int(bad.nonzero()[0, 0])
         raise DataError(
