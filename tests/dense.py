@@ -125,10 +125,11 @@ def case_samples(model: nn.Module, x: Tensor, vectors: Tensor) -> list[LayerSamp
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         bias = module.bias is not None and module.bias.requires_grad
         inputs.append(torch.cat([args[0], torch.ones(len(x), 1, dtype=x.dtype)], 1) if bias else args[0])
-        outputs.append(output)
+        outputs.append(torch.zeros_like(output, requires_grad=True))
+        return output + outputs[-1]  # a leaf of our own: in-place units may overwrite the sum
 
     handles = [layer.register_forward_hook(keep) for layer in layers]
     z = model(x)
