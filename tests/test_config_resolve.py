@@ -170,6 +170,7 @@ def test_values_of_set(registry) -> None:
     )
     assert (config.device, config.dtype, config.weight_decay, config.seed) == ("cuda:1", "float64", 1e-3, 4)
     assert (config.batch.start, config.batch.target_step, config.damping.pi) == (5, 500, False)
+    assert config.averaging.decay == 0.0
 
 
 def test_a_saved_configuration_is_a_file_too(registry, write) -> None:

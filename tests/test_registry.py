@@ -254,6 +254,32 @@ def test_switching_off(install_plugin, monkeypatch) -> None:
     assert status("off_one").state == "disabled"
 
 
+def test_leftovers_of_broken_installations(install_plugin) -> None:
+    site = install_plugin("sound_four", SOUND.format(target="sound_four:P")).parent
+    (site / "left_over-1.dist-info").mkdir()
+    (site / "torn-1.dist-info").mkdir()
+    (site / "torn-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torn\nVersion: 1\n")
+    (site / "torn-1.dist-info" / "entry_points.txt").write_text("[kfac]\nno equals sign\n")
+    reset_registry()
+    assert (status("torn").state, status("torn").version) == ("broken", "1")
+    assert "entry_points.txt is malformed" in status("torn").reason
+    assert status("sound_four").state == "ok"
+    assert_builtins_work()
+
+
+def test_the_first_of_two_copies_on_the_path_counts(install_plugin, monkeypatch, tmp_path) -> None:
+    site = install_plugin("sound_five", SOUND.format(target="sound_five:P")).parent
+    older = tmp_path / "older" / "sound_five-0.1.dist-info"
+    older.mkdir(parents=True)
+    (older / "METADATA").write_text("Metadata-Version: 2.1\nName: Sound.Five\nVersion: 0.1\n")
+    (older / "entry_points.txt").write_text("[kfac]\nsound_five = missing\n")
+    monkeypatch.syspath_prepend(str(older.parent))
+    monkeypatch.syspath_prepend(str(site))
+    reset_registry()
+    assert (status("sound_five").version, status("sound_five").state) == ("1.2", "ok")
+    assert len([plugin for plugin in get_registry().plugins() if plugin.name == "sound_five"]) == 1
+
+
 def test_prints_of_a_plugin_stay_out_of_stdout(install_plugin, capsys) -> None:
     install_plugin("loud_one", "print('hello')\n" + HEAD.replace("\n    ", "\n"))
     get_registry().plugins()

@@ -49,7 +49,9 @@ def _sentence(detail: ErrorDetails, location: Location, model: type[BaseModel]) 
     if detail["type"] == "extra_forbidden":
         known = [name for name in _fields_at(model, detail["loc"][:-1]) if name != "kind"]
         where = f" in {parent}" if parent else ""
-        hint = nearest(str(location[-1]), known) or "it takes no keys"
+        hint = nearest(str(location[-1]), [*known, "kind"])
+        if not hint.startswith("did"):
+            hint = nearest(str(location[-1]), known) or "it takes no keys"
         return f"unknown key '{location[-1]}'{where}, {hint}"
     if detail["type"] == "missing":
         return f"'{key}' is missing and has no default"

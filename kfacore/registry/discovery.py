@@ -122,13 +122,7 @@ def discover(environ: Mapping[str, str] | None = None) -> list[Plugin]:
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(HookSpecs)
     plugins: list[Plugin] = []
-    for distribution, entry_point in _entry_points():
-        plugin = Plugin(
-            name=entry_point.name,
-            distribution=distribution.metadata["Name"],
-            version=distribution.version,
-            file=entry_point.value,
-        )
+    for plugin, entry_point in _entry_points():
         first = next((known for known in plugins if known.name == plugin.name), None)
         plugins.append(plugin)
         if plugin.name in switched_off or plugin.distribution in switched_off:
@@ -139,7 +133,7 @@ def discover(environ: Mapping[str, str] | None = None) -> list[Plugin]:
                 f"the plug-in name '{plugin.name}' is taken by {first.distribution} {first.version}; "
                 f"switch off one distribution with {DISABLE_VARIABLE}={first.distribution}"
             )
-        else:
+        elif entry_point is not None:
             _load(plugin, entry_point, manager)
     _settle_clashes(plugins)
     known = {name for plugin in plugins for name in (plugin.name, plugin.distribution)}
@@ -147,20 +141,36 @@ def discover(environ: Mapping[str, str] | None = None) -> list[Plugin]:
     return plugins
 
 
-def _entry_points() -> list[tuple[metadata.Distribution, metadata.EntryPoint]]:
-    """All entry points of the group, each with its distribution; the first of several copies on the path counts."""
+def _entry_points() -> list[tuple[Plugin, metadata.EntryPoint | None]]:
+    """All entry points of the group; the first of several copies of a distribution on the path counts.
+
+    A distribution whose list of entry points is malformed comes without one, and broken.
+    """
     seen: set[str] = set()
-    found = []
+    found: list[tuple[Plugin, metadata.EntryPoint | None]] = []
     for distribution in metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name is None:  # leftovers of a broken installation
+        text = distribution.read_text("entry_points.txt") or ""
+        if f"[{PROJECT}]" not in text.replace(" ", ""):  # spares reading the metadata of everything installed
             continue
+        try:
+            name, version = str(distribution.metadata["Name"]), str(distribution.version)
+        except (KeyError, TypeError):  # newer Pythons raise where older ones say None
+            name, version = "None", "None"
         normal = re.sub(r"[-_.]+", "-", name).lower()
         if normal in seen:
             continue
         seen.add(normal)
-        found += [(distribution, entry_point) for entry_point in distribution.entry_points.select(group=PROJECT)]
-    return sorted(found, key=lambda pair: (pair[0].name != OWN_DISTRIBUTION, pair[1].name, pair[0].name))
+        try:
+            points = list(distribution.entry_points.select(group=PROJECT))
+        except Exception as error:  # what a malformed file raises differs between Pythons
+            plugin = Plugin(name, name, version, str(distribution.locate_file("")))
+            plugin.problems.append(f"its entry_points.txt is malformed: {_reason(error)}")
+            found.append((plugin, None))
+            continue
+        found += [(Plugin(point.name, name, version, point.value), point) for point in points]
+    return sorted(
+        found, key=lambda pair: (pair[0].distribution != OWN_DISTRIBUTION, pair[0].name, pair[0].distribution)
+    )
 
 
 def _load(plugin: Plugin, entry_point: metadata.EntryPoint, manager: pluggy.PluginManager) -> None:
