@@ -166,6 +166,7 @@ def test_values_of_set(registry) -> None:
             "batch={start = 5}",
             "damping.pi=false",
             " seed = 4",
+            "averaging.decay=0",
         ],
     )
     assert (config.device, config.dtype, config.weight_decay, config.seed) == ("cuda:1", "float64", 1e-3, 4)
