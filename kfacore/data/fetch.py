@@ -118,7 +118,7 @@ def _fetch_one(file: RemoteFile, path: Path, mirrors: Sequence[str], progress: P
     if wrong_content:
         raise DataError(f"cannot fetch {file.name}: {reasons}. Nothing was stored; try another --mirror")
     raise ResourceError(
-        f"cannot fetch {file.name}, is there a network? {reasons}. Check the network, name another server with --mirror, or put the file "
+        f"cannot fetch {file.name}, is there a network? {reasons}. Name another server with --mirror, or put the file "
         f"into {path.parent} by hand"
     )
 
