@@ -1,0 +1,163 @@
+"""Levenberg-Marquardt's rule for lambda, the candidates of gamma, and constant damping."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from kfac_plugins.damping import FixedDampingConfig, LevenbergMarquardtConfig
+from kfac_plugins.damping.fixed import FixedDamping
+from kfac_plugins.damping.levenberg_marquardt import LevenbergMarquardt
+from kfacore.errors import ConfigError
+from kfacore.registry import get_registry
+
+ETA = 1e-5
+CPU = torch.device("cpu")
+Float = torch.float64
+
+
+def started(eta: float = ETA, **options: Any) -> LevenbergMarquardt:
+    damping = LevenbergMarquardt(LevenbergMarquardtConfig(**options))
+    damping.start(eta, CPU)
+    return damping
+
+
+def scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=Float)
+
+
+def test_start() -> None:
+    damping = started(lambda0=3.0)
+    assert float(damping.lam) == 3.0
+    assert float(damping.gamma) == math.sqrt(3.0 + ETA)
+    assert damping.lam.dtype == damping.gamma.dtype == Float
+    assert float(started().lam) == 150.0
+
+
+@pytest.mark.parametrize("every", [1, 5, 7])
+@pytest.mark.parametrize(
+    ("rho", "power"),
+    [
+        (1.9, 1),
+        (0.7500001, 1),
+        (0.75, 0),
+        (0.5, 0),
+        (0.25, 0),
+        (0.2499999, -1),
+        (0.0, -1),
+        (-3.0, -1),
+        (-math.inf, -1),
+        (math.nan, -1),
+        (math.inf, 1),
+    ],
+)
+def test_lambda_follows_rho(rho: float, power: int, every: int) -> None:
+    """Below 1/4 or not a number up, above 3/4 down, between the same; exact in double precision."""
+    damping = started(lambda0=150.0, lambda_every=every)
+    damping.adapt(scalar(rho))
+    assert float(damping.lam) == pytest.approx(150.0 * ((19 / 20) ** every) ** power, rel=1e-15)
+    assert damping.lam.dtype == Float
+    assert float(damping.gamma) == math.sqrt(150.0 + ETA)
+
+
+def test_lambda_adapts_every_t1_steps() -> None:
+    damping = started(lambda_every=5)
+    assert [k for k in range(1, 21) if damping.adapts(k)] == [5, 10, 15, 20]
+
+
+def test_candidates_every_t2_steps() -> None:
+    damping = started(lambda0=0.04)
+    for k in range(1, 61):
+        assert len(damping.candidates(k)) == (3 if k % 20 == 0 else 1)
+    gamma, w2 = math.sqrt(0.04 + ETA), math.sqrt(19 / 20) ** 20
+    found = [float(g) for g in damping.candidates(20)]
+    assert found == pytest.approx([gamma * w2, gamma, gamma / w2], rel=1e-15)
+    assert float(damping.candidates(19)[0]) == gamma
+
+
+@pytest.mark.parametrize(
+    ("gamma", "options", "wanted"),
+    [
+        # above the upper clamp: 1 is the "upper" candidate, so that gamma can come down
+        (1.7, {}, (1.7 * math.sqrt(0.95) ** 20, 1.7, 1.0)),
+        (0.9, {}, (0.9 * math.sqrt(0.95) ** 20, 0.9, 1.0)),
+        # below the lower clamp sqrt(eta)
+        (0.003, {}, (math.sqrt(ETA), 0.003, 0.003 / math.sqrt(0.95) ** 20)),
+        (0.003, {"gamma_min": 0.0}, (0.003 * math.sqrt(0.95) ** 20, 0.003, 0.003 / math.sqrt(0.95) ** 20)),
+        (0.2, {"gamma_min": 0.15, "gamma_max": 0.3}, (0.15, 0.2, 0.3)),
+        # the paper: no clamp
+        (1.7, {"gamma_max": None}, (1.7 * math.sqrt(0.95) ** 20, 1.7, 1.7 / math.sqrt(0.95) ** 20)),
+    ],
+)
+def test_only_new_candidates_are_clamped(
+    gamma: float, options: dict[str, Any], wanted: tuple[float, float, float]
+) -> None:
+    damping = started(**options)
+    damping.choose(scalar(gamma))
+    assert [float(g) for g in damping.candidates(20)] == pytest.approx(list(wanted), rel=1e-14)
+
+
+def test_choice_and_state_round_trip() -> None:
+    damping = started(lambda0=2.0)
+    damping.choose(damping.candidates(20)[0])
+    damping.adapt(scalar(0.1))
+    other = started(lambda0=150.0)
+    other.load_state_dict(damping.state_dict())
+    assert torch.equal(other.lam, damping.lam)
+    assert torch.equal(other.gamma, damping.gamma)
+    assert [float(a) for a in other.candidates(20)] == [float(a) for a in damping.candidates(20)]
+
+
+def test_saved_state_is_not_changed_by_later_steps() -> None:
+    damping = started(lambda0=2.0)
+    state = damping.state_dict()
+    damping.adapt(scalar(2.0))
+    damping.choose(damping.candidates(20)[2])
+    assert float(state["lam"]) == 2.0
+    assert float(state["gamma"]) == math.sqrt(2.0 + ETA)
+
+
+@pytest.mark.parametrize(
+    ("options", "lam", "gamma"),
+    [
+        ({}, 0.0, math.sqrt(ETA)),
+        ({"lambda0": 4.0}, 4.0, math.sqrt(4.0 + ETA)),
+        ({"lambda0": 4.0, "gamma": 0.1}, 4.0, 0.1),
+    ],
+)
+def test_fixed_damping_never_moves(options: dict[str, float], lam: float, gamma: float) -> None:
+    damping = FixedDamping(FixedDampingConfig(**options))
+    damping.start(ETA, CPU)
+    assert float(damping.lam) == lam
+    assert float(damping.gamma) == gamma
+    for k in range(1, 41):
+        assert len(damping.candidates(k)) == 1
+        assert not damping.adapts(k)
+    damping.adapt(scalar(-math.inf))
+    assert float(damping.lam) == lam
+    assert not FixedDamping.uses_model
+
+
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [
+        ({"kind": "levenberg-marquardt", "lambda0": 0.0}, "lambda0"),
+        ({"kind": "levenberg-marquardt", "lambda_every": 0}, "lambda_every"),
+        ({"kind": "levenberg-marquardt", "gamma_min": -1.0}, "gamma_min"),
+        ({"kind": "levenberg-marquardt", "lambda0": math.nan}, "lambda0"),
+        ({"kind": "fixed", "gamma": 0.0}, "gamma"),
+    ],
+)
+def test_bad_options(table: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"damping\.{key}"):
+        get_registry().build("damping", table)
+
+
+def test_no_damping_at_all_can_be_asked_for() -> None:
+    """The theorems are about undamped factors."""
+    damping = FixedDamping(FixedDampingConfig())
+    damping.start(0.0, CPU)
+    assert float(damping.gamma) == float(damping.lam) == 0.0
