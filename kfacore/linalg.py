@@ -127,7 +127,7 @@ def eigh_psd(M: Tensor, layer: str, factor: str) -> tuple[Tensor, Tensor, list[N
         NumericalError: M is not finite, or the eigenproblem failed in double precision too; names the layer.
     """
     M = 0.5 * (M + M.T)
-    trace = M.diagonal().sum()
+    trace = M.diagonal().sum(dtype=torch.float64)
     notices: list[Notice] = []
     for dtype in dict.fromkeys((M.dtype, torch.float64)):
         try:
@@ -136,7 +136,7 @@ def eigh_psd(M: Tensor, layer: str, factor: str) -> tuple[Tensor, Tensor, list[N
             continue
         # A failed run may return NaN, or numbers that are finite and wrong: the trace must be kept.
         slack = 1e3 * torch.finfo(dtype).eps * M.shape[0] * values.abs().amax()
-        if bool(torch.isfinite(vectors).all() & ((values.sum() - trace).abs() <= slack)):
+        if bool(torch.isfinite(vectors).all() & ((values.sum(dtype=torch.float64) - trace).abs() <= slack)):
             if dtype != M.dtype:
                 notices.append(Notice(layer, f"eigenproblem of {factor} failed in {_short(M)}; used double precision"))
             return values.to(M.dtype), vectors.to(M.dtype), notices
