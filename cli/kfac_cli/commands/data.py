@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from kfac_cli.answers import heading, print_json, table, warn_of_plugins
 from kfacore.data.fetch import mirrors_from
@@ -115,12 +114,7 @@ def _status(component: Component, data_dir: str | None) -> DataStatus | str:
     """The status, or why there is none. One problem of a plug-in must not hide the others."""
     try:
         config = component.config.model_validate({"data_dir": data_dir})
-    except ValidationError:
-        return "depends on its configuration"
-    if not isinstance(config, ReportsData):
-        return "says nothing about its data"
-    try:
-        return config.data_status()
+        return config.data_status() if isinstance(config, ReportsData) else "says nothing about its data"
     except Exception as error:
         return f"cannot say: {type(error).__name__}: {error}"
 
