@@ -45,13 +45,13 @@ def tidy(ax: Axes, *, log: bool) -> None:
         log: Whether a logarithmic scale makes sense for the quantity.
     """
     values = [float(y) for line in ax.get_lines() for y in line.get_ydata() if math.isfinite(float(y))]  # type: ignore[union-attr, arg-type]  # matplotlib's stubs allow more than a line holds
-    if log and values and min(values) > 0.0 and max(values) > 1.5 * min(values):
+    if log and values and min(values) > 0.0 and max(values) > 3.0 * min(values):
         from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
         ax.set_yscale("log")
         decades = math.log10(max(values) / min(values))
         if decades < 2.0:  # too few powers of ten to read a value from: label more of the lines
-            ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades > 0.7 else (1.0, 1.5, 2, 3, 4, 5, 7)))
+            ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             ax.yaxis.set_major_formatter(ScalarFormatter())
             ax.yaxis.set_minor_formatter(NullFormatter())
     ax.grid(visible=True, which="major", color="#e4e8eb", linewidth=0.8)

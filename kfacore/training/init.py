@@ -73,7 +73,8 @@ def _some(names: list[str]) -> str:
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file:  # ours to close: numpy leaves it open when the file is no archive
+            archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"--init {path} is not an .npz file: it holds a single array without a name")
             return {name: torch.from_numpy(np.ascontiguousarray(archive[name])) for name in archive.files}

@@ -103,12 +103,13 @@ def draw_progress(events: Iterable[Mapping[str, Any]], title: str, error_name: s
         for column, (x, x_label) in enumerate((("step", "step"), ("seconds", "training seconds"))):
             ax = axes[row, column]
             _line(ax, steps, x, name, color=BATCH, linewidth=1.0, label="mini-batch")
-            style: dict[str, Any] = {"marker": "o", "markersize": 3.5}
-            _line(ax, evals, x, f"train_{name}", color=TRAIN, label="training set", **style)
-            _line(ax, evals, x, f"test_{name}", color=TEST, label="test set", **style)
-            style["linestyle"] = "--"
-            _line(ax, evals, x, f"averaged_train_{name}", color=TRAIN, label="training set, averaged", **style)
-            _line(ax, evals, x, f"averaged_test_{name}", color=TEST, label="test set, averaged", **style)
+            # The two sets often lie on each other: a wide line below a narrow one keeps both visible.
+            wide: dict[str, Any] = {"color": TRAIN, "marker": "o", "markersize": 5.0, "linewidth": 2.6}
+            thin: dict[str, Any] = {"color": TEST, "marker": "o", "markersize": 2.5, "linewidth": 1.1}
+            _line(ax, evals, x, f"train_{name}", label="training set", **wide)
+            _line(ax, evals, x, f"test_{name}", label="test set", **thin)
+            _line(ax, evals, x, f"averaged_train_{name}", label="training set, averaged", linestyle="--", **wide)
+            _line(ax, evals, x, f"averaged_test_{name}", label="test set, averaged", linestyle="--", **thin)
             tidy(ax, log=True)
             if row == 1:
                 ax.set_xlabel(x_label)
