@@ -89,7 +89,11 @@ def _cholesky(base: Tensor, shift: Tensor) -> tuple[Spd, Tensor, Tensor]:
     damped = base.clone()
     damped.diagonal().add_(shift)
     L, info = torch.linalg.cholesky_ex(damped)
-    return Spd(base, shift, torch.cholesky_inverse(L)), L, info
+    try:
+        inverse = torch.cholesky_inverse(L)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but missing from the stubs
+        inverse, info = torch.full_like(L, torch.nan), torch.ones_like(info)  # L has a zero on its diagonal
+    return Spd(base, shift, inverse), L, info
 
 
 def _retry(base: Tensor, shift: Tensor, layer: str, factor: str) -> tuple[Spd, Tensor, Notice]:
@@ -128,15 +132,20 @@ def eigh_psd(M: Tensor, layer: str, factor: str) -> tuple[Tensor, Tensor, list[N
     """
     M = 0.5 * (M + M.T)
     trace = M.diagonal().sum(dtype=torch.float64)
+    probe = torch.arange(1.0, M.shape[0] + 1.0, dtype=M.dtype, device=M.device).cos_()
+    image = M @ probe
     notices: list[Notice] = []
     for dtype in dict.fromkeys((M.dtype, torch.float64)):
         try:
             values, vectors = torch.linalg.eigh(M.to(dtype))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but missing from the stubs
             continue
-        # A failed run may return NaN, or numbers that are finite and wrong: the trace must be kept.
-        slack = 1e3 * torch.finfo(dtype).eps * M.shape[0] * values.abs().amax()
-        if bool(torch.isfinite(vectors).all() & ((values.sum(dtype=torch.float64) - trace).abs() <= slack)):
+        # A failed run may return NaN, or numbers that are finite and wrong: the trace must be kept, and
+        # V diag(values) V^T must act on a vector as M does. A comparison with NaN is false.
+        slack = 100 * torch.finfo(M.dtype).eps * M.shape[0] ** 0.5 * values.abs().amax()
+        again = vectors @ (values * (vectors.T @ probe.to(dtype)))
+        kept = (values.sum(dtype=torch.float64) - trace).abs() <= slack
+        if bool(kept & ((again - image).norm() <= slack * probe.norm()) & torch.isfinite(vectors).all()):
             if dtype != M.dtype:
                 notices.append(Notice(layer, f"eigenproblem of {factor} failed in {_short(M)}; used double precision"))
             return values.to(M.dtype), vectors.to(M.dtype), notices

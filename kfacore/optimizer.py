@@ -267,6 +267,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         if preconditioner.inverse is not None and len(gammas) == 1 and not preconditioner.due(k):
             return [(gammas[0], preconditioner.inverse)], [], False
         made, notices = preconditioner.refresh(gammas, pi=self.damping.config.pi)
+        if not made and preconditioner.inverse is not None:  # all failed: the last good inverse, at its own gamma
+            return [(self.damping.gamma, preconditioner.inverse)], notices, False
         return made, notices, True
 
     def _model(self, batch: Linearization, proposals: list[BlockVector], grad: BlockVector) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,7 @@ class Preconditioner:
 
         Returns:
             Pairs of gamma and inverse, and what must be reported. A gamma whose factorisation failed is left out; if
-            all failed, the inverse in use stands in for the first.
+            all failed there is no pair, and the inverse in use stays.
 
         Raises:
             NumericalError: All failed and there is no earlier inverse; the message names the layer.
@@ -83,8 +83,6 @@ class Preconditioner:
             layer, _, message = str(failure).partition(": ")
             kept = "the other candidates were used" if made else "the previous inverse was kept"
             notices.append(Notice(layer, f"{message} ({kept})"))
-            if not made and self.inverse is not None:
-                made.append((gammas[0], self.inverse))
         self.counts.update(str(notice) for notice in notices)
         return made, notices
 

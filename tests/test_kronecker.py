@@ -1,0 +1,82 @@
+"""Damped Kronecker factors."""
+
+from __future__ import annotations
+
+import dense
+import pytest
+import torch
+from torch import Tensor
+
+from kfacore.kronecker import DampedFactors, damp, symmetric
+from kfacore.layers import LayerInfo
+
+LAYERS = [LayerInfo("a", 4, 3, True), LayerInfo("b", 3, 2, False)]
+Float = torch.float64
+
+
+def factors() -> tuple[list[Tensor], list[Tensor]]:
+    def make(d: int, seed: int) -> Tensor:
+        X = dense.randn(2 * d, d, seed=seed)
+        return X.T @ X / len(X)
+
+    return [make(4, 0), make(3, 1)], [3.0 * make(3, 2), 0.01 * make(2, 3)]
+
+
+@pytest.mark.parametrize("pi", [True, False])
+@pytest.mark.parametrize("gamma", [0.01, 1.0])
+def test_factored_tikhonov(gamma: float, pi: bool) -> None:
+    A, G = factors()
+    found, lower_A, lower_G, notices = damp(LAYERS, A, G, torch.tensor(gamma, dtype=Float), pi=pi)
+    assert notices == ()
+    V = [dense.randn(*layer.shape) for layer in LAYERS]
+    for i, layer in enumerate(LAYERS):
+        split = float(((A[i].trace() / layer.d_in) / (G[i].trace() / layer.d_out)) ** 0.5) if pi else 1.0
+        Ad = A[i] + split * gamma * torch.eye(layer.d_in, dtype=Float)
+        Gd = G[i] + gamma / split * torch.eye(layer.d_out, dtype=Float)
+        assert dense.relative(lower_A[i] @ lower_A[i].T, Ad) < 1e-13
+        assert dense.relative(lower_G[i] @ lower_G[i].T, Gd) < 1e-13
+        assert dense.relative(found.solve(i, V[i]), torch.linalg.inv(Gd) @ V[i] @ torch.linalg.inv(Ad)) < 1e-10
+        assert dense.relative(found.multiply(i, V[i]), Gd @ V[i] @ Ad) < 1e-13
+
+
+def test_damping_of_the_product_is_gamma_squared() -> None:
+    """(pi gamma) (gamma / pi) = gamma^2 whatever pi is."""
+    A, G = factors()
+    found, _, _, _ = damp(LAYERS, A, G, torch.tensor(0.3, dtype=Float), pi=True)
+    for a, g in zip(found.A, found.G, strict=True):
+        assert float(a.shift * g.shift) == pytest.approx(0.09, rel=1e-14)
+
+
+def test_dead_layer_is_plain_damping() -> None:
+    A, G = factors()
+    G[1] = torch.zeros_like(G[1])
+    found, _, _, notices = damp(LAYERS, A, G, torch.tensor(0.3, dtype=Float), pi=True)
+    assert notices == ()
+    assert float(found.A[1].shift) == float(found.G[1].shift) == 0.3
+
+
+def test_symmetric_copies() -> None:
+    value = dense.randn(4, 4)
+    (copy,) = symmetric([value])
+    assert torch.equal(copy, copy.T)
+    assert dense.relative(copy, (value + value.T) / 2) < 1e-15
+    kept = copy.clone()
+    value.zero_()
+    assert torch.equal(copy, kept)
+
+
+def test_state_round_trip() -> None:
+    A, G = factors()
+    found, _, _, _ = damp(LAYERS, A, G, torch.tensor(0.3, dtype=Float), pi=True)
+    again = DampedFactors.from_state(found.state_dict())
+    V = dense.randn(*LAYERS[0].shape)
+    assert torch.equal(again.solve(0, V), found.solve(0, V))
+    assert torch.equal(again.multiply(0, V), found.multiply(0, V))
+
+
+def test_notices_name_layer_and_factor() -> None:
+    A, G = factors()
+    G[0] = torch.diag(torch.tensor([1.0, 0.0, 2.0], dtype=Float))
+    _, _, _, notices = damp(LAYERS, A, G, torch.tensor(0.0, dtype=Float), pi=False)
+    assert [notice.layer for notice in notices] == ["a"]
+    assert "factor G" in notices[0].message
