@@ -6,16 +6,13 @@ The nets end with their last `nn.Linear`: outputs are the natural parameters z, 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal
 
 import torch
 from torch import nn
 
 from kfacore.errors import ConfigError, nearest
 
-__all__ = ["ACTIVATIONS", "Activation", "autoencoder", "mlp", "sparse_init"]
-
-Activation = Literal["logistic", "tanh", "relu"]
+__all__ = ["ACTIVATIONS", "autoencoder", "mlp", "sparse_init"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"logistic": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
 """Unit types by name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -68,6 +69,12 @@ def test_list_says_what_is_missing_and_how_to_get_it(kfac: Run, tmp_path: Path) 
     assert "run 'kfac data fetch mnist'" in out
     assert "run 'kfac data fetch faces'" in out
     assert f"folders searched: {tmp_path / 'xdg' / 'kfac'}" in out
+
+
+def test_list_imports_no_torch() -> None:
+    program = "import sys; sys.argv[1:] = ['data', 'list']\nfrom kfac_cli.main import main\n"
+    program += "try: main()\nfinally: sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL).returncode == 0
 
 
 def test_list_as_json(kfac: Run, mirror: Path) -> None:

@@ -20,6 +20,7 @@ from kfac_plugins.problems.mnist import Mnist
 from kfac_plugins.problems.mnist16_classifier import Mnist16Classifier, area_downsample
 from kfacore.data import check, sha256_of_arrays
 from kfacore.errors import DataError
+from kfacore.registry import get_registry
 from kfacore.roles import Problem
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -91,6 +92,14 @@ def test_nets_of_the_paper(problem: Problem, sizes: list[int], unit: type[nn.Mod
     assert int((first != 0).sum(1).max()) <= 15
     again = problem.build_model(torch.Generator().manual_seed(0))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("slot", ["problem", "likelihood"])
+def test_manifests_lead_to_their_classes(slot: str) -> None:
+    registry = get_registry()
+    for component in registry.components(slot):
+        part = registry.build(slot, component.name)
+        assert type(part.config) is component.config
 
 
 def test_suggested_likelihoods() -> None:
