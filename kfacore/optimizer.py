@@ -25,7 +25,7 @@ from kfacore.errors import ConfigError, NumericalError, nearest
 from kfacore.linearize import BlockVector, Linearization, Linearizer
 from kfacore.nest import cases_of
 from kfacore.preconditioner import Preconditioner
-from kfacore.quadratic import fisher_gram, model_value, on_planes
+from kfacore.quadratic import fisher_gram, model_value, on_planes, symmetric_gram
 from kfacore.registry import get_registry
 from kfacore.roles.approx import Approximation, Inverse, Notice
 from kfacore.roles.damping import Damping
@@ -127,6 +127,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         self.preconditioner: Preconditioner | None = None
         self._grad: BlockVector | None = None
         self._delta: BlockVector | None = None
+        self._proposals: list[BlockVector] = []
         torch.optim.Optimizer.__init__(self, parameters, {"weight_decay": float(eta)})
 
     @classmethod
@@ -180,8 +181,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         grad = self._gradient(batch, targets)
 
         candidates, notices, refreshed = self._inverses(preconditioner, k)
-        proposals = [self._vector().copy_blocks(inverse.solve(grad.blocks)) for _, inverse in candidates]
-        torch._foreach_neg_([proposal.flat for proposal in proposals])
+        proposals = self._propose([inverse for _, inverse in candidates], grad)
         M, b = self._model(batch, proposals, grad)
         x = self.momentum.coefficients(M, b)
         values = model_value(M, b, x)
@@ -271,6 +271,15 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             return [(self.damping.gamma, preconditioner.inverse)], notices, False
         return made, notices, True
 
+    def _propose(self, inverses: list[Inverse], grad: BlockVector) -> list[BlockVector]:
+        """Delta = -F-hat^-1 grad for each inverse; the buffer of the first is kept for the next step."""
+        proposals = [*self._proposals, *(self._vector() for _ in inverses[len(self._proposals) :])]
+        self._proposals = proposals[:1]
+        for inverse, proposal in zip(inverses, proposals, strict=True):
+            for solved, block in zip(inverse.solve(grad.blocks), proposal.blocks, strict=True):
+                torch.neg(solved, out=block)
+        return proposals
+
     def _model(self, batch: Linearization, proposals: list[BlockVector], grad: BlockVector) -> tuple[Tensor, Tensor]:
         """M and b on (Delta, delta_prev) for each candidate; zeros if no part uses the model."""
         assert self._delta is not None
@@ -283,8 +292,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         n = self.momentum.cases(batch.cases)
         z = torch.cat(batch.outputs())[:n]
         gram = fisher_gram(self.likelihood, z, batch.jvp([v.blocks for v in directions], n))
-        products = [torch.dot(v.flat, w.flat) for v in directions for w in directions]
-        inner = torch.stack(products).double().view(len(directions), len(directions))
+        inner = symmetric_gram(lambda i, j: torch.dot(directions[i].flat, directions[j].flat), len(directions))
         M = gram + (self.damping.lam + self.weight_decay) * inner
         b = torch.stack([torch.dot(v.flat, grad.flat) for v in directions]).double()
         if not moving:

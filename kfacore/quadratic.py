@@ -10,12 +10,14 @@ M and b are float64 whatever the parameters are; nothing here waits for the devi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from kfacore.roles.likelihood import Likelihood
 
-__all__ = ["fisher_gram", "minimise_one", "minimise_two", "model_value", "on_planes"]
+__all__ = ["fisher_gram", "minimise_one", "minimise_two", "model_value", "on_planes", "symmetric_gram"]
 
 _PARALLEL = 1e-13
 """Below this 1 - cos^2 of two directions (in the metric M) they count as parallel."""
@@ -28,10 +30,13 @@ def fisher_gram(
 ) -> Tensor:  # (k, k) float64
     """Mean over cases of (J v_i)^T F_R (J v_j), accumulated in double precision."""
     FJv = likelihood.fisher_product(z, Jv)
-    k, n = Jv.shape[0], z.shape[0]
-    rows = [[(Jv[i] * FJv[j]).sum(dtype=torch.float64) if j >= i else None for j in range(k)] for i in range(k)]
-    gram = [[rows[min(i, j)][max(i, j)] for j in range(k)] for i in range(k)]
-    return torch.stack([torch.stack([entry for entry in row if entry is not None]) for row in gram]) / n
+    return symmetric_gram(lambda i, j: (Jv[i] * FJv[j]).sum(dtype=torch.float64), Jv.shape[0]) / z.shape[0]
+
+
+def symmetric_gram(entry: Callable[[int, int], Tensor], k: int) -> Tensor:  # (k, k) float64
+    """The symmetric matrix of k (k + 1) / 2 inner products, each formed once."""
+    upper = {(i, j): entry(i, j).double() for j in range(k) for i in range(j + 1)}
+    return torch.stack([upper[min(i, j), max(i, j)] for i in range(k) for j in range(k)]).view(k, k)
 
 
 def on_planes(

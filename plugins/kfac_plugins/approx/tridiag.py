@@ -51,6 +51,7 @@ class BlockTridiagonalInverse(Inverse):
         self.layers = layers
         self.notices = notices
         self._factors, self._A, self._G = factors, A, G
+        self._psi_A, self._psi_G = [_psi(pair) for pair in A], [_psi(pair) for pair in G]
         self._gains = [_gain(a, g) for a, g in zip(A, G, strict=True)]
 
     def solve(self, blocks: Sequence[Tensor]) -> list[Tensor]:
@@ -84,11 +85,11 @@ class BlockTridiagonalInverse(Inverse):
 
     def _mean(self, i: int, V: Tensor) -> Tensor:
         """PsiG_i V_{i+1} PsiA_i^T."""
-        return _product(self._G[i].P, self._G[i].Q, V, self._A[i].Q, self._A[i].P)
+        return _between(self._psi_G[i], V, _transposed(self._psi_A[i]))
 
     def _mean_adjoint(self, i: int, V: Tensor) -> Tensor:
         """PsiG_i^T V_i PsiA_i."""
-        return _product(self._G[i].Q, self._G[i].P, V, self._A[i].P, self._A[i].Q)
+        return _between(_transposed(self._psi_G[i]), V, self._psi_A[i])
 
     def _conditional_solve(self, i: int, V: Tensor) -> Tensor:
         """Sigma_i^-1 V = Gd^-1 V Ad^-1 + K_G [(K_G^T V K_A) / (1 - s_G s_A^T)] K_A^T, K scaled by r."""
@@ -122,11 +123,21 @@ def _gain(A: Canonical, G: Canonical) -> Tensor:
     return torch.where(denominator == 0, torch.ones_like(denominator), denominator).reciprocal_()
 
 
-def _product(left: Tensor, left_in: Tensor, V: Tensor, right_in: Tensor, right: Tensor) -> Tensor:
-    """(left left_in^T) V (right right_in^T)^T, in the cheapest order; zero if nothing was kept."""
-    if left.shape[1] == 0 or right.shape[1] == 0:
-        return V.new_zeros(left.shape[0], right.shape[0])
-    return _chain([left, left_in.T, V, right_in, right.T])
+def _psi(pair: Canonical) -> list[Tensor]:
+    """Psi = P Q^T as the factors that are cheaper to apply: both, or their product once and for all."""
+    (d, k), d_next = pair.P.shape, pair.Q.shape[0]
+    return [pair.P, pair.Q.T] if k * (d + d_next) < d * d_next else [pair.P @ pair.Q.T]
+
+
+def _transposed(factors: list[Tensor]) -> list[Tensor]:
+    return [factor.T for factor in reversed(factors)]
+
+
+def _between(left: list[Tensor], V: Tensor, right: list[Tensor]) -> Tensor:
+    """Left V right; zero if no correlation was kept."""
+    if any(0 in factor.shape for factor in (*left, *right)):
+        return V.new_zeros(left[0].shape[0], right[-1].shape[1])
+    return _chain([*left, V, *right])
 
 
 class BlockTridiagonalFactorisation(Factorisation):
