@@ -108,11 +108,11 @@ def _retry(base: Tensor, shift: Tensor, layer: str, factor: str) -> tuple[Spd, T
     for jitter in _JITTERS:
         total = shift.double() + jitter * scale
         result, L, info = _cholesky(double, total)
-        if int(info) == 0 and bool(torch.isfinite(result.inverse).all()):
+        inverse = result.inverse.to(base.dtype)  # may overflow
+        if int(info) == 0 and bool(torch.isfinite(inverse).all()):
             how = "double precision" + (f" and jitter {jitter:g} of its mean diagonal" if jitter else "")
             notice = Notice(layer, f"factor {factor} could not be factorised in {_short(base)}; used {how}")
-            d = base.dtype
-            return Spd(base, total.to(d), result.inverse.to(d)), L.to(d), notice
+            return Spd(base, total.to(base.dtype), inverse), L.to(base.dtype), notice
     raise NumericalError(
         f"{layer}: factor {factor} could not be factorised even with jitter {_JITTERS[-1]:g} of its mean diagonal; "
         "raise the damping (damping.lambda0, or gamma_min)"
