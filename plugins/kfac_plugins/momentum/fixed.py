@@ -2,6 +2,7 @@ r"""A given learning rate and momentum: delta = lr Delta + mu delta_prev, withou
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kfac_plugins.momentum import FixedMomentumConfig
@@ -19,4 +20,6 @@ class FixedMomentum(Momentum):
 
     def coefficients(self, M: Tensor, b: Tensor) -> Tensor:
         """(lr, mu) for each candidate."""
-        return b.new_tensor([[self.config.lr, self.config.mu]]).expand_as(b)
+        # Filled on the device: a tensor made of host numbers would be a copy that every step waits for.
+        first = b[:, 0]
+        return torch.stack([torch.full_like(first, self.config.lr), torch.full_like(first, self.config.mu)], dim=1)
