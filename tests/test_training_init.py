@@ -79,7 +79,7 @@ def test_files_that_cannot_be_read(tmp_path, model, name, content, message):
 
 def test_pickles_are_not_loaded(tmp_path, model):
     np.savez(tmp_path / "p.npz", **{"0.weight": np.array([{"a": 1}], dtype=object)})
-    with pytest.raises(DataError, match="not a readable .npz file of numbers"):
+    with pytest.raises(DataError, match="readable"):
         load_parameters(model, tmp_path / "p.npz")
 
 

@@ -34,7 +34,7 @@ def test_create_and_read_back(tmp_path):
 @pytest.mark.parametrize("name", ["config.json", "checkpoint.pt", "metrics.jsonl"])
 def test_a_folder_with_a_run_is_refused(tmp_path, name):
     (tmp_path / name).write_text("{}")
-    with pytest.raises(ConfigError, match="holds another run.*--resume"):
+    with pytest.raises(ConfigError, match=r"holds another run.*--resume"):
         RunFolder(tmp_path).create({}, {})
     assert (tmp_path / name).read_text() == "{}"
 
@@ -65,7 +65,7 @@ def test_a_disk_that_cannot_be_written(tmp_path, monkeypatch):
 def test_a_run_in_progress_is_refused_to_other_processes(tmp_path):
     folder = RunFolder(tmp_path)
     folder.create({}, {})
-    code = f"from kfacore.training.run import RunFolder; from pathlib import Path; RunFolder(Path({str(tmp_path)!r})).lock()"
+    code = f"import kfacore.training.run as r; r.RunFolder({str(tmp_path)!r}).lock()"
     busy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "is being trained by another process" in busy.stderr
     folder.unlock()

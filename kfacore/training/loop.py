@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kfacore.errors import ConfigError, DataError, NumericalError
+from kfacore.errors import ConfigError, DataError, NumericalError, ResourceError
 from kfacore.roles import Sink, StepReport
 from kfacore.training.batches import BatchSampler, BatchSchedule
 from kfacore.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -169,6 +169,7 @@ class _Run:
         self.evaluated: int | None = None
         self.measures: dict[str, float | None] = {}
         self.saved: int | None = None
+        self._kept: tuple[int, int | None] | None = None
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take up where a checkpoint left off."""
@@ -195,6 +196,7 @@ class _Run:
             ) from error
         self.step, self.seconds = checkpoint.step, checkpoint.seconds
         self.evaluated, self.saved = checkpoint.evaluated, checkpoint.step
+        self._kept = (self.step, self.evaluated)
         self._compare(record)
         life = {"step": self.step, "time": _now(), "torch": torch.__version__, "threads": torch.get_num_threads()}
         record["resumed"] = [*record.get("resumed", []), life]
@@ -209,9 +211,10 @@ class _Run:
         for name, value in now.items():
             if value != then[name]:
                 logger.warning(
-                    "resumed with %s %s, started with %s: the numbers may differ in the last bits",
+                    "resumed with %s %s, started with %s %s: the numbers may differ in the last bits",
                     name,
                     value,
+                    name,
                     then[name],
                 )
 
@@ -223,10 +226,9 @@ class _Run:
                 with self._disk():
                     sink.open(folder.path, step=self.step)
             self._emit(self._start_event())
-            if self.saved is None:
-                self._save()
             if self._evaluates(self.step):
                 self._evaluate()
+            self._save()
             while self.step < config.steps:
                 if stop.received is None:
                     self._advance()
@@ -241,9 +243,10 @@ class _Run:
         except NumericalError as error:
             raise self._explain(error) from error
         finally:
-            for sink in self.sinks:
-                with self._disk():
-                    sink.close()
+            with contextlib.ExitStack() as closing:  # each is closed, whatever another one does
+                for sink in self.sinks:
+                    closing.enter_context(self._disk())
+                    closing.callback(sink.close)
 
     def _advance(self) -> None:
         """One step, timed, with its report read and passed on."""
@@ -295,7 +298,8 @@ class _Run:
 
     def _save(self) -> None:
         """Write a checkpoint, unless it would replace a good one by numbers that are not finite."""
-        if self.saved == self.step and self.step > 0:
+        state = (self.step, self.evaluated)
+        if self._kept == state:
             return
         parts = self.parts
         finite = torch.stack([parameter.isfinite().all() for parameter in parts.model.parameters()]).all()
@@ -318,7 +322,7 @@ class _Run:
             ),
             remedy=self._remedy(),
         )
-        self.saved = self.step
+        self.saved, self._kept = self.step, state
         path = str(self.folder.checkpoint_file)
         self._emit({"event": "checkpoint", "step": self.step, "path": path, "seconds": self.seconds})
 
@@ -377,8 +381,15 @@ class _Run:
         for listener in self.listeners:
             listener(event)
 
-    def _disk(self) -> contextlib.AbstractContextManager[None]:
-        return disk_errors(self.folder.path, self._remedy())
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Say how to go on, also where a sink has already said what is wrong."""
+        try:
+            with disk_errors(self.folder.path):
+                yield
+        except ResourceError as error:
+            remedy = self._remedy()
+            raise ResourceError(f"{error}; {remedy}" if remedy else str(error)) from error
 
     def _remedy(self) -> str:
         if self.saved is None:
