@@ -26,13 +26,13 @@ def write_data(folder: Path, **changes: np.ndarray) -> Path:
 
 
 def settings(folder: Path, *more: str) -> list[str]:
-    """Assignments for `resolve` or ``--set``."""
+    """Assignments for ``--set``; one a line, a TOML file."""
     return [
-        "problem=npz",
+        'problem.kind="npz"',
         f"problem.file={json.dumps(str(folder / 'data.npz'))}",
         "problem.sizes=[8, 3, 8]",
         "problem.code_layer=2",
-        "likelihood=bernoulli",
+        'likelihood="bernoulli"',
         "steps=20",
         "threads=1",
         "batch.start=20",
