@@ -21,9 +21,9 @@ from kfacore.config.slots import (
     Model,
     MomentumConfig,
 )
-from kfacore.errors import ConfigError, NumericalError, nearest
+from kfacore.errors import ConfigError, DataError, NumericalError, nearest
 from kfacore.linearize import BlockVector, Linearization, Linearizer
-from kfacore.nest import cases_of
+from kfacore.nest import cases_of, tensors_of
 from kfacore.preconditioner import Preconditioner
 from kfacore.quadratic import fisher_gram, model_value, on_planes, symmetric_gram
 from kfacore.registry import get_registry
@@ -111,6 +111,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         eta = chosen["weight_decay"]
         if not (isinstance(eta, int | float) and math.isfinite(eta) and eta >= 0):
             raise ConfigError(f"weight_decay must be a number >= 0, found {eta!r}")
+        if not isinstance(chosen["seed"], int) or isinstance(chosen["seed"], bool):
+            raise ConfigError(f"seed must be an integer, found {chosen['seed']!r}")
         registry = get_registry()
         self.likelihood = registry.build("likelihood", chosen["likelihood"])
         self.approx = registry.build("approx", chosen["approx"])
@@ -121,10 +123,11 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         self.linearizer = Linearizer(model, self.approx.structure)
         parameters = [parameter for layer in self.linearizer.layers for parameter in layer.parameters]
         device = parameters[0].device
-        self.generator = torch.Generator(device).manual_seed(int(chosen["seed"]))
+        self.generator = torch.Generator(device).manual_seed(chosen["seed"])
         self.damping.start(float(eta), device)
         self.steps = 0
         self.preconditioner: Preconditioner | None = None
+        self._targets_like: tuple[torch.Size, torch.dtype] | None = None
         self._grad: BlockVector | None = None
         self._delta: BlockVector | None = None
         self._proposals: list[BlockVector] = []
@@ -166,21 +169,25 @@ class KFAC(torch.optim.Optimizer, Optimizer):
 
         Raises:
             UnsupportedModelError: The forward pass cannot be linearised; the message names the module.
-            DataError: Inputs and targets do not fit.
-            NumericalError: No candidate of gamma gave a finite model (seen in steps that refresh or adapt).
+            DataError: Inputs and targets do not fit each other or the model, or are not finite.
+            NumericalError: The objective or the quadratic model is not finite. Both this and data that is not finite
+                are seen in steps that refresh or adapt, the others do not wait for the device; the parameters are
+                then what they were before the step.
         """
         k = self.steps + 1
         m = cases_of(inputs)
         batch = self.linearizer(inputs, self.estimator.cases(m))
-        if k == 1:
-            self.likelihood.check_targets(targets, batch.statistics_outputs().shape[1], "targets")
+        self._check_targets(targets, m, batch.statistics_outputs().shape[1])
         loss, objective, error = self._objective(batch, targets)
 
         preconditioner = self._prepare()
+        gammas, adapts = self.damping.candidates(k), self.damping.adapts(k)
+        if adapts or preconditioner.due(k) or len(gammas) > 1:  # this step waits for the device anyway
+            self._require_finite("objective", objective, inputs, targets)
         preconditioner.update(self.estimator.collect(batch, targets, self.likelihood, self.generator))
         grad = self._gradient(batch, targets)
 
-        candidates, notices, refreshed = self._inverses(preconditioner, k)
+        candidates, notices, refreshed = self._inverses(preconditioner, gammas, k)
         proposals = self._propose([inverse for _, inverse in candidates], grad)
         M, b = self._model(batch, proposals, grad)
         x = self.momentum.coefficients(M, b)
@@ -194,10 +201,12 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             preconditioner.use(inverse)
             self.damping.choose(gamma)
         lam, (alpha, mu), value = self.damping.lam, x[best], values[best]
+        if adapts:
+            self._require_finite("quadratic model", value, inputs, targets)
         self._take(proposals[best], alpha, mu)
 
         self.steps = k
-        rho = self._adapt(inputs, targets, objective, value) if self.damping.adapts(k) else None
+        rho = self._adapt(inputs, targets, objective, value) if adapts else None
         has_model = self.momentum.uses_model or self.damping.uses_model
         return StepReport(
             step=k,
@@ -213,6 +222,42 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             mu=mu,
             refreshed=refreshed,
             notices=tuple(str(notice) for notice in notices),
+        )
+
+    def _check_targets(self, targets: Any, cases: int, outputs: int) -> None:
+        """Wholly for the first mini-batch; later only what the host knows without asking the device."""
+        if not isinstance(targets, Tensor) or targets.dim() == 0:
+            found = "a number" if isinstance(targets, Tensor) else f"a {type(targets).__name__}"
+            raise DataError(f"targets: a tensor with one target a case is needed, found {found}")
+        if len(targets) != cases:
+            raise DataError(f"targets: found {len(targets)} targets for {cases} cases of inputs")
+        like = targets.shape[1:], targets.dtype
+        if like != self._targets_like:
+            self.likelihood.check_targets(targets, outputs, "targets")
+            self._targets_like = like
+
+    def _require_finite(self, what: str, value: Tensor, inputs: Any, targets: Tensor) -> None:
+        """Refuse to go on from NaN or infinity, and say where it came from. Waits for the device.
+
+        Raises:
+            DataError: The mini-batch has NaN or infinity.
+            NumericalError: It has not, so the parameters have diverged.
+        """
+        # The inputs as well: an infinite one may saturate its units and leave every loss finite.
+        finite = [torch.isfinite(value), *(torch.isfinite(x).all() for x in tensors_of(inputs))]
+        if bool(torch.stack(finite).all()):
+            return
+        for name, tensor in (*(("inputs", x) for x in tensors_of(inputs)), ("targets", targets)):
+            bad = ~torch.isfinite(tensor).reshape(len(tensor), -1).all(1)
+            if bool(bad.any()):
+                raise DataError(
+                    f"{name}: {int(bad.sum())} of {len(bad)} cases of the mini-batch of step {self.steps + 1} hold NaN "
+                    f"or infinity, the first is case {int(bad.nonzero()[0, 0])}; remove or repair them"
+                )
+        raise NumericalError(
+            f"step {self.steps + 1}: the {what} is not finite (lambda {float(self.damping.lam):g}, gamma "
+            f"{float(self.damping.gamma):g}); the parameters have diverged, or an earlier mini-batch held NaN or "
+            "infinity. Check the data, or start with a larger damping.lambda0"
         )
 
     def _objective(self, batch: Linearization, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,10 +305,9 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         return grad
 
     def _inverses(
-        self, preconditioner: Preconditioner, k: int
+        self, preconditioner: Preconditioner, gammas: list[Tensor], k: int
     ) -> tuple[list[tuple[Tensor, Inverse]], list[Notice], bool]:
         """The inverses to compare in this step: the one in use, or new ones."""
-        gammas = self.damping.candidates(k)
         if preconditioner.inverse is not None and len(gammas) == 1 and not preconditioner.due(k):
             return [(gammas[0], preconditioner.inverse)], [], False
         made, notices = preconditioner.refresh(gammas, pi=self.damping.config.pi)
@@ -314,12 +358,6 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         change = loss + self._penalty() - before
         rho = torch.where(change > 0, -torch.inf, change / predicted)
         self.damping.adapt(rho)
-        if not bool(torch.isfinite(predicted)):
-            raise NumericalError(
-                f"step {self.steps}: the quadratic model is not finite (loss {float(before):g}, lambda "
-                f"{float(self.damping.lam):g}, gamma {float(self.damping.gamma):g}); the parameters have diverged. "
-                "Check the data, or start with a larger damping.lambda0"
-            )
         return rho
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from kfacore.errors import UnsupportedModelError
+from kfacore.errors import DataError, UnsupportedModelError
 from kfacore.layers import LayerInfo
 from kfacore.linearize.rules import LayerRule
 
@@ -45,15 +45,25 @@ class LinearRule(LayerRule):
         """All columns, or all but the last and the last."""
         return [block[:, :-1], block[:, -1]] if info.bias else [block]
 
-    def check_input(self, info: LayerInfo, x: Any) -> Tensor:
-        """One row a case."""
+    def check_input(self, info: LayerInfo, module: nn.Module, x: Any) -> None:
+        """One row a case, as wide as the weights and in their dtype."""
         if not isinstance(x, Tensor) or x.dim() != 2:
             found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise UnsupportedModelError(
                 f"{info.name}: Linear must get inputs of shape (cases, features), found {found}; layers that share "
                 "weights over positions are not supported"
             )
-        return x
+        weight = cast("nn.Linear", module).weight
+        if x.shape[1] != weight.shape[1]:
+            raise DataError(
+                f"{info.name}: Linear takes {weight.shape[1]} features, found inputs of shape {tuple(x.shape)}; check "
+                "the width of the data against the model"
+            )
+        if (x.dtype, x.device) != (weight.dtype, weight.device):
+            raise DataError(
+                f"{info.name}: Linear has weights in {_place(weight)}, found inputs in {_place(x)}; convert the data "
+                "or the model, for example with .to()"
+            )
 
     def inputs(self, info: LayerInfo, x: Tensor) -> Tensor:
         """[a; 1]."""
@@ -91,3 +101,7 @@ class LinearRule(LayerRule):
             if info.bias:
                 rows.add_(block[:, -1])
         return result
+
+
+def _place(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"

@@ -116,14 +116,21 @@ class Linearizer:
     def _forward(self, inputs: Any) -> Chunk:
         calls: list[tuple[Layer, Call]] = []
 
-        def record(layer: Layer) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-                x = layer.rule.check_input(layer.info, args[0] if args else next(iter(kwargs.values()), None))
-                calls.append((layer, Call(x.detach(), output.detach(), get_gradient_edge(output), output._version)))
+        def check(layer: Layer) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                layer.rule.check_input(layer.info, module, _input(args, kwargs))
 
             return hook
 
-        handles = [layer.module.register_forward_hook(record(layer), with_kwargs=True) for layer in self.layers]
+        def record(layer: Layer) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+                x = cast("Tensor", _input(args, kwargs)).detach()
+                calls.append((layer, Call(x, output.detach(), get_gradient_edge(output), output._version)))
+
+            return hook
+
+        handles = [layer.module.register_forward_pre_hook(check(layer), with_kwargs=True) for layer in self.layers]
+        handles += [layer.module.register_forward_hook(record(layer), with_kwargs=True) for layer in self.layers]
         try:
             with torch.enable_grad():
                 z = self.model(inputs)
@@ -241,6 +248,11 @@ class Linearization:
         finally:
             for module in patched:
                 del module.__dict__["forward"]
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a layer was called with, by position or by keyword."""
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def _layer_gradients(chunk: Chunk, v: Tensor, *, retain: bool) -> Sequence[Tensor]:

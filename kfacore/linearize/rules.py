@@ -49,11 +49,12 @@ class LayerRule(ABC):
         """Views of the block in the shapes of `parameters`."""
 
     @abstractmethod
-    def check_input(self, info: LayerInfo, x: Any) -> Tensor:
-        """The module's input as a tensor this rule can read.
+    def check_input(self, info: LayerInfo, module: nn.Module, x: Any) -> None:
+        """Refuse what the module is about to be called with if it cannot work or this rule cannot read it.
 
         Raises:
             UnsupportedModelError: Its shape cannot be read; the message names the module.
+            DataError: It does not fit the module's weights.
         """
 
     @abstractmethod
