@@ -10,7 +10,7 @@ from torch import nn
 
 from kfac_plugins.likelihoods.bernoulli import Bernoulli
 from kfacore.roles import Split
-from kfacore.training.plots import draw_progress, draw_reconstructions, draw_trace
+from kfacore.training.plots import _better_average, draw_progress, draw_reconstructions, draw_trace
 
 
 def step(k, **more):
@@ -94,3 +94,13 @@ def test_global_state_of_matplotlib_is_left_alone():
     before = mpl.get_backend(auto_select=False)
     draw_trace([step(1, lam=1.0)], "")
     assert mpl.get_backend(auto_select=False) == before
+
+
+@pytest.mark.parametrize(("averaged", "chosen"), [(4.0, "average"), (6.0, None), (None, None)])
+def test_the_better_parameters_are_shown(averaged, chosen):
+    class Parts:
+        class average:  # noqa: N801  # stands for an object
+            model = "average"
+
+    events = [evaluation(1, train_error=1.0), evaluation(2, train_error=5.0, averaged_train_error=averaged)]
+    assert _better_average(events, Parts) == chosen

@@ -191,8 +191,11 @@ class _Run:
                 parts.average.load_state_dict(dict(checkpoint.averaged))
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if isinstance(error, KeyError):
+                reason = f"it has no entry {reason}"
             raise DataError(
-                f"{folder.checkpoint_file} does not fit the run's configuration: {reason}; start a new run"
+                f"{folder.checkpoint_file} does not fit the run's configuration: {reason}; start a new run, or use "
+                "the versions in manifest.json"
             ) from error
         self.step, self.seconds = checkpoint.step, checkpoint.seconds
         self.evaluated, self.saved = checkpoint.evaluated, checkpoint.step

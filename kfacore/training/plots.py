@@ -69,7 +69,7 @@ def draw_run(folder: RunFolder, events: Sequence[Mapping[str, Any]], parts: Part
     if trace is not None:
         drawn.append(save_figure(trace, folder.plots / "trace.png"))
     if parts.problem.task == "autoencoder" and parts.problem.image_shape is not None:
-        average = None if parts.average is None else parts.average.model
+        average = _better_average(events, parts)
         figure = draw_reconstructions(
             parts.problem,
             parts.model if average is None else average,
@@ -80,6 +80,15 @@ def draw_run(folder: RunFolder, events: Sequence[Mapping[str, Any]], parts: Part
         )
         drawn.append(save_figure(figure, folder.plots / "reconstructions.png"))
     return tuple(drawn)
+
+
+def _better_average(events: Sequence[Mapping[str, Any]], parts: Parts) -> nn.Module | None:
+    """The averaged model if the last evaluation found its error smaller, which a young average's is not."""
+    last: Mapping[str, Any] = next((event for event in reversed(events) if event.get("event") == "eval"), {})
+    current, averaged = number(last.get("train_error")), number(last.get("averaged_train_error"))
+    if parts.average is None or current is None or averaged is None or averaged > current:
+        return None
+    return parts.average.model
 
 
 def draw_progress(events: Iterable[Mapping[str, Any]], title: str, error_name: str) -> Figure | None:
@@ -200,7 +209,7 @@ def draw_reconstructions(
 def _legend(figure: Figure, ax: Axes) -> None:
     handles, labels = ax.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, handlelength=3.5)
 
 
 def _of(events: Iterable[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
