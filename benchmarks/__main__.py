@@ -1,0 +1,25 @@
+"""``python -m benchmarks NAME``: run one benchmark; ``python -m benchmarks`` lists them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from benchmarks import step
+
+BENCHMARKS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "step": (step.main, "cost of a K-FAC step against SGD with momentum on the same model and batch"),
+}
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
+        for name, (_, summary) in BENCHMARKS.items():
+            print(f"{name:10} {summary}")
+        return 0 if len(sys.argv) < 2 else 2
+    run, _ = BENCHMARKS[sys.argv[1]]
+    return run(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

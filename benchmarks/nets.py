@@ -1,0 +1,29 @@
+"""The nets and batches that benchmarks run on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kfacore.models import autoencoder, sparse_init
+from kfacore.registry import get_registry
+
+__all__ = ["NETS", "build", "images"]
+
+NETS: dict[str, tuple[int, ...]] = {
+    "mnist": (784, 1000, 500, 250, 30, 250, 500, 1000, 784),
+    "curves": (784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784),
+}
+"""Widths of the paper's autoencoders of 28x28 images."""
+
+
+def build(net: str, device: torch.device) -> nn.Module:
+    """A sparsely initialised autoencoder."""
+    model = autoencoder(NETS[net])
+    sparse_init(model, torch.Generator().manual_seed(0))
+    return model.to(device)
+
+
+def images(device: torch.device) -> Tensor:
+    """28x28 images to train on: the generated curves, which need no download."""
+    return get_registry().build("problem", "curves").load().train.inputs.to(device)
