@@ -21,7 +21,7 @@ from kfacore.config.slots import (
     Model,
     MomentumConfig,
 )
-from kfacore.errors import ConfigError, DataError, NumericalError, nearest
+from kfacore.errors import ConfigError, DataError, NumericalError, UnsupportedModelError, nearest
 from kfacore.linearize import BlockVector, Linearization, Linearizer
 from kfacore.nest import cases_of, tensors_of
 from kfacore.preconditioner import Preconditioner
@@ -366,6 +366,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         state["kfac"] = {
             "steps": self.steps,
             "layers": [layer.info.name for layer in self.linearizer.layers],
+            "shapes": [list(layer.info.shape) for layer in self.linearizer.layers],
             "approx": self.approx.config.kind,
             "damping": self.damping.state_dict(),
             "generator": self.generator.get_state(),
@@ -388,8 +389,14 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             raise ConfigError(
                 f"the state is of approx = {own['approx']!r}, this optimizer has {self.approx.config.kind!r}"
             )
-        super().load_state_dict({key: value for key, value in state.items() if key != "kfac"})
         self.linearizer.set_order(own["layers"])
+        for layer, saved in zip(self.linearizer.layers, own["shapes"], strict=True):
+            if layer.info.shape != tuple(saved):
+                raise UnsupportedModelError(
+                    f"{layer.info.name}: its weight block has shape {layer.info.shape}, in the saved optimizer state "
+                    f"{tuple(saved)}; build the model as it was when the state was saved"
+                )
+        super().load_state_dict({key: value for key, value in state.items() if key != "kfac"})
         device = self.linearizer.layers[0].parameters[0].device
         self.steps = own["steps"]
         self.damping.load_state_dict(own["damping"])
