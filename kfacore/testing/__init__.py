@@ -1,0 +1,36 @@
+r"""Conformance suites: what any implementation of a role must do, as tests to inherit.
+
+A plug-in's author subclasses the suite of the role, names the component and says what it should be; pytest collects
+the rest. Needs pytest, which nothing else in kfacore does.
+
+Example:
+    ```python
+    import torch
+    from kfacore.testing import ApproxCase, ApproxSuite
+
+    class TestBlockDiagonal(ApproxSuite):
+        name = "blockdiag"
+
+        def fisher(self, case: ApproxCase, gamma: float, *, pi: bool) -> torch.Tensor:
+            return torch.block_diag(*[torch.kron(*case.damped(i, gamma, pi=pi)) for i in range(len(case.layers))])
+    ```
+"""
+
+from kfacore.testing.approx import ApproxSuite
+from kfacore.testing.base import ComponentSuite, devices
+from kfacore.testing.cases import ApproxCase
+from kfacore.testing.damping import DampingSuite
+from kfacore.testing.estimator import EstimatorSuite
+from kfacore.testing.likelihood import LikelihoodSuite
+from kfacore.testing.momentum import MomentumSuite
+
+__all__ = [
+    "ApproxCase",
+    "ApproxSuite",
+    "ComponentSuite",
+    "DampingSuite",
+    "EstimatorSuite",
+    "LikelihoodSuite",
+    "MomentumSuite",
+    "devices",
+]

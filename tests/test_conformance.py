@@ -1,0 +1,128 @@
+"""Every built-in approximation, likelihood, estimator, damping and momentum passes its role's suite."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import dense
+import torch
+from torch import Tensor
+
+from kfacore.registry import get_registry
+from kfacore.roles import Likelihood
+from kfacore.testing import (
+    ApproxCase,
+    ApproxSuite,
+    ComponentSuite,
+    DampingSuite,
+    EstimatorSuite,
+    LikelihoodSuite,
+    MomentumSuite,
+)
+
+
+class TestBlockDiagonal(ApproxSuite):
+    name = "blockdiag"
+
+    def fisher(self, case: ApproxCase, gamma: float, *, pi: bool) -> Tensor:
+        return torch.block_diag(*[torch.kron(*case.damped(i, gamma, pi=pi)) for i in range(len(case.layers))])
+
+
+class TestBlockTridiagonal(ApproxSuite):
+    name = "tridiag"
+
+    def fisher(self, case: ApproxCase, gamma: float, *, pi: bool) -> Tensor:
+        every = range(len(case.layers))
+        factors = dense.Kronecker(
+            [[case.input_factor(i, j) for j in every] for i in every],
+            [[case.output_factor(i, j) for j in every] for i in every],
+        )
+        return torch.linalg.inv(dense.tridiagonal_inverse(factors.damped(gamma, pi=pi)))
+
+
+class TestTruncatedToBlockDiagonal(TestBlockDiagonal):
+    name = "tridiag"
+    options: ClassVar[dict[str, Any]] = {"tolerance": 1.0}
+
+
+class TestBernoulli(LikelihoodSuite):
+    name = "bernoulli"
+
+    def targets(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.rand(n, self.outputs, generator=generator, dtype=torch.float64)
+
+    def bad_targets(self) -> dict[str, Tensor]:
+        high, broken = torch.zeros(4, self.outputs), torch.zeros(4, self.outputs)
+        high[1, 1], broken[2, 0] = 1.5, torch.nan
+        return {**super().bad_targets(), "a value above 1": high, "a value below 0": -high, "NaN": broken}
+
+
+class TestCategorical(LikelihoodSuite):
+    name = "categorical"
+
+    def targets(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(self.outputs, (n,), generator=generator)
+
+    def bad_targets(self) -> dict[str, Tensor]:
+        return {**super().bad_targets(), "a class too many": torch.arange(4), "fractions": torch.full((4,), 0.5)}
+
+
+class TestGaussian(LikelihoodSuite):
+    name = "gaussian"
+
+    def targets(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(n, self.outputs, generator=generator, dtype=torch.float64)
+
+    def bad_targets(self) -> dict[str, Tensor]:
+        return {**super().bad_targets(), "infinity": torch.full((4, self.outputs), torch.inf)}
+
+
+class TestMonteCarlo(EstimatorSuite):
+    name = "monte-carlo"
+
+
+class TestExact(EstimatorSuite):
+    name = "exact"
+
+
+class TestEmpirical(EstimatorSuite):
+    name = "empirical"
+
+    def metric(self, likelihood: Likelihood, z: Tensor, y: Tensor) -> Tensor:
+        r = likelihood.residual(z, y)
+        return torch.einsum("ni,nj->nij", r, r)
+
+
+class TestLevenbergMarquardt(DampingSuite):
+    name = "levenberg-marquardt"
+
+
+class TestFixedDamping(DampingSuite):
+    name = "fixed"
+    options: ClassVar[dict[str, Any]] = {"lambda0": 0.3}
+
+
+class TestQuadraticModel(MomentumSuite):
+    name = "quadratic-model"
+
+
+class TestNoMomentum(MomentumSuite):
+    name = "none"
+
+
+class TestFixedMomentum(MomentumSuite):
+    name = "fixed"
+    options: ClassVar[dict[str, Any]] = {"lr": 0.3, "mu": 0.9}
+
+
+def test_no_built_in_is_left_out() -> None:
+    suites = [value for value in globals().values() if isinstance(value, type) and issubclass(value, ComponentSuite)]
+    tested = {(suite.slot, suite.name) for suite in suites if suite.__name__.startswith("Test")}
+    slots = ("approx", "likelihood", "estimator", "damping", "momentum")
+    built_in = {
+        (slot, component.name)
+        for slot in slots
+        for component in get_registry().components(slot)
+        if component.target.startswith("kfac_plugins.")
+    }
+    assert built_in <= tested
