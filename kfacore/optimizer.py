@@ -157,6 +157,16 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         """Eta of the objective."""
         return float(self.param_groups[0]["weight_decay"])
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only for the base class: the parameters are those of the model's layers.
+
+        Raises:
+            ConfigError: Called by anyone else; parameters that are not in the model could only be ignored.
+        """
+        if self.param_groups:
+            raise ConfigError("KFAC trains the layers of its model; build it again after changing the model")
+        super().add_param_group(param_group)
+
     def step(self, inputs: Any, targets: Tensor) -> StepReport:  # type: ignore[override]  # a step needs its batch
         """One iteration: forward, backward, statistics, inverse, quadratic model, update, damping.
 
@@ -177,7 +187,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         k = self.steps + 1
         m = cases_of(inputs)
         batch = self.linearizer(inputs, self.estimator.cases(m))
-        self._check_targets(targets, m, batch.statistics_outputs().shape[1])
+        targets = self._check_targets(targets, m, batch.statistics_outputs())
         loss, objective, error = self._objective(batch, targets)
 
         preconditioner = self._prepare()
@@ -224,17 +234,26 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             notices=tuple(str(notice) for notice in notices),
         )
 
-    def _check_targets(self, targets: Any, cases: int, outputs: int) -> None:
-        """Wholly for the first mini-batch; later only what the host knows without asking the device."""
+    def _check_targets(self, targets: Any, cases: int, z: Tensor) -> Tensor:
+        """Wholly for the first mini-batch; later only what the host knows without asking the device.
+
+        Returns:
+            The targets, floating-point ones in the outputs' dtype.
+        """
         if not isinstance(targets, Tensor) or targets.dim() == 0:
             found = "a number" if isinstance(targets, Tensor) else f"a {type(targets).__name__}"
             raise DataError(f"targets: a tensor with one target a case is needed, found {found}")
         if len(targets) != cases:
             raise DataError(f"targets: found {len(targets)} targets for {cases} cases of inputs")
+        if targets.device != z.device:
+            raise DataError(
+                f"targets: they are on {targets.device}, the model's outputs on {z.device}; move them there"
+            )
         like = targets.shape[1:], targets.dtype
         if like != self._targets_like:
-            self.likelihood.check_targets(targets, outputs, "targets")
+            self.likelihood.check_targets(targets, z.shape[1], "targets")
             self._targets_like = like
+        return targets.to(z.dtype) if targets.is_floating_point() else targets
 
     def _require_finite(self, what: str, value: Tensor, inputs: Any, targets: Tensor) -> None:
         """Refuse to go on from NaN or infinity, and say where it came from. Waits for the device.

@@ -332,6 +332,10 @@ class Uphill(QuadraticModelMomentum):
         return -super().coefficients(M, b)
 
 
+class Secretive(QuadraticModelMomentum):
+    uses_model = False
+
+
 class Naive(QuadraticModelMomentum):
     def coefficients(self, M: Tensor, b: Tensor) -> Tensor:
         d = M[:, 0, 0] * M[:, 1, 1] - M[:, 0, 1] ** 2
@@ -343,6 +347,7 @@ class Naive(QuadraticModelMomentum):
     ("mutant", "test", "message"),
     [
         (Uphill, "test_steps_go_down_the_model", "check the signs of b"),
+        (Secretive, "test_steps_go_down_the_model", "set uses_model = True"),
         (Naive, "test_degenerate_planes_stay_finite", "not finite for Delta"),
     ],
 )

@@ -162,6 +162,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r"^2: Linear must have a plain trainable weight, found trainable bias",
     ),
     "nothing trainable": (lambda: nn.Linear(4, 2).requires_grad_(False), r"^the model has no trainable parameters"),
+    "half precision": (
+        lambda: nn.Sequential(nn.Linear(4, 2)),
+        r"^0: its parameters are bfloat16, in which factors cannot be inverted",
+    ),
     "mixed dtypes": (
         lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2).float()),
         r"must share one device and dtype; found torch\.float32 on cpu, torch\.float64 on cpu",
@@ -180,7 +184,9 @@ def test_refused_by_name(name: str) -> None:
     build, message = REFUSED[name]
     torch.manual_seed(0)
     model = build()
-    if name != "mixed dtypes":
+    if name == "half precision":
+        model.bfloat16()
+    elif name != "mixed dtypes":
         model.double()
     else:
         model[0].double()
@@ -194,6 +200,15 @@ def test_a_batch_of_one_does_not_end_the_search_for_mixed_cases() -> None:
     linearizer = Linearizer(CentredCases().double())
     linearizer(dense.randn(1, 4))
     with pytest.raises(UnsupportedModelError, match="CentredCases mixes cases"):
+        linearizer(dense.randn(8, 4))
+
+
+def test_dropout_that_is_switched_on_later_is_found() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 2)).double().eval()
+    linearizer = Linearizer(model)
+    linearizer(dense.randn(8, 4))
+    model.train()
+    with pytest.raises(UnsupportedModelError, match=r"^1 \(Dropout\) mixes cases or draws random numbers"):
         linearizer(dense.randn(8, 4))
 
 

@@ -415,6 +415,31 @@ def test_data_that_does_not_fit(x: Any, y: Any, message: str, later: bool) -> No
     assert optimizer.steps == 1 + later
 
 
+def test_targets_on_another_device() -> None:
+    with pytest.raises(DataError, match="targets: they are on meta, the model's outputs on cpu"):
+        KFAC(dense.net(SIZES), likelihood="gaussian").step(data()[0], torch.zeros(40, 3, device="meta"))
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_targets_in_another_precision_are_cast(likelihood: str) -> None:
+    """As they come out of NumPy."""
+    found = []
+    for cast in (torch.float32, Float):
+        model = dense.net(SIZES).float()
+        x, y = data()
+        optimizer = KFAC(model, likelihood=likelihood)
+        for _ in range(5):
+            optimizer.step(x.float(), (y > 0).to(cast))
+        found.append(dense.theta(model))
+    assert torch.equal(found[0], found[1])
+
+
+def test_no_other_parameters_can_be_added() -> None:
+    optimizer = KFAC(dense.net(SIZES), likelihood="gaussian")
+    with pytest.raises(ConfigError, match="trains the layers of its model"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_targets_that_are_not_finite(value: float) -> None:
     x, y = data()

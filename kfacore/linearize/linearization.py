@@ -73,7 +73,7 @@ class Linearizer:
         self.structure = structure
         self.layers = find_layers(model)
         self.ordered = False
-        self._checked = False
+        self._checked: tuple[bool, ...] | None = None
 
     def set_order(self, names: Sequence[str]) -> None:
         """Take up the execution order of a saved state.
@@ -105,12 +105,13 @@ class Linearizer:
         bounds = [0, n, m] if n < m else [0, m]
         chunks = [self._forward(slice_cases(inputs, a, b)) for a, b in pairwise(bounds)]
         linearization = Linearization(self, inputs, chunks)
-        if not self._checked:
+        modes = tuple(module.training for module in self.model.modules())
+        if self._checked != modes:  # for the first time, or some module was switched between train and eval
             check_cases(self.model, inputs)
             check_gradient(self.layers, chunks[0])
             if self.structure == "chain":
                 check_chain(self.layers, chunks[0])
-            self._checked = m > 1  # one case cannot show that cases are mixed
+            self._checked = modes if m > 1 else None  # one case cannot show that cases are mixed
         return linearization
 
     def _forward(self, inputs: Any) -> Chunk:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kfacore.errors import UnsupportedModelError
@@ -156,6 +157,13 @@ def find_layers(model: nn.Module) -> list[Layer]:
         layers.append(layer)
     if not layers:
         raise UnsupportedModelError("the model has no trainable parameters; nothing to optimize")
+    for layer in layers:
+        for parameter in layer.parameters:
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise UnsupportedModelError(
+                    f"{layer.info.name}: its parameters are {str(parameter.dtype).removeprefix('torch.')}, in which "
+                    "factors cannot be inverted; use float32 or float64"
+                )
     places = {(parameter.device, parameter.dtype) for layer in layers for parameter in layer.parameters}
     if len(places) > 1:
         found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in places))

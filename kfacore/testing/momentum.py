@@ -46,9 +46,10 @@ class MomentumSuite(ComponentSuite):
     def test_an_unused_direction_gets_nothing(self) -> None:
         """Mu = 0 where there is no previous step, unless the rule knows no model at all."""
         rule: Momentum = self.build()
-        if rule.uses_previous and not rule.uses_model:
-            return  # delta_prev is zero then: any mu is harmless
         M, b = self.planes()
+        if rule.uses_previous and not rule.uses_model:  # delta_prev is zero then: any mu is harmless
+            self._sees_no_model(rule)
+            return
         M[:, 1, :] = M[:, :, 1] = 0.0
         b[:, 1] = 0.0
         assert not bool(rule.coefficients(M, b)[:, 1].any()), "mu is not 0 although delta_prev does not exist"
@@ -57,6 +58,7 @@ class MomentumSuite(ComponentSuite):
         """Where the rule uses the model: its value is never above 0, which staying put would give."""
         rule: Momentum = self.build()
         if not rule.uses_model:
+            self._sees_no_model(rule)
             return
         M, b = self.planes()
         worst = float(model_value(M, b, rule.coefficients(M, b)).max())
@@ -66,6 +68,7 @@ class MomentumSuite(ComponentSuite):
         """Where the rule uses the model: alpha Delta is the same for a proposal three times as long."""
         rule: Momentum = self.build()
         if not rule.uses_model:
+            self._sees_no_model(rule)
             return
         M, b = self.planes()
         S = torch.diag(torch.tensor([3.0, 1.0], dtype=Float))
@@ -100,3 +103,9 @@ class MomentumSuite(ComponentSuite):
         for tau2 in (0.1, 0.25, 1.0):
             rule: Momentum = self.build(tau2=tau2)
             assert rule.cases(21) == share_of(21, tau2), f"tau2 = {tau2}: {rule.cases(21)} of 21 cases"
+
+    def _sees_no_model(self, rule: Momentum) -> None:
+        """A rule that says uses_model = False is given zeros where nothing else needs the model."""
+        M, b = self.planes()
+        with_model, without = rule.coefficients(M, b), rule.coefficients(0 * M, 0 * b)
+        assert torch.equal(with_model, without), "the coefficients change with the model: set uses_model = True"
