@@ -7,7 +7,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -91,8 +91,8 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a mapping as indented JSON, atomically. Raises like `atomic_write`."""
+def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Write a mapping or a list as indented JSON, atomically. Raises like `atomic_write`."""
     text = json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     atomic_write(path, lambda file: file.write(text.encode()))
 
