@@ -29,7 +29,8 @@ class Moment(ABC):
     """One kind of running average: a tensor for each layer, or for each pair of adjacent layers.
 
     Attributes:
-        values: The averages, in execution order; updated in place.
+        values: The averages, in execution order, updated in place; all of the moment's state that is saved. A moment
+            with several tensors a layer lists the first of every layer, then the second of every layer, and so on.
 
     Args:
         layers: The layers, in execution order.
@@ -180,5 +181,6 @@ class Moments:
             )
         self.updates = state["updates"]
         for kind, moment in self._by_kind.items():
-            for value, saved in zip(moment.values, state["values"][kind.__name__], strict=True):
-                value.copy_(saved)
+            # New tensors, so that an inverse which shares one (an eigenbasis, say) is not written to.
+            pairs = zip(moment.values, state["values"][kind.__name__], strict=True)
+            moment.values = [torch.empty_like(value).copy_(saved) for value, saved in pairs]

@@ -121,6 +121,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         self.momentum = registry.build("momentum", chosen["momentum"])
 
         self.linearizer = Linearizer(model, self.approx.structure)
+        self.approx.check_layers([layer.info for layer in self.linearizer.layers])
         parameters = [parameter for layer in self.linearizer.layers for parameter in layer.parameters]
         device = parameters[0].device
         self.generator = torch.Generator(device).manual_seed(chosen["seed"])

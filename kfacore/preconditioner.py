@@ -33,6 +33,9 @@ class Preconditioner:
         like: A tensor with the parameters' dtype and device.
         decay: Largest weight of the past in the running averages.
 
+    Raises:
+        UnsupportedModelError: The approximation refuses the layers.
+
     Attributes:
         moments: The running averages.
         inverse: The inverse in use, or None before the first refresh.
@@ -43,6 +46,7 @@ class Preconditioner:
         self.approx = approx
         self.layers = list(layers)
         self.decay = decay
+        approx.check_layers(self.layers)  # moments may be large: first ask whether the approximation takes the net
         self.moments = Moments(approx.moments, self.layers, like)
         self.inverse: Inverse | None = None
         self.counts: Counter[str] = Counter()

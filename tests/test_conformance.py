@@ -45,6 +45,22 @@ class TestTruncatedToBlockDiagonal(TestBlockDiagonal):
     options: ClassVar[dict[str, Any]] = {"tolerance": 1.0}
 
 
+class TestDiagonalFisher(ApproxSuite):
+    name = "diagonal"
+
+    def fisher(self, case: ApproxCase, gamma: float, *, pi: bool) -> Tensor:
+        rows = case.per_case()
+        return torch.diag(rows.square().sum(0) + gamma**2)
+
+
+class TestExactFisher(ApproxSuite):
+    name = "exact"
+
+    def fisher(self, case: ApproxCase, gamma: float, *, pi: bool) -> Tensor:
+        rows = case.per_case()
+        return rows.T @ rows + gamma**2 * torch.eye(case.size, dtype=rows.dtype)
+
+
 class TestBernoulli(LikelihoodSuite):
     name = "bernoulli"
 

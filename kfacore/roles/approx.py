@@ -119,6 +119,16 @@ class Approximation(Part):
     moments: ClassVar[tuple[type[Moment], ...]]
     structure: ClassVar[Literal["any", "chain"]] = "any"
 
+    def check_layers(self, layers: Sequence[LayerInfo]) -> None:
+        """Refuse layers that this approximation cannot serve, before memory is taken; nothing by default.
+
+        Args:
+            layers: The layers; before the first forward pass in order of registration, then of execution.
+
+        Raises:
+            UnsupportedModelError: The message names the layers and says what to use instead.
+        """
+
     @abstractmethod
     def factorise(self, moments: Moments) -> Factorisation:
         """Prepare inverses from the moments as they are now; later updates of the moments must not show through."""

@@ -113,8 +113,9 @@ def describe(config: RunConfig, registry: Registry, init: Path | None = None) ->
     size = 8 if config.dtype == "float64" else 4
     if config.approx is None:
         return ModelTable(tuple(_plain_rows(model)), size)
-    approx: type[Approximation] = registry.load(registry.find("approx", config.approx.kind))
+    approx = registry.build("approx", config.approx)
     layers = [layer.info for layer in find_layers(model)]
+    approx.check_layers(layers)
     factors = _factors(approx, layers)
     rows = [
         LayerRow(layer.name, layer.d_in, layer.d_out, layer.size, tuple(factors[index]))
@@ -123,14 +124,15 @@ def describe(config: RunConfig, registry: Registry, init: Path | None = None) ->
     return ModelTable(tuple(rows), size)
 
 
-def _factors(approx: type[Approximation], layers: Sequence[LayerInfo]) -> list[list[FactorInfo]]:
+def _factors(approx: Approximation, layers: Sequence[LayerInfo]) -> list[list[FactorInfo]]:
     """The moments of an approximation by layer; those of a pair of layers stand with the first of the two."""
     found: list[list[FactorInfo]] = [[] for _ in layers]
     nothing = torch.empty(0, device="meta")  # shapes without memory
     for moment in approx.moments:
         symbol = _SYMBOLS.get(moment.__name__, moment.__name__)
         for index, value in enumerate(moment(layers, nothing).values):
-            found[min(index, len(layers) - 1)].append(FactorInfo(symbol, tuple(value.shape)))
+            round_, layer = divmod(index, len(layers))  # the first tensor of every layer, then the second of every one
+            found[layer].append(FactorInfo(f"{symbol}.{round_}" if round_ else symbol, tuple(value.shape)))
     return found
 
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from kfacore.plugin import ApproxConfig, Component
 
-__all__ = ["COMPONENTS", "BlockDiagonalConfig", "BlockTridiagonalConfig"]
+__all__ = ["COMPONENTS", "BlockDiagonalConfig", "BlockTridiagonalConfig", "DiagonalConfig", "ExactConfig"]
 
 
 class BlockDiagonalConfig(ApproxConfig):
@@ -28,6 +28,23 @@ class BlockTridiagonalConfig(ApproxConfig):
     """Keep canonical correlations of adjacent layers with r^2 above this: 0 is exact, 1 is block-diagonal."""
 
 
+class DiagonalConfig(ApproxConfig):
+    """Options of the diagonal of the Fisher."""
+
+    kind: Literal["diagonal"] = "diagonal"
+    """Name of the implementation."""
+
+
+class ExactConfig(ApproxConfig):
+    """Options of the dense Fisher of a small net."""
+
+    kind: Literal["exact"] = "exact"
+    """Name of the implementation."""
+
+    max_parameters: Annotated[int, Field(ge=1)] = 4096
+    """Largest net that is accepted; the matrix has as many rows (4096 are 134 MB a matrix in double precision)."""
+
+
 COMPONENTS: tuple[Component, ...] = (
     Component(
         "approx",
@@ -42,5 +59,19 @@ COMPONENTS: tuple[Component, ...] = (
         BlockTridiagonalConfig,
         "kfac_plugins.approx.tridiag:BlockTridiagonal",
         "Inverse block-tridiagonal, adjacent layers coupled (section 4.3); a chain of layers.",
+    ),
+    Component(
+        "approx",
+        "diagonal",
+        DiagonalConfig,
+        "kfac_plugins.approx.diagonal:Diagonal",
+        "Diagonal of the Fisher from per-case second moments; any graph of layers.",
+    ),
+    Component(
+        "approx",
+        "exact",
+        ExactConfig,
+        "kfac_plugins.approx.exact:Exact",
+        "The dense Fisher of all parameters, nothing neglected; small nets only.",
     ),
 )

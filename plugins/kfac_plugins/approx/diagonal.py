@@ -1,0 +1,114 @@
+r"""The diagonal of the Fisher: every weight on its own (Becker & LeCun 1988; the baseline of every other curvature).
+
+With abar and g of one case, the diagonal entry of weight (a, b) of a layer is a second moment over cases,
+
+    D_ab = E[(g_a abar_b)^2] = E[g_a^2 abar_b^2],
+
+so one product of squares a mini-batch gives it exactly: no Kronecker approximation is made, but all couplings are
+dropped. The damping is plain Tikhonov damping, F-hat = diag(D) + gamma^2 I: there are no two factors to split gamma
+between, and gamma^2 is what the factored damping of method.md, section 3, adds to a block in all (pi cancels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_plugins.approx import DiagonalConfig
+from kfacore.errors import NumericalError
+from kfacore.layers import LayerInfo
+from kfacore.moments import Moment, Moments
+from kfacore.roles.approx import Approximation, Factorisation, Inverse
+from kfacore.roles.estimator import LayerSamples
+
+__all__ = ["Diagonal", "DiagonalMoment"]
+
+
+class DiagonalMoment(Moment):
+    """D_i = E[(g_i abar_{i-1}^T)^2], entry by entry, (d_out, d_in); summed over passes."""
+
+    def shapes(self, layers: Sequence[LayerInfo]) -> list[tuple[int, ...]]:
+        """(d_out, d_in) a layer."""
+        return [layer.shape for layer in layers]
+
+    def update(self, samples: Sequence[LayerSamples], keep: float) -> None:
+        """(g^2)^T (abar^2) / n a layer; passes share their inputs, so their squares are summed first."""
+        scale = (1.0 - keep) / samples[0].cases
+        for value, s in zip(self.values, samples, strict=True):
+            value.addmm_(s.gradients.square().sum(0).T, s.inputs.square(), beta=keep, alpha=scale)
+
+
+class DiagonalInverse(Inverse):
+    """F-hat = diag(D) + gamma^2 I, any graph of layers.
+
+    Args:
+        layers: The layers.
+        curvature: D + gamma^2, (d_out, d_in) a layer.
+    """
+
+    def __init__(self, layers: Sequence[LayerInfo], curvature: Sequence[Tensor]) -> None:
+        self.layers = layers
+        self._curvature = list(curvature)
+
+    def solve(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """V / (D + gamma^2), entry by entry."""
+        return [V / c for V, c in zip(blocks, self._curvature, strict=True)]
+
+    def multiply(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """V (D + gamma^2), entry by entry."""
+        return [V * c for V, c in zip(blocks, self._curvature, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The damped diagonal."""
+        return {"curvature": list(self._curvature)}
+
+    def _like(self) -> Tensor:
+        return self._curvature[0]
+
+
+class DiagonalFactorisation(Factorisation):
+    """A copy of D, shared by all candidates of gamma; each candidate is one addition."""
+
+    def __init__(self, layers: Sequence[LayerInfo], diagonal: Sequence[Tensor]) -> None:
+        self._layers, self._diagonal = layers, diagonal
+
+    def damped(self, gamma: Tensor, *, pi: bool = True) -> DiagonalInverse:
+        """D + gamma^2; pi has nothing to split.
+
+        Raises:
+            NumericalError: A layer's diagonal is not finite, or 0 somewhere without damping; names the layer.
+        """
+        curvature = [d + gamma.square().to(d.dtype) for d in self._diagonal]
+        usable = torch.stack([torch.isfinite(c).all() & (c > 0).all() for c in curvature]).tolist()  # one wait
+        for layer, d, good in zip(self._layers, self._diagonal, usable, strict=True):
+            if good:
+                continue
+            if bool(torch.isfinite(d).all()):
+                raise NumericalError(
+                    f"{layer.name}: the diagonal of the Fisher is 0 somewhere and gamma = {float(gamma):g} adds "
+                    "nothing to it; raise the damping (damping.lambda0, or gamma_min)"
+                )
+            raise NumericalError(
+                f"{layer.name}: the diagonal of the Fisher has NaN or infinite entries; the forward or backward pass "
+                "overflowed. Check the data and the initialisation, or start with a larger damping"
+            )
+        return DiagonalInverse(self._layers, curvature)
+
+
+class Diagonal(Approximation):
+    """Diagonal of the Fisher from the second moments of each case's gradient."""
+
+    Config = DiagonalConfig
+    config: DiagonalConfig
+    moments = (DiagonalMoment,)
+
+    def factorise(self, moments: Moments) -> DiagonalFactorisation:
+        """Copy D."""
+        return DiagonalFactorisation(moments.layers, moments.snapshot(DiagonalMoment))
+
+    def load_inverse(self, state: Mapping[str, Any], layers: Sequence[LayerInfo]) -> DiagonalInverse:
+        """From the damped diagonal."""
+        return DiagonalInverse(layers, state["curvature"])
