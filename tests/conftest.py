@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -10,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from kfacore.registry import reset_registry
+
+# Before torch is loaded, here and in the commands that tests start: on nets this small a second thread only waits, and
+# beside other work on the machine it waits long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 Install = Callable[..., Path]
 

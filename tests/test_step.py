@@ -109,7 +109,7 @@ def test_presets_fill_what_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"approx": "tridiagonal"}, "unknown approx 'tridiagonal', did you mean 'tridiag'"),
+        ({"approx": "tridag"}, "unknown approx 'tridag', did you mean 'tridiag'"),
         ({"likelihood": "bernouli"}, "did you mean 'bernoulli'"),
         ({"estimator": {"kind": "monte-carlo", "tau": 0.5}}, "did you mean 'tau1'"),
         ({"damping": {"lambda0": 1.0}}, "a table for damping needs kind"),
