@@ -15,7 +15,7 @@ from torch import Tensor
 from kfacore.errors import ConfigError, NumericalError
 from kfacore.layers import LayerInfo
 from kfacore.moments import Moments
-from kfacore.roles.approx import Approximation, Inverse, Notice
+from kfacore.roles.approx import Approximation, Factorisation, Inverse, Notice
 from kfacore.roles.estimator import LayerSamples
 
 __all__ = ["Preconditioner"]
@@ -72,12 +72,15 @@ class Preconditioner:
         notices: list[Notice] = []
         made: list[tuple[Tensor, Inverse]] = []
         failure: NumericalError | None = None
-        factorisation = self.approx.factorise(self.moments)
+        factorisation: Factorisation | None = None
         for gamma in gammas:
             try:
+                factorisation = factorisation or self.approx.factorise(self.moments)
                 inverse = factorisation.damped(gamma, pi=pi)
             except NumericalError as error:
                 failure = error
+                if factorisation is None:  # what does not depend on gamma failed: no other gamma will do better
+                    break
                 continue
             made.append((gamma, inverse))
             notices += inverse.notices

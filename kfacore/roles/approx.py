@@ -131,7 +131,12 @@ class Approximation(Part):
 
     @abstractmethod
     def factorise(self, moments: Moments) -> Factorisation:
-        """Prepare inverses from the moments as they are now; later updates of the moments must not show through."""
+        """Prepare inverses from the moments as they are now; later updates of the moments must not show through.
+
+        Raises:
+            NumericalError: Something that does not depend on gamma failed (an eigenproblem, say); names the layer. The
+                inverse in use is then kept, as if every gamma had failed.
+        """
 
     @abstractmethod
     def load_inverse(self, state: Mapping[str, Any], layers: Sequence[LayerInfo]) -> Inverse:
