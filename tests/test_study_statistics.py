@@ -205,6 +205,8 @@ def test_profile_of_ties_zero_costs_and_nothing():
     profiles = performance_profile({"a": [0.0, 3.0], "b": [2.0, 3.0]})
     assert profiles["a"].shares == (1.0,)
     assert (profiles["b"].ratios, profiles["b"].shares) == ((1.0,), (0.5,))  # 2 is infinitely worse than 0
+    missed = performance_profile({"a": [1.0, 2.0], "b": [math.inf, math.inf]})["b"]
+    assert (missed.ratios, missed.shares, missed.at(9.0)) == ((), (), 0.0)
     assert performance_profile({}) == {}
     assert performance_profile({"a": []})["a"].at(1.0) == 0.0
     with pytest.raises(ValueError, match="same instances"):

@@ -324,8 +324,8 @@ def performance_profile(costs: Mapping[str, Sequence[float]]) -> dict[str, Profi
     profiles = {}
     for name, row in zip(costs, ratios, strict=True):
         found = np.sort(row[np.isfinite(row)])
-        values, first = np.unique(found, return_index=True)
-        upto = np.append(first[1:], found.size)
+        values, counts_of = np.unique(found, return_counts=True)
+        upto = np.cumsum(counts_of)
         profiles[name] = Profile(tuple(values.tolist()), tuple((upto / max(instances, 1)).tolist()), instances)
     return profiles
 

@@ -1,0 +1,370 @@
+"""What a study found: every variant on every problem, compared with the reference. Imports no torch.
+
+One measure is the study's headline (that of its target, otherwise the training error that runs report), and the others
+are treated alike. A diverged or failed run has no final value: it is missing from means, and it is counted, named, and
+keeps a variant from being called better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kfacore.studies.plan import Study, Variant
+from kfacore.studies.report_data import AXES, MEASURES, RunData
+from kfacore.studies.statistics import (
+    MIN_INTERVAL,
+    MIN_TEST,
+    Difference,
+    Profile,
+    Summary,
+    ToTarget,
+    holm,
+    paired_difference,
+    performance_profile,
+    smallest_p,
+    summarise,
+    to_target,
+)
+
+__all__ = ["ALPHA", "Cell", "Results", "Verdict", "analyse", "limits"]
+
+ALPHA = 0.05
+"""Level of the tests."""
+
+Verdict = Literal["reference", "better", "worse", "maybe better", "maybe worse", "unclear", "few", "broken", "waiting"]
+"""What a comparison comes to.
+
+``better``, ``worse``: the interval of the paired difference leaves out 0, and so does the corrected test where one is
+possible. ``maybe ...``: the interval leaves out 0, but the corrected test does not reject. ``unclear``: the interval
+holds 0. ``few``: too few seeds for an interval. ``broken``: a run diverged or failed. ``waiting``: no pair is done yet.
+"""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One variant on one problem.
+
+    Attributes:
+        variant: The variant.
+        problem: Name of the problem.
+        runs: Its runs, by seed.
+        final: Of each measure, the values of the last evaluation over the seeds that are done.
+        best: The smallest values likewise.
+        differences: Of each measure, the final value minus the reference's, paired by seed; empty for the reference.
+        p: Of each measure, the p of the sign-flip test after Holm's correction over all comparisons of the study.
+        verdict: What the headline measure says.
+        targets: By axis, what it took to reach the problem's target; empty if there is no target.
+        catches: By axis, the cost at which this variant first had the reference's final value, as a share of what the
+            reference itself needed for it, paired by seed; empty for the reference.
+        caught: The same the other way round: the reference reaching this variant's final value, as a share of what
+            this variant needed.
+    """
+
+    variant: Variant
+    problem: str
+    runs: tuple[RunData, ...]
+    final: Mapping[str, Summary]
+    best: Mapping[str, Summary]
+    differences: Mapping[str, Difference]
+    p: Mapping[str, float | None]
+    verdict: Verdict
+    targets: Mapping[str, ToTarget]
+    catches: Mapping[str, ToTarget]
+    caught: Mapping[str, ToTarget]
+
+    def count(self, state: str) -> int:
+        """Runs in a state."""
+        return sum(run.state == state for run in self.runs)
+
+    @property
+    def lost(self) -> int:
+        """Runs that diverged or failed."""
+        return self.count("diverged") + self.count("failed")
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything a report says.
+
+    Attributes:
+        study: The study.
+        runs: All runs.
+        measures: The measures that any run has, the headline first.
+        headline: The measure that verdicts, targets and profiles are about.
+        cells: By problem, the variants: the reference first, the others in the order of the study.
+        targets: By problem, the value to be reached; missing where there is none.
+        target_from_reference: Whether the targets are the reference's own (the study names none).
+        profiles: By axis, the performance profile of each variant over all problems and seeds; empty without targets.
+        comparisons: Number of comparisons that Holm's correction counts.
+    """
+
+    study: Study
+    runs: tuple[RunData, ...]
+    measures: tuple[str, ...]
+    headline: str
+    cells: Mapping[str, tuple[Cell, ...]]
+    targets: Mapping[str, float]
+    target_from_reference: bool
+    profiles: Mapping[str, Mapping[str, Profile]]
+    comparisons: int
+
+    @property
+    def seeds(self) -> int:
+        """Seeds of the study."""
+        return len(self.study.seeds)
+
+    @property
+    def pairs(self) -> int:
+        """The largest number of pairs of any comparison in the headline measure."""
+        return max((d.n for d in (c.differences.get(self.headline) for c in self.flat()) if d is not None), default=0)
+
+    @property
+    def smallest_p(self) -> float:
+        """The smallest corrected p that the study could give."""
+        return smallest_p(self.pairs, max(1, self.comparisons))
+
+    def flat(self) -> tuple[Cell, ...]:
+        """All cells."""
+        return tuple(cell for cells in self.cells.values() for cell in cells)
+
+    def reference(self, problem: str) -> Cell:
+        """The reference on a problem."""
+        return self.cells[problem][0]
+
+    @property
+    def shared(self) -> bool:
+        """Whether any wall time was taken on a machine shared with other runs of the study."""
+        return any(run.shared for run in self.runs)
+
+
+def analyse(study: Study, runs: Sequence[RunData]) -> Results:
+    """Draw the conclusions.
+
+    Args:
+        study: The study.
+        runs: Its runs as read.
+
+    Returns:
+        The results.
+    """
+    headline = _headline(study, runs)
+    present = [measure for measure in MEASURES if any(_measured(run, measure) for run in runs)]
+    measures = (headline, *(measure for measure in present if measure != headline))
+    groups: dict[str, list[tuple[Variant, tuple[RunData, ...]]]] = {}
+    order = sorted(study.variants, key=lambda variant: variant.name != study.reference)  # stable: reference first
+    for problem in study.problems:
+        for variant in order:
+            own = [run for run in runs if (run.planned.problem, run.planned.variant) == (problem, variant.name)]
+            if own:
+                groups.setdefault(problem, []).append((variant, tuple(sorted(own, key=lambda run: run.seed))))
+    targets, from_reference = _targets(study, headline, groups)
+    differences = {
+        (problem, variant.name, measure): _difference(own, members[0][1], measure)
+        for problem, members in groups.items()
+        for variant, own in members[1:]
+        for measure in measures
+    }
+    p: dict[tuple[str, str, str], float | None] = {}
+    for measure in measures:  # a family of comparisons for each measure
+        keys = [key for key in differences if key[2] == measure]
+        p.update(zip(keys, holm([differences[key].p for key in keys]), strict=True))
+    cells = {
+        problem: tuple(
+            _cell(problem, variant, own, members[0][1], headline, measures, targets.get(problem), differences, p)
+            for variant, own in members
+        )
+        for problem, members in groups.items()
+    }
+    return Results(
+        study=study,
+        runs=tuple(runs),
+        measures=measures,
+        headline=headline,
+        cells=cells,
+        targets=targets,
+        target_from_reference=from_reference,
+        profiles=_profiles(study, groups, headline, targets),
+        comparisons=sum(differences[key].p is not None for key in differences if key[2] == headline),
+    )
+
+
+def _measured(run: RunData, measure: str) -> bool:
+    return bool((run.evals[measure] == run.evals[measure]).any())
+
+
+def _headline(study: Study, runs: Sequence[RunData]) -> str:
+    if study.target is not None and study.target.measure in MEASURES:
+        return study.target.measure
+    averaged = any(_measured(run, "averaged_train_error") for run in runs)
+    return "averaged_train_error" if averaged else "train_error"
+
+
+def _targets(
+    study: Study, headline: str, groups: Mapping[str, Sequence[tuple[Variant, tuple[RunData, ...]]]]
+) -> tuple[dict[str, float], bool]:
+    """The study's target, or for each problem the worst final value of the reference, which all its runs reached."""
+    if study.target is not None:
+        return dict.fromkeys(groups, study.target.value), False
+    targets = {}
+    for problem, members in groups.items():
+        largest = summarise([run.final(headline) for run in members[0][1]]).largest
+        if largest is not None:
+            targets[problem] = largest
+    return targets, True
+
+
+def _difference(own: Sequence[RunData], reference: Sequence[RunData], measure: str) -> Difference:
+    return paired_difference(
+        {run.seed: run.final(measure) for run in own}, {run.seed: run.final(measure) for run in reference}
+    )
+
+
+def _cell(
+    problem: str,
+    variant: Variant,
+    own: tuple[RunData, ...],
+    reference: tuple[RunData, ...],
+    headline: str,
+    measures: Sequence[str],
+    target: float | None,
+    differences: Mapping[tuple[str, str, str], Difference],
+    p: Mapping[tuple[str, str, str], float | None],
+) -> Cell:
+    itself = own is reference
+    mine = {m: differences[problem, variant.name, m] for m in measures} if not itself else {}
+    tested = {m: p[problem, variant.name, m] for m in mine}
+    return Cell(
+        variant=variant,
+        problem=problem,
+        runs=own,
+        final={m: summarise([run.final(m) for run in own]) for m in measures},
+        best={m: summarise([run.best(m) for run in own]) for m in measures},
+        differences=mine,
+        p=tested,
+        verdict="reference" if itself else _verdict(own, mine[headline], tested[headline]),
+        targets={} if target is None else {axis: _to_target(own, headline, target, axis) for axis in AXES},
+        catches={} if itself else {axis: _shares(own, reference, headline, axis) for axis in AXES},
+        caught={} if itself else {axis: _shares(reference, own, headline, axis) for axis in AXES},
+    )
+
+
+def _verdict(own: Sequence[RunData], difference: Difference, p: float | None) -> Verdict:
+    if any(run.state in ("diverged", "failed") for run in own):
+        return "broken"
+    if difference.n == 0 or difference.mean is None:
+        return "waiting"
+    if difference.low is None or difference.high is None:
+        return "few"
+    if difference.low <= 0.0 <= difference.high:
+        return "unclear"
+    # Below MIN_TEST pairs no test is possible and the interval stands alone; the report says so.
+    confirmed = p is None or p <= ALPHA
+    if difference.mean < 0.0:
+        return "better" if confirmed else "maybe better"
+    return "worse" if confirmed else "maybe worse"
+
+
+def _to_target(runs: Sequence[RunData], measure: str, target: float, axis: str) -> ToTarget:
+    """Runs that have not begun know nothing about the target and are left out; all others count."""
+    costs, reached = [], []
+    for run in runs:
+        at = run.reached(measure, target, axis)
+        if at is None and run.state == "pending" and not run.last("step"):
+            continue
+        costs.append(run.spent(axis) if at is None else at)
+        reached.append(at is not None)
+    return to_target(costs, reached)
+
+
+def _shares(runs: Sequence[RunData], others: Sequence[RunData], measure: str, axis: str) -> ToTarget:
+    """For each seed: cost at which a run first has the other's final value, over what the other needed for it."""
+    by_seed = {run.seed: run for run in others}
+    costs, reached = [], []
+    for run in runs:
+        other = by_seed.get(run.seed)
+        goal = None if other is None else other.final(measure)
+        if other is None or goal is None or (run.state == "pending" and not run.last("step")):
+            continue
+        theirs = other.reached(measure, goal, axis)
+        if theirs is None or theirs <= 0.0:
+            continue
+        at = run.reached(measure, goal, axis)
+        costs.append((run.spent(axis) if at is None else at) / theirs)
+        reached.append(at is not None)
+    return to_target(costs, reached)
+
+
+def _profiles(
+    study: Study,
+    groups: Mapping[str, Sequence[tuple[Variant, tuple[RunData, ...]]]],
+    headline: str,
+    targets: Mapping[str, float],
+) -> dict[str, dict[str, Profile]]:
+    """Instances are the pairs of problem and seed for which every variant has a run that has ended."""
+    table: dict[tuple[str, int], dict[str, RunData]] = {}
+    for problem, members in groups.items():
+        if problem in targets:
+            for variant, own in members:
+                for run in own:
+                    if run.state in ("done", "diverged", "failed"):
+                        table.setdefault((problem, run.seed), {})[variant.name] = run
+    names = [variant.name for variant in study.variants]
+    complete = {key: row for key, row in table.items() if len(row) == len(names)}
+    if not complete or len(names) < 2:
+        return {}
+
+    def cost(axis: str) -> Callable[[tuple[str, int], str], float]:
+        def of(key: tuple[str, int], name: str) -> float:
+            at = complete[key][name].reached(headline, targets[key[0]], axis)
+            return math.inf if at is None else at
+
+        return of
+
+    return {
+        axis: performance_profile({name: [cost(axis)(key, name) for key in sorted(complete)] for name in names})
+        for axis in AXES
+    }
+
+
+def limits(results: Results) -> list[str]:
+    """What the numbers of the study cannot say, in sentences.
+
+    Args:
+        results: The results.
+
+    Returns:
+        One sentence a limit, the weightiest first; empty if there is none.
+    """
+    found = []
+    pairs, study = results.pairs, results.study
+    if len(study.seeds) < MIN_INTERVAL:
+        found.append(
+            f"{_seeds(len(study.seeds))}: no intervals and no tests. Differences may be the luck of the draw; "
+            f"run at least {MIN_INTERVAL} seeds for intervals and {MIN_TEST} for the test."
+        )
+    elif len(study.seeds) < MIN_TEST:
+        found.append(
+            f"{_seeds(len(study.seeds))}: intervals, but no sign-flip test, which needs {MIN_TEST}. The verdicts rest "
+            "on single 95 % intervals."
+        )
+    elif results.comparisons and results.smallest_p > ALPHA:
+        found.append(
+            f"With {pairs} pairs and {results.comparisons} comparisons the smallest possible p after Holm's correction "
+            f"is {results.smallest_p:.2g}: the test cannot confirm anything here, and the intervals stand alone. "
+            f"{_needed(results.comparisons)} seeds would be enough."
+        )
+    return found
+
+
+def _needed(comparisons: int) -> int:
+    n = MIN_TEST
+    while smallest_p(n, comparisons) > ALPHA:
+        n += 1
+    return n
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
