@@ -29,6 +29,7 @@ from kfacore.config.slots import (
     ApproxConfig,
     DampingConfig,
     EstimatorConfig,
+    ExecutorConfig,
     LikelihoodConfig,
     MomentumConfig,
     OptimizerConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "Component",
     "DampingConfig",
     "EstimatorConfig",
+    "ExecutorConfig",
     "LikelihoodConfig",
     "MomentumConfig",
     "OptimizerConfig",
@@ -69,8 +71,9 @@ SLOTS: dict[str, type[SlotConfig]] = {
     "damping": DampingConfig,
     "momentum": MomentumConfig,
     "sink": SinkConfig,
+    "executor": ExecutorConfig,
 }
-"""Every slot and the base class of its config models."""
+"""Every slot and the base class of its config models. All but ``executor`` are keys of a run's configuration."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

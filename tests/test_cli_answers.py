@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import kfacore
 from kfac_cli.main import app
 from kfacore.config.presets import PRESETS
-from kfacore.config.run import RunConfig
+from kfacore.config.run import RUN_SLOTS, RunConfig
 from kfacore.errors import ConfigError
 from kfacore.plugin import SLOTS
 from kfacore.registry import get_registry
@@ -162,8 +162,8 @@ def test_schema_allows_what_files_allow() -> None:
     assert schema["additionalProperties"] is False
     assert "required" not in schema
     assert properties["preset"]["enum"] == sorted(PRESETS)
-    names = {slot: [item.name for item in get_registry().components(slot)] for slot in SLOTS}
-    for slot in SLOTS:
+    names = {slot: [item.name for item in get_registry().components(slot)] for slot in RUN_SLOTS}
+    for slot in RUN_SLOTS:
         name, *tables = properties[slot]["anyOf"]
         assert name == {"type": "string", "enum": sorted(names[slot])}
         tables = [table for table in tables if "$ref" in table]

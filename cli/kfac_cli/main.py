@@ -24,6 +24,8 @@ __all__ = ["COMMANDS", "app", "main"]
 COMMANDS: tuple[str, ...] = (
     "kfac_cli.commands.train",
     "kfac_cli.commands.report",
+    "kfac_cli.commands.inspect",
+    "kfac_cli.commands.study",
     "kfac_cli.commands.data",
     "kfac_cli.commands.list",
     "kfac_cli.commands.show",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kfacore.plugin import Component
     from kfacore.registry import Registry
 
-__all__ = ["SLOT_DEFAULTS", "read_saved", "resolve"]
+__all__ = ["SLOT_DEFAULTS", "read_saved", "resolve", "resolve_layers"]
 
 SLOT_DEFAULTS: dict[str, Any] = {
     "problem": "curves",
@@ -62,7 +62,25 @@ def resolve(
         PluginError: A component that was named belongs to a plug-in that cannot be used.
     """
     named = {"preset": preset} if preset is not None else {}
-    user = [*(file_layer(path) for path in files), flag_layer({**(flags or {}), **named}), set_layer(sets)]
+    return resolve_layers(
+        registry, [*(file_layer(path) for path in files), flag_layer({**(flags or {}), **named}), set_layer(sets)]
+    )
+
+
+def resolve_layers(registry: Registry, user: Sequence[Layer]) -> RunConfig:
+    """Compose the configuration of a run from what was written, in rising precedence.
+
+    Args:
+        registry: Where the components come from.
+        user: The layers. Those that are not marked as the user's may hold slots that the optimizer does not use.
+
+    Returns:
+        The complete, validated configuration.
+
+    Raises:
+        ConfigError: As `resolve`.
+        PluginError: As `resolve`.
+    """
     top = next((layer for layer in reversed(user) if "preset" in layer.values), None)
     name = top.values["preset"] if top is not None else DEFAULT_PRESET
     if not isinstance(name, str) or name not in PRESETS:

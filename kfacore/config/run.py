@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PART_SLOTS",
+    "RUN_SLOTS",
     "SECTIONS",
     "AveragingConfig",
     "BatchConfig",
+    "BudgetConfig",
     "CheckpointConfig",
     "EvalConfig",
     "RunConfig",
@@ -65,6 +67,15 @@ class AveragingConfig(Model):
     """First step of the average."""
     decay: Annotated[float, Field(strict=True, ge=0.0, lt=1.0)] = 0.99
     """Largest weight of the past: f = min(1 - 1/(k - start + 1), decay); 0 switches averaging off."""
+
+
+class BudgetConfig(Model):
+    """Limits besides `steps`; the run ends with the step that reaches the first of them."""
+
+    cases: Count | None = None
+    """Training cases in all, the sum of the mini-batches; no limit if left out."""
+    seconds: Annotated[float, Field(strict=True, gt=0.0)] | None = None
+    """Training seconds in all, evaluation and checkpoints not counted; no limit if left out."""
 
 
 class EvalConfig(Model):
@@ -107,6 +118,8 @@ class RunConfig(Model):
     """Where the events of the run go."""
     steps: Count = 500
     """Steps in all, also when a run is resumed."""
+    budget: BudgetConfig = BudgetConfig()
+    """Limits in cases and seconds, besides steps."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     """Seed of every random draw."""
     device: str = "auto"
@@ -155,12 +168,17 @@ class RunConfig(Model):
 
 
 SECTIONS: dict[str, type[Model]] = {
+    "budget": BudgetConfig,
     "batch": BatchConfig,
     "averaging": AveragingConfig,
     "eval": EvalConfig,
     "checkpoint": CheckpointConfig,
 }
 """Keys of `RunConfig` that are tables but no slots."""
+
+
+RUN_SLOTS = tuple(slot for slot in SLOTS if slot in RunConfig.model_fields)
+"""The slots of a run's configuration: all but the executor, which belongs to a study."""
 
 
 @lru_cache(maxsize=4)
@@ -171,7 +189,7 @@ def run_config_model(registry: Registry) -> type[RunConfig]:
         registry: Where the components come from.
     """
     fields: dict[str, Any] = {}
-    for slot in SLOTS:
+    for slot in RUN_SLOTS:
         choice = _choice(registry, slot)
         description = RunConfig.model_fields[slot].description
         if slot == "sink":

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kfacore.config.presets import PRESETS
-from kfacore.config.run import run_config_model
-from kfacore.plugin import SLOTS
+from kfacore.config.run import RUN_SLOTS, run_config_model
 
 if TYPE_CHECKING:
     from kfacore.registry import Registry
@@ -26,7 +25,7 @@ def run_config_schema(registry: Registry) -> dict[str, Any]:
     schema = run_config_model(registry).model_json_schema()
     schema.pop("required", None)
     properties = schema["properties"]
-    for slot in SLOTS:
+    for slot in RUN_SLOTS:
         names = sorted(component.name for component in registry.components(slot))
         entry = properties[slot]
         tables = _tables(entry.pop("items") if slot == "sink" else entry)

@@ -14,6 +14,7 @@ __all__ = [
     "ApproxConfig",
     "DampingConfig",
     "EstimatorConfig",
+    "ExecutorConfig",
     "Fraction",
     "LikelihoodConfig",
     "Model",
@@ -92,3 +93,10 @@ class ProblemConfig(SlotConfig):
 
 class SinkConfig(SlotConfig):
     """Options of a metrics sink."""
+
+
+class ExecutorConfig(SlotConfig):
+    """Options of an executor, which starts the runs of a study."""
+
+    workers: Annotated[int, Field(strict=True, ge=1)] = 1
+    """Runs under way at the same time."""

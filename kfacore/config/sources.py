@@ -10,11 +10,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from kfacore.config.run import SECTIONS, RunConfig
+from kfacore.config.run import RUN_SLOTS, SECTIONS, RunConfig
 from kfacore.errors import ConfigError, nearest
 from kfacore.plugin import SLOTS
 
-__all__ = ["Layer", "file_layer", "flag_layer", "set_layer"]
+__all__ = ["Layer", "file_layer", "flag_layer", "parse_value", "read_table", "set_layer", "table_layer"]
 
 Location = tuple[int | str, ...]
 
@@ -59,9 +59,9 @@ class Layer:
             raise ConfigError(f"{where}: unknown key '{top}', {_key_hint(top)}")
         for name in reversed(path[1:]):
             value = {name: value}
-        if value is None and (top in SLOTS or top == "preset"):  # a saved configuration has None for unused slots
+        if value is None and (top in RUN_SLOTS or top == "preset"):  # a saved configuration has None for unused slots
             return
-        if top in SLOTS or top in SECTIONS:
+        if top in RUN_SLOTS or top in SECTIONS:
             if isinstance(self.values.get(top), list):
                 self.values.pop(top)
             value = _table(top, value, where)
@@ -115,6 +115,15 @@ def file_layer(path: str | PathLike[str]) -> Layer:
     Raises:
         ConfigError: The file is missing, unreadable or malformed, or a key is unknown.
     """
+    return table_layer(read_table(path), str(path), user=True)
+
+
+def read_table(path: str | PathLike[str]) -> dict[str, Any]:
+    """The table in a TOML or JSON file.
+
+    Raises:
+        ConfigError: The file is missing, unreadable or malformed.
+    """
     origin = str(path)
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -131,7 +140,7 @@ def file_layer(path: str | PathLike[str]) -> Layer:
         raise ConfigError(f"{origin} is not valid {form}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{origin} holds a {type(values).__name__}, not a table of keys")
-    return table_layer(values, origin, user=True)
+    return values
 
 
 def flag_layer(flags: Mapping[str, Any]) -> Layer:
@@ -159,12 +168,20 @@ def set_layer(sets: Sequence[str]) -> Layer:
         origin = f"--set {assignment}"
         if not equals:
             raise ConfigError(f"{origin}: needs the form KEY=VALUE, for example --set damping.lambda0=1.0")
-        layer.put(key.strip(), _parse(text.strip(), origin), origin)
+        layer.put(key.strip(), parse_value(text.strip(), origin), origin)
     return layer.finish()
 
 
-def _parse(text: str, origin: str) -> Any:
-    """The value of an assignment."""
+def parse_value(text: str, origin: str) -> Any:
+    """The value of an assignment: TOML, or a bare word.
+
+    Args:
+        text: What stands behind the ``=``.
+        origin: The whole assignment, for messages.
+
+    Raises:
+        ConfigError: It is neither.
+    """
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError as error:
@@ -180,11 +197,11 @@ def _table(top: str, value: Any, where: str) -> Any:
     """The table (for ``sink`` also a list of tables) of a slot or section."""
     if isinstance(value, Mapping):
         return dict(value)
-    if top in SLOTS and isinstance(value, str):
+    if top in RUN_SLOTS and isinstance(value, str):
         return {"kind": value}
     if top == "sink" and isinstance(value, list | tuple):
         return [_table(top, item, where) for item in value]
-    if top in SLOTS:
+    if top in RUN_SLOTS:
         raise ConfigError(f"{where}: {top} = {value!r:.60}: needs a name or a table with kind")
     known = ", ".join(SECTIONS[top].model_fields)
     raise ConfigError(f"{where}: {top} = {value!r:.60}: needs a table with the keys {known}")
@@ -192,7 +209,8 @@ def _table(top: str, value: Any, where: str) -> Any:
 
 def _key_hint(key: str) -> str:
     """The nearest top-level key, or the table that has a key of this name."""
-    homes = [f"{name}.{key}" for name, model in [*SECTIONS.items(), *SLOTS.items()] if key in model.model_fields]
+    tables = {**SECTIONS, **{slot: SLOTS[slot] for slot in RUN_SLOTS}}
+    homes = [f"{name}.{key}" for name, model in tables.items() if key in model.model_fields]
     return nearest(homes[0], homes) if homes and key != "kind" else nearest(key, RunConfig.model_fields)
 
 

@@ -17,7 +17,7 @@ from kfacore.plugin import SLOTS, Component
 from kfacore.registry.discovery import Plugin, PluginStatus, discover
 
 if TYPE_CHECKING:
-    from kfacore.roles import Approximation, Damping, Estimator, Likelihood, Momentum, Part, Problem, Sink
+    from kfacore.roles import Approximation, Damping, Estimator, Executor, Likelihood, Momentum, Part, Problem, Sink
 
 __all__ = ["Registry", "get_registry", "reset_registry"]
 
@@ -30,8 +30,9 @@ _ROLES = {
     "damping": "Damping",
     "momentum": "Momentum",
     "sink": "Sink",
+    "executor": "Executor",
 }
-"""Names in `kfacore.roles`, which imports torch and is therefore looked into only when a target is loaded."""
+"""Names in `kfacore.roles`; most of them import torch and are therefore looked up only when a target is loaded."""
 
 
 class Registry:
@@ -188,6 +189,8 @@ class Registry:
     def build(self, slot: Literal["momentum"], value: object) -> Momentum: ...
     @overload
     def build(self, slot: Literal["sink"], value: object) -> Sink: ...
+    @overload
+    def build(self, slot: Literal["executor"], value: object) -> Executor: ...
     @overload
     def build(self, slot: str, value: object) -> Part: ...
     def build(self, slot: str, value: object) -> Part:

@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["BEAT_SECONDS", "STALE_SECONDS", "Claim", "ClaimWatch", "Holder", "read_holder"]
+__all__ = ["BEAT_SECONDS", "STALE_SECONDS", "Claim", "ClaimWatch", "Holder", "birth", "here", "read_holder"]
 
 BEAT_SECONDS = 5.0
 """Seconds between two heartbeats."""
@@ -58,12 +58,12 @@ class Holder:
     @property
     def local(self) -> bool:
         """Whether the process is, or was, on this machine."""
-        return self.place == _place()
+        return self.place == here()
 
     @property
     def gone(self) -> bool:
         """Whether the claim is known to be free: given back, or its process on this machine has ended."""
-        return self.released or (self.local and _birth(self.pid) != self.birth)
+        return self.released or (self.local and birth(self.pid) != self.birth)
 
 
 class Claim:
@@ -212,7 +212,7 @@ def _newest(folder: Path) -> int | None:
 
 def _content(*, released: bool) -> str:
     pid = os.getpid()
-    return json.dumps({"place": _place(), "pid": pid, "birth": _birth(pid), "released": released})
+    return json.dumps({"place": here(), "pid": pid, "birth": birth(pid), "released": released})
 
 
 def _create(folder: Path, number: int) -> bool:
@@ -241,7 +241,7 @@ def _replace(file: Path, text: str) -> None:
 
 
 @cache
-def _place() -> str:
+def here() -> str:
     """This machine, so that process ids of two places are never compared: host, boot and process-id namespace."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
@@ -250,7 +250,7 @@ def _place() -> str:
     return "/".join(parts)
 
 
-def _birth(pid: int) -> str:
+def birth(pid: int) -> str:
     """When a process of this machine was started, in ticks since boot; empty if it does not live."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

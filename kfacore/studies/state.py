@@ -24,10 +24,28 @@ from kfacore.errors import DataError
 from kfacore.studies.claims import read_holder
 from kfacore.training.files import disk_errors, write_json
 
-__all__ = ["RunState", "State", "clear_outcome", "note", "read_journal", "read_state", "state_folder", "write_outcome"]
+__all__ = [
+    "BUSY",
+    "STOPPED",
+    "RunState",
+    "State",
+    "clear_outcome",
+    "note",
+    "read_journal",
+    "read_state",
+    "state_folder",
+    "write_outcome",
+]
 
 State = Literal["pending", "running", "done", "failed", "diverged"]
 """States of a run: waiting (perhaps with a checkpoint), claimed, and the three ends."""
+
+
+BUSY = 75
+"""Exit code of a run's process: another one executes the run."""
+
+STOPPED = (130, 143)
+"""Exit codes of a run's process that was stopped by a signal and has saved."""
 
 
 @dataclass(frozen=True)

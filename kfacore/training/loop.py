@@ -166,6 +166,7 @@ class _Run:
         self.notices = NoticeLog()
         self.step = 0
         self.seconds = 0.0
+        self.cases = 0
         self.evaluated: int | None = None
         self.measures: dict[str, float | None] = {}
         self.saved: int | None = None
@@ -198,6 +199,7 @@ class _Run:
                 "the versions in manifest.json"
             ) from error
         self.step, self.seconds = checkpoint.step, checkpoint.seconds
+        self.cases = sum(map(self.sampler.schedule.size, range(1, self.step + 1)))
         self.evaluated, self.saved = checkpoint.evaluated, checkpoint.step
         self._kept = (self.step, self.evaluated)
         self._compare(record)
@@ -232,7 +234,7 @@ class _Run:
             if self._evaluates(self.step):
                 self._evaluate()
             self._save()
-            while self.step < config.steps:
+            while not self._over():
                 if stop.received is None:
                     self._advance()
                 if stop.received is not None:
@@ -240,7 +242,7 @@ class _Run:
                     raise stop.exception(folder.path, self.step)
                 if self._evaluates(self.step):
                     self._evaluate()
-                if self.step == config.steps or self._due(config.checkpoint.every):
+                if self._over() or self._due(config.checkpoint.every):
                     self._save()
             return self._finish()
         except NumericalError as error:
@@ -262,6 +264,7 @@ class _Run:
         scalars = read_scalars(report)
         self.seconds += time.perf_counter() - started
         self.step = step
+        self.cases += len(batch)
         notices = {"notices": list(report.notices)} if report.notices else {}
         self._emit(
             {
@@ -283,8 +286,16 @@ class _Run:
 
     def _evaluates(self, step: int) -> bool:
         """Whether an evaluation is due now and not done yet (a resumed run may have stopped just before one)."""
-        last = step == self.config.steps
-        return self.evaluated != step and (last or self._due(self.config.eval.every))
+        return self.evaluated != step and (self._over() or self._due(self.config.eval.every))
+
+    def _over(self) -> bool:
+        """Whether the last step has been taken: all of them, or as many as the budget allows."""
+        budget = self.config.budget
+        return (
+            self.step >= self.config.steps
+            or (budget.cases is not None and self.cases >= budget.cases)
+            or (budget.seconds is not None and self.seconds >= budget.seconds)
+        )
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
 __all__ = ["resume_config"]
 
-_FREE = (("steps",), ("device",), ("threads",), ("sink",), ("eval",), ("checkpoint",), ("problem", "data_dir"))
+_FREE = (
+    ("steps",),
+    ("budget",),
+    ("device",),
+    ("threads",),
+    ("sink",),
+    ("eval",),
+    ("checkpoint",),
+    ("problem", "data_dir"),
+)
 """Keys that say how long, where and how often, but not what is computed."""
 
 
@@ -38,7 +47,7 @@ def resume_config(
         files: Configuration files.
 
     Returns:
-        The saved configuration with steps, device, threads, sinks, intervals and the data's place as given now.
+        The saved configuration with steps, budget, device, threads, sinks, intervals and the data's place as given now.
 
     Raises:
         ConfigError: A given key would change what is computed; the message has its origin and both values.

@@ -1,0 +1,141 @@
+"""Runs of a study as jobs of a SLURM cluster, through submitit. Imports no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+from kfac_plugins.executors import SlurmConfig
+from kfacore.config.slots import SlotConfig
+from kfacore.errors import ConfigError, ResourceError
+from kfacore.roles import Ended, Executor
+
+__all__ = ["Job", "Slurm"]
+
+_LOOK_SECONDS = 0.5
+_REQUEUES = 1000
+"""Time limits that a run may meet before submitit gives it up; each costs at most the steps since a checkpoint."""
+
+
+class Job:
+    """What a job executes: `kfacore.studies.worker.execute`, again after a preemption.
+
+    Args:
+        study: The study folder, on a disk that all machines of the cluster share.
+        run: The run's hash.
+    """
+
+    def __init__(self, study: Path, run: str) -> None:
+        self.study = study
+        self.run = run
+
+    def __call__(self) -> int:
+        """Execute the run and return its exit code."""
+        from kfacore.studies.worker import execute
+
+        return execute(self.study, self.run)
+
+    def checkpoint(self) -> Any:
+        """What submitit puts back into the queue before a preemption: the same run, which goes on from its checkpoint.
+
+        The claim on the run is given back as this process leaves, so that the next one need not wait for it.
+        """
+        return import_module("submitit").helpers.DelayedSubmission(self)
+
+
+class Slurm(Executor):
+    """A job for each run. Jobs go on when the runner ends; one that finds its run taken or finished ends at once."""
+
+    Config: ClassVar[type[SlotConfig]] = SlurmConfig
+    config: SlurmConfig
+
+    def __init__(self, config: SlotConfig | None = None) -> None:
+        super().__init__(config)
+        self._study = Path()
+        self._submitit: Any = None
+        self._executor: Any = None
+        self._jobs: dict[str, Any] = {}
+
+    def open(self, study: Path, *, threads: int) -> None:
+        """Set up submitit.
+
+        Raises:
+            ResourceError: submitit or SLURM's commands are not installed.
+            ConfigError: An option is not one of sbatch's.
+        """
+        config = self.config
+        self._study = study.resolve()
+        try:
+            self._submitit = import_module("submitit")
+        except ModuleNotFoundError as error:
+            raise ResourceError(
+                "the executor slurm needs the package submitit, which is not installed; "
+                "install it with: pip install 'kfacore[slurm]'"
+            ) from error
+        try:
+            self._executor = self._submitit.AutoExecutor(
+                folder=self._study / "jobs",
+                cluster=config.cluster,
+                **{f"{config.cluster}_max_num_timeout": _REQUEUES},
+            )
+        except RuntimeError as error:
+            raise ResourceError(
+                f"no jobs can be sent to SLURM from this machine: {error}; run the study on a login node, or with "
+                "--executor local"
+            ) from error
+        given = {
+            "name": "kfac-study",
+            "timeout_min": config.minutes,
+            "cpus_per_task": threads,
+            "mem_gb": config.memory_gb,
+            "gpus_per_node": config.gpus or None,
+            "slurm_partition": config.partition,
+            "slurm_additional_parameters": dict(config.options) or None,
+        }
+        try:
+            self._executor.update_parameters(**{key: value for key, value in given.items() if value is not None})
+        except (NameError, ValueError, TypeError, AssertionError) as error:
+            raise ConfigError(f"executor: submitit refuses an option: {error}") from error
+
+    def submit(self, run: str) -> None:
+        """Queue a job.
+
+        Raises:
+            ResourceError: SLURM refuses it.
+        """
+        try:
+            self._jobs[run] = self._executor.submit(Job(self._study, run))
+        except Exception as error:  # submitit lets whatever sbatch causes through
+            raise ResourceError(f"SLURM does not take the job: {error}; see executor.options") from error
+
+    def poll(self, timeout: float) -> Sequence[Ended]:
+        """Jobs that have ended."""
+        limit = time.monotonic() + timeout
+        while True:
+            ended = [self._end(run, job) for run, job in self._jobs.items() if job.done()]
+            for end in ended:
+                del self._jobs[end.run]
+            left = limit - time.monotonic()
+            if ended or left <= 0:
+                return ended
+            time.sleep(min(_LOOK_SECONDS, left))
+
+    def stop(self) -> None:
+        """Cancel the jobs; SLURM sends SIGTERM first."""
+        for job in self._jobs.values():
+            job.cancel(check=False)
+
+    def close(self) -> None:
+        """Cancel what is left; what SLURM does not know any more has ended."""
+        self.stop()
+        self._jobs.clear()
+
+    def _end(self, run: str, job: Any) -> Ended:
+        try:
+            return Ended(run, int(job.result()))
+        except Exception as error:  # the job was killed, cancelled, or lost: submitit has an exception for each
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return Ended(run, None, f"job {job.job_id} ended without a result ({job.state}): {reason}")
