@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from benchmarks import step
+from benchmarks import launches, step
 
 BENCHMARKS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "launches": (launches.main, "dispatched operations and waits of ordinary and refresh steps"),
     "step": (step.main, "cost of a K-FAC step against SGD with momentum on the same model and batch"),
 }
 

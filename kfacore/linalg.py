@@ -21,7 +21,7 @@ _JITTERS = (0.0, 1e-7, 1e-5, 1e-3, 1e-1)
 
 
 def pi_of(A: Tensor, G: Tensor) -> Tensor:
-    """Pi = sqrt((tr A / dim A) / (tr G / dim G)), the trace-norm split of gamma (paper, section 6.3).
+    """pi = sqrt((tr A / dim A) / (tr G / dim G)), the trace-norm split of gamma (paper, section 6.3).
 
     Where one of the two traces is zero (a dead layer) there is nothing to balance: 1.
     """

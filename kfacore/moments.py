@@ -75,7 +75,7 @@ class InputFactor(_Products):
         return [(layer.d_in, layer.d_in) for layer in layers]
 
     def rows(self, samples: Sequence[LayerSamples]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Abar with itself."""
+        """abar with itself."""
         return ((s.inputs, s.inputs) for s in samples)
 
 
@@ -87,7 +87,7 @@ class OutputFactor(_Products):
         return [(layer.d_out, layer.d_out) for layer in layers]
 
     def rows(self, samples: Sequence[LayerSamples]) -> Iterator[tuple[Tensor, Tensor]]:
-        """G with itself, over cases and passes."""
+        """g with itself, over cases and passes."""
         return ((g, g) for g in _gradients(samples))
 
 
@@ -99,7 +99,7 @@ class InputCross(_Products):
         return [(a.d_in, b.d_in) for a, b in pairwise(layers)]
 
     def rows(self, samples: Sequence[LayerSamples]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Abar of a layer with abar of the next."""
+        """abar of a layer with abar of the next."""
         return ((a.inputs, b.inputs) for a, b in pairwise(samples))
 
 
@@ -111,13 +111,13 @@ class OutputCross(_Products):
         return [(a.d_out, b.d_out) for a, b in pairwise(layers)]
 
     def rows(self, samples: Sequence[LayerSamples]) -> Iterator[tuple[Tensor, Tensor]]:
-        """G of a layer with g of the next, over cases and passes."""
+        """g of a layer with g of the next, over cases and passes."""
         gradients = _gradients(samples)
         return pairwise(gradients)
 
 
 def _gradients(samples: Sequence[LayerSamples]) -> list[Tensor]:
-    """G as rows, (k n, d_out)."""
+    """g as rows, (k n, d_out)."""
     return [s.gradients.flatten(0, 1) for s in samples]
 
 

@@ -155,7 +155,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
 
     @property
     def weight_decay(self) -> float:
-        """Eta of the objective."""
+        """eta of the objective."""
         return float(self.param_groups[0]["weight_decay"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -340,8 +340,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         proposals = [*self._proposals, *(self._vector() for _ in inverses[len(self._proposals) :])]
         self._proposals = proposals[:1]
         for inverse, proposal in zip(inverses, proposals, strict=True):
-            for solved, block in zip(inverse.solve(grad.blocks), proposal.blocks, strict=True):
-                torch.neg(solved, out=block)
+            proposal.copy_blocks(inverse.solve(grad.blocks)).flat.neg_()
         return proposals
 
     def _model(self, batch: Linearization, proposals: list[BlockVector], grad: BlockVector) -> tuple[Tensor, Tensor]:
@@ -365,14 +364,14 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         return on_planes(M, b)
 
     def _take(self, proposal: BlockVector, alpha: Tensor, mu: Tensor) -> None:
-        """Delta <- alpha Delta + mu delta, theta <- theta + delta. Always: the method has no rejection."""
+        """delta <- alpha Delta + mu delta, theta <- theta + delta. Always: the method has no rejection."""
         assert self._delta is not None
         delta = self._delta.flat
         delta.mul_(mu.to(delta.dtype)).addcmul_(proposal.flat, alpha.to(delta.dtype))
         torch._foreach_add_(self._parameters(), self._delta.parts)
 
     def _adapt(self, inputs: Any, targets: Tensor, before: Tensor, predicted: Tensor) -> Tensor:
-        """Rho = (h(theta + delta) - h(theta)) / model value on the same mini-batch; -inf if h went up."""
+        """rho = (h(theta + delta) - h(theta)) / model value on the same mini-batch; -inf if h went up."""
         with torch.no_grad():
             loss, _ = self._losses([self.model(inputs)], targets)
         change = loss + self._penalty() - before

@@ -95,7 +95,7 @@ def _require_parent(name: str, found: set[int], wanted: int, layers: Sequence[La
 
 
 def check_gradient(layers: Sequence[Layer], chunk: Chunk) -> None:
-    """Sum of g abar^T must be the whole derivative by the weights: a weight used elsewhere would add to it.
+    """sum of g abar^T must be the whole derivative by the weights: a weight used elsewhere would add to it.
 
     Raises:
         UnsupportedModelError: The message names the layer.
@@ -113,7 +113,7 @@ def check_gradient(layers: Sequence[Layer], chunk: Chunk) -> None:
                 "requires_grad_(False)"
             )
         block = torch.empty(layer.info.shape, dtype=g.dtype, device=g.device)
-        layer.rule.gradient(layer.info, call.x, g, block, accumulate=False)
+        layer.rule.gradient(call.rows, g, block, accumulate=False)
         for part in layer.split(block):
             full = whole.pop(0)
             if full is None or not _close(full, part):

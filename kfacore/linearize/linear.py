@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from kfacore.errors import DataError, UnsupportedModelError
@@ -68,38 +67,24 @@ class LinearRule(LayerRule):
     def inputs(self, info: LayerInfo, x: Tensor) -> Tensor:
         """[a; 1]."""
         x = x.detach()
-        return torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1) if info.bias else x
+        return nn.functional.pad(x, (0, 1), value=1.0) if info.bias else x
 
-    def gradient(self, info: LayerInfo, x: Tensor, g: Tensor, out: Tensor, *, accumulate: bool) -> None:
-        """G^T A straight into the block, the bias column as a sum."""
-        weight = out[:, :-1] if info.bias else out
-        x = x.detach()
-        weight.addmm_(g.T, x, beta=1.0 if accumulate else 0.0)
-        if info.bias:
-            sums = g.sum(0)
-            if accumulate:
-                out[:, -1].add_(sums)
-            else:
-                out[:, -1].copy_(sums)
+    def gradient(self, rows: Tensor, g: Tensor, out: Tensor, *, accumulate: bool) -> None:
+        """g^T abar straight into the block."""
+        out.addmm_(g.T, rows, beta=1.0 if accumulate else 0.0)
 
     def primal(self, module: nn.Module, x: Tensor) -> Tensor:
         """W a + b."""
         linear = cast("nn.Linear", module)
         return nn.functional.linear(x, linear.weight, linear.bias)
 
-    def tangent(
-        self, info: LayerInfo, module: nn.Module, x: Tensor, dx: Tensor | None, directions: Sequence[Tensor]
-    ) -> Tensor:
+    def tangent(self, module: nn.Module, rows: Tensor, dx: Tensor | None, directions: Sequence[Tensor]) -> Tensor:
         """All directions' incoming tangents in one product with W, then one product a direction."""
-        linear = cast("nn.Linear", module)
-        n = x.shape[0]
-        result = x.new_empty(len(directions) * n, info.d_out) if dx is None else dx @ linear.weight.detach().T
+        weight = cast("nn.Linear", module).weight.detach()
+        n = rows.shape[0]
+        result = rows.new_empty(len(directions) * n, weight.shape[0]) if dx is None else dx @ weight.T
         for index, block in enumerate(directions):
-            rows = result[index * n : (index + 1) * n]
-            weight = block[:, :-1] if info.bias else block
-            rows.addmm_(x, weight.T, beta=0.0 if dx is None else 1.0)
-            if info.bias:
-                rows.add_(block[:, -1])
+            result[index * n : (index + 1) * n].addmm_(rows, block.T, beta=0.0 if dx is None else 1.0)
         return result
 
 

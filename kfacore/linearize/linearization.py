@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any, cast
 
@@ -34,10 +34,16 @@ __all__ = ["Linearization", "Linearizer"]
 class Call:
     """One call of a layer in a forward pass."""
 
+    layer: Layer
     x: Tensor
     s: Tensor
     edge: GradientEdge
     version: int
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """abar, (n, d_in): formed once for the statistics, the gradient and J v."""
+        return self.layer.rule.inputs(self.layer.info, self.x)
 
     @property
     def overwritten(self) -> bool:
@@ -115,7 +121,7 @@ class Linearizer:
         return linearization
 
     def _forward(self, inputs: Any) -> Chunk:
-        calls: list[tuple[Layer, Call]] = []
+        calls: list[Call] = []
 
         def check(layer: Layer) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -126,7 +132,7 @@ class Linearizer:
         def record(layer: Layer) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
                 x = cast("Tensor", _input(args, kwargs)).detach()
-                calls.append((layer, Call(x, output.detach(), get_gradient_edge(output), output._version)))
+                calls.append(Call(layer, x, output.detach(), get_gradient_edge(output), output._version))
 
             return hook
 
@@ -138,9 +144,9 @@ class Linearizer:
         finally:
             for handle in handles:
                 handle.remove()
-        order = check_calls(self.layers, [layer for layer, _ in calls], z, cases_of(inputs), ordered=self.ordered)
+        order = check_calls(self.layers, [call.layer for call in calls], z, cases_of(inputs), ordered=self.ordered)
         self.layers, self.ordered = order, True
-        return Chunk(z, [call for _, call in calls])
+        return Chunk(z, calls)
 
 
 class Linearization:
@@ -160,11 +166,11 @@ class Linearization:
         self.cases = sum(chunk.z.shape[0] for chunk in chunks)
 
     def outputs(self) -> list[Tensor]:
-        """Z of each chunk, (n_c, o), detached, in the order of the cases."""
+        """z of each chunk, (n_c, o), detached, in the order of the cases."""
         return [chunk.z.detach() for chunk in self._chunks]
 
     def statistics_outputs(self) -> Tensor:
-        """Z of the estimator's cases, (n, o), detached."""
+        """z of the estimator's cases, (n, o), detached."""
         return self._chunks[0].z.detach()
 
     def backpropagate(
@@ -183,10 +189,9 @@ class Linearization:
         passes = [_layer_gradients(chunk, v, retain=True) for v in vectors.unbind(0)]
         return [
             LayerSamples(
-                layer.rule.inputs(layer.info, call.x),
-                passes[0][i].unsqueeze(0) if len(passes) == 1 else torch.stack([g[i] for g in passes]),
+                call.rows, passes[0][i].unsqueeze(0) if len(passes) == 1 else torch.stack([g[i] for g in passes])
             )
-            for i, (layer, call) in enumerate(zip(self.layers, chunk.calls, strict=True))
+            for i, call in enumerate(chunk.calls)
         ]
 
     def gradient(
@@ -202,8 +207,8 @@ class Linearization:
         """
         for index, (chunk, v) in enumerate(zip(self._chunks, vectors, strict=True)):
             gradients = _layer_gradients(chunk, v, retain=False)
-            for layer, call, g, block in zip(self.layers, chunk.calls, gradients, out.blocks, strict=True):
-                layer.rule.gradient(layer.info, call.x, g, block, accumulate=index > 0)
+            for call, g, block in zip(chunk.calls, gradients, out.blocks, strict=True):
+                call.layer.rule.gradient(call.rows, g, block, accumulate=index > 0)
         return out
 
     def jvp(
@@ -257,7 +262,7 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _layer_gradients(chunk: Chunk, v: Tensor, *, retain: bool) -> Sequence[Tensor]:
-    """G of each layer for output vectors v."""
+    """g of each layer for output vectors v."""
     return torch.autograd.grad(chunk.z, [call.edge for call in chunk.calls], v, retain_graph=retain)
 
 
@@ -267,8 +272,8 @@ def _tangent_forward(layer: Layer, calls: list[Call], blocks: list[Tensor], n: i
 
     def forward(input: Tensor) -> Tensor:  # the name nn.Linear.forward has, for keyword calls
         x, dx = _unpack(input)
-        s = _first([call.s for call in calls], n).repeat(k, 1) if known else layer.rule.primal(layer.module, x)
-        tangent = layer.rule.tangent(layer.info, layer.module, x[:n], dx, blocks)
+        s = _first([call.s for call in calls], n, k) if known else layer.rule.primal(layer.module, x)
+        tangent = layer.rule.tangent(layer.module, _first([call.rows for call in calls], n), dx, blocks)
         return cast("Tensor", fwd.make_dual(s, tangent))  # type: ignore[no-untyped-call]  # torch has no types here
 
     return forward
@@ -287,11 +292,11 @@ def _unpack(dual: Tensor) -> tuple[Tensor, Tensor | None]:
     return primal, tangent
 
 
-def _first(parts: list[Tensor], n: int) -> Tensor:
-    """The first n rows of consecutive parts."""
+def _first(parts: list[Tensor], n: int, copies: int = 1) -> Tensor:
+    """The first n rows of consecutive parts, several times over."""
     taken: list[Tensor] = []
     for part in parts:
         if n > 0:
             taken.append(part[:n])
         n -= part.shape[0]
-    return taken[0] if len(taken) == 1 else torch.cat(taken)
+    return taken[0] if len(taken) * copies == 1 else torch.cat(taken * copies)

@@ -69,8 +69,7 @@ class LayerRule(ABC):
     @abstractmethod
     def gradient(
         self,
-        info: LayerInfo,
-        x: Tensor,  # the module's input
+        rows: Tensor,  # abar, as `inputs` gives it
         g: Tensor,  # derivative by the module's output
         out: Tensor,  # (d_out, d_in)
         *,
@@ -85,9 +84,8 @@ class LayerRule(ABC):
     @abstractmethod
     def tangent(
         self,
-        info: LayerInfo,
         module: nn.Module,
-        x: Tensor,  # the input of one copy of the cases, (n, ...)
+        rows: Tensor,  # abar of one copy of the cases, as `inputs` gives it
         dx: Tensor | None,  # its tangents, one copy a direction, (k n, ...); None if it does not move
         directions: Sequence[Tensor],  # k blocks (d_out, d_in)
     ) -> Tensor:  # (k n, ...)

@@ -1,0 +1,95 @@
+"""What a GPU would pay for: dispatched torch operations and host synchronisations of a step, counted on any device.
+
+Views and allocations cost no kernel and are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.nets import NETS, build
+from kfacore import KFAC
+
+__all__ = ["Launches", "main"]
+
+_FREE = frozenset(
+    {
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "t",
+        "transpose",
+        "permute",
+        "select",
+        "slice",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+    }
+    | {
+        "as_strided",
+        "detach",
+        "alias",
+        "unbind",
+        "split",
+        "split_with_sizes",
+        "diagonal",
+        "lift_fresh",
+        "expand",
+        "empty",
+    }
+    | {"empty_like", "new_empty", "new_empty_strided", "empty_strided", "is_same_size", "_has_same_storage_numel"}
+    | {"_record_function_enter_new", "_record_function_exit", "_make_dual", "_unpack_dual", "_fw_primal"}
+)
+"""Views, allocations and bookkeeping of autograd."""
+
+_WAITS = frozenset({"_local_scalar_dense", "is_nonzero", "nonzero", "equal"})
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations by name while active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self.waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count one operation and run it."""
+        name = func.overloadpacket.__name__
+        if name in _WAITS:
+            self.waits += 1
+        elif name not in _FREE:
+            self.operations[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def main(arguments: list[str]) -> int:
+    """Print operations a layer and waits of each kind of step."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks launches", description=__doc__)
+    parser.add_argument("--net", choices=sorted(NETS), default="mnist")
+    parser.add_argument("--detail", action="store_true", help="also list the operations of an ordinary step")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layers = len(NETS[options.net]) - 1
+    x = torch.rand(64, NETS[options.net][0], generator=torch.Generator().manual_seed(0)).to(device)
+    print(f"{options.net} net, {layers} layers, {device}")
+    print(f"{'':12}{'step':16}{'operations':>11}{'a layer':>9}{'waits':>7}")
+    for approx in ("blockdiag", "tridiag"):
+        optimizer = KFAC(build(options.net, device), likelihood="bernoulli", approx=approx)
+        kinds = {4: "ordinary", 5: "adapts lambda", 20: "refreshes"}
+        for step in range(1, 21):
+            with Launches() as launches:
+                optimizer.step(x, x)
+            if step in kinds:
+                total = sum(launches.operations.values())
+                print(f"{approx:12}{kinds[step]:16}{total:11}{total / layers:9.1f}{launches.waits:7}")
+            if step == 4 and options.detail:
+                for name, count in launches.operations.most_common():
+                    print(f"{'':12}  {name:30}{count:6}")
+    return 0
