@@ -14,14 +14,13 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from kfacore.studies.figures import COLORS, FAINT, INK
-from kfacore.studies.statistics import Difference
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from kfacore.studies.figures import Pen
 
-__all__ = ["cell", "details", "download", "figure_html", "legend", "svg_text", "swatch", "table", "toggles", "whisker"]
+__all__ = ["cell", "details", "download", "figure_html", "legend", "svg_text", "swatch", "table", "toggles"]
 
 _CSS_COLORS = {INK: "var(--ink)", FAINT: "var(--faint)", "#e4e8eb": "var(--grid)", "#000000": "var(--ink)"} | {
     color: f"var(--c{index})" for index, color in enumerate(COLORS)
@@ -125,22 +124,3 @@ def svg_text(figure: Figure) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", stream.getvalue(), flags=re.DOTALL)
     text = re.sub(r'<g id="(v\d+)">', r'<g class="\1">', text)  # many lines are one variant's: no identifier
     return re.sub(r"(\d+\.\d{2})\d+", r"\1", text)  # hundredths of a point are enough, and halve the size
-
-
-def whisker(difference: Difference, scale: float, pen: Pen) -> str:
-    """A difference and its interval on a line around 0, as a picture in a table; the numbers stand beside it."""
-    if difference.mean is None or scale <= 0.0:
-        return ""
-
-    def x(value: float) -> float:
-        return 60.0 + 54.0 * max(-1.0, min(1.0, value / scale))
-
-    color = _CSS_COLORS[pen.color]
-    parts = ['<line x1="60" y1="1" x2="60" y2="17" style="stroke:var(--faint)"/>']
-    if difference.low is not None and difference.high is not None:
-        ends = f'x1="{x(difference.low):.1f}" x2="{x(difference.high):.1f}"'
-        parts.append(f'<line {ends} y1="9" y2="9" style="stroke:{color};stroke-width:2.5"/>')
-    parts.append(f'<circle cx="{x(difference.mean):.1f}" cy="9" r="4" style="fill:{color}"/>')
-    return (
-        f'<svg class="whisker" width="120" height="18" viewBox="0 0 120 18" aria-hidden="true">{"".join(parts)}</svg>'
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from kfacore.studies.figures import Pen, pens
-from kfacore.studies.html import cell, swatch, table, whisker
+from kfacore.studies.html import cell, swatch, table
 from kfacore.studies.report_results import ALPHA, Cell, Results, Verdict, limits
 from kfacore.studies.statistics import MIN_INTERVAL, ToTarget
 from kfacore.studies.tables import MEASURE_NAMES, amount, interval, plus_minus, probability, signed
@@ -25,9 +25,9 @@ _WORDS: dict[Verdict, str] = {
 }
 _LINES: tuple[tuple[Verdict, str], ...] = (
     ("better", "Better"),
-    ("maybe better", "Perhaps better (interval only)"),
+    ("maybe better", "Perhaps better (not confirmed)"),
     ("worse", "Worse"),
-    ("maybe worse", "Perhaps worse (interval only)"),
+    ("maybe worse", "Perhaps worse (not confirmed)"),
     ("unclear", "No clear difference"),
     ("few", "Differences without an interval"),
     ("broken", "Lost runs"),
@@ -122,7 +122,7 @@ def _sentences(results: Results, problem: str) -> str:
     for verdict, title_of in _LINES:
         own = [one for one in cells[1:] if one.verdict == verdict]
         if own:
-            own.sort(key=lambda one: one.differences[results.headline].mean or 0.0)
+            own.sort(key=lambda one: -abs(one.differences[results.headline].mean or 0.0))
             listed = "; ".join(_mention(results, one) for one in own)
             style = verdict.split()[0]
             items.append(f'<span class="tag {style}">{title_of}:</span> {listed}.')
@@ -142,7 +142,7 @@ def _mention(results: Results, one: Cell) -> str:
     if difference.mean is not None:
         base = results.reference(one.problem).final[results.headline].mean
         relative = f", {signed(100.0 * difference.mean / base, 2)} %" if base else ""
-        text += f"{', else ' if text else ''}{signed(difference.mean)}{relative}"
+        text += f"{'; in the others ' if text else ''}{signed(difference.mean)}{relative}"
     return f"{name} ({text})"
 
 
@@ -166,19 +166,15 @@ def _fastest(results: Results, problem: str) -> str:
 
 def _table(results: Results, problem: str, styles: dict[str, Pen]) -> str:
     cells = results.cells[problem]
-    found = [c.differences[results.headline] for c in cells[1:]]
-    ends = [abs(v) for d in found for v in (d.low, d.high, d.mean) if v is not None]
-    scale = max(ends, default=0.0)
     mark = "†" if results.shared else ""
     header = [
         cell("Variant", head="col"),
         cell("Final value", head="col"),
-        cell("Runs", "wide", head="col"),
         cell("Difference", head="col"),
         cell("95 % interval", head="col"),
-        cell("Around 0", "wide", head="col"),
         cell("p (Holm)", head="col"),
         cell("Verdict", "text", head="col"),
+        cell("Runs", head="col"),
     ]
     goal = results.targets.get(problem)
     if goal is not None:
@@ -191,12 +187,11 @@ def _table(results: Results, problem: str, styles: dict[str, Pen]) -> str:
         parts = [
             cell(f"{swatch(pen)}{escape(one.variant.name)}", head="row"),
             cell(plus_minus(one.final[results.headline])),
-            cell(done, "wide", *(["broken"] if one.lost else [])),
             cell("" if d is None else signed(d.mean)),
             cell("" if d is None else interval(d.low, d.high)),
-            cell("" if d is None else whisker(d, scale, pen), "wide"),
             cell("" if d is None else probability(one.p[results.headline])),
             cell(_lost(one) if one.lost else _WORDS[one.verdict], "text", one.verdict.split()[0]),
+            cell(done, *(["broken"] if one.lost else [])),
         ]
         if goal is not None:
             parts.append(cell(time_text(one.targets.get("seconds"))))
@@ -211,11 +206,13 @@ def _key(results: Results) -> str:
     text = "Runs: done of all. Difference: variant minus reference, paired by seed."
     if len(results.study.seeds) >= MIN_INTERVAL:
         text += " Interval: Student's t for the mean difference, not adjusted for the number of comparisons."
-    if results.comparisons:
-        text += (
-            f" p: exact sign-flip test, after Holm's correction for {_count(results.comparisons, 'comparison')}; "
-            f"better and worse are said where the interval leaves out 0 and p ≤ {ALPHA:g}."
-        )
+    if any(one.p.get(results.headline) is not None for one in results.flat()):
+        text += f" p: exact sign-flip test, after Holm's correction for {_count(results.comparisons, 'comparison')}."
+    if results.tested:
+        text += f" Better and worse: the interval leaves out 0 and p ≤ {ALPHA:g}."
+    elif results.comparisons:
+        widened = 100.0 * (1.0 - ALPHA / results.comparisons)
+        text += f" Better and worse: the interval leaves out 0, also at {widened:.3g} % confidence."
     if results.targets:
         source = "the worst final value of the reference" if results.target_from_reference else "the study's target"
         text += f" Seconds: median over seeds to {source}, with runs that never got there counted as such."

@@ -8,6 +8,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+import kfacore
 from kfacore.studies.figures import Pen, pens
 from kfacore.studies.html import cell, details, download, legend, swatch, table, toggles
 from kfacore.studies.html_answer import answer, facts, lost_runs, share, time_text
@@ -34,7 +35,6 @@ def page(results: Results, figures: Mapping[str, Sequence[tuple[str, str]]], tab
     css = files("kfacore.studies").joinpath("report.css").read_text(encoding="utf-8")
     description = f"<p>{escape(study.description)}</p>" if study.description else ""
     sections = [
-        answer(results),
         lost_runs(results),
         _figures("curves", "Curves", figures, own, _curves_note(results)),
         _figures(
@@ -62,13 +62,16 @@ def page(results: Results, figures: Mapping[str, Sequence[tuple[str, str]]], tab
         for anchor, title in _LINKS
         if any(f'id="{anchor}"' in section for section in sections)
     )
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(study.name)}: report</title><style>{css}{toggles(own)}</style>"
+    )
+    footer = f"Written by kfac study report, kfacore {escape(kfacore.__version__)}. This page makes no request."
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(study.name)}: report</title><style>{css}{toggles(own)}</style></head><body>"
-        f'<header><h1>{escape(study.name)}</h1>{description}{facts(results)}<nav aria-label="Sections">{links}</nav>'
-        f'</header><main>{"".join(sections)}</main><footer><p class="note">Written by kfac study report, kfacore '
-        f"{escape(_kfacore_version())}. This page makes no request.</p></footer></body></html>\n"
+        f'<!doctype html>\n<html lang="en"><head>{head}</head><body>'
+        f"<header><h1>{escape(study.name)}</h1>{description}{facts(results)}</header>"
+        f'<main>{answer(results)}<nav aria-label="Sections">{links}</nav>{"".join(sections)}</main>'
+        f'<footer><p class="note">{footer}</p></footer></body></html>\n'
     )
 
 
@@ -82,12 +85,6 @@ _LINKS = (
     ("runs", "All runs"),
     ("reproduce", "Reproduce"),
 )
-
-
-def _kfacore_version() -> str:
-    import kfacore
-
-    return kfacore.__version__
 
 
 def _curves_note(results: Results) -> str:

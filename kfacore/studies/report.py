@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kfacore.errors import ConfigError
@@ -42,7 +42,11 @@ class Report:
     html: Path
     figures: tuple[Path, ...]
     tables: tuple[Path, ...]
-    results: Results
+    results: Results = field(repr=False)
+
+    def __str__(self) -> str:
+        """The page's path, which is what a command prints."""
+        return str(self.html)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class _Group:
     file: str
     title: str
     draws: tuple[tuple[Draw, str], ...]
+    margin: float = 0.65
 
 
 def write_report(folder: Path, out: Path | None = None) -> Report:
@@ -78,7 +83,7 @@ def write_report(folder: Path, out: Path | None = None) -> Report:
         )
     out = study.folder / "report" if out is None else Path(out)
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; name a folder for the report")
+        raise ConfigError(f"{out} is a file; name a folder for the report with --to")
     with disk_errors(out):
         for part in (out, out / "figures", out / "tables"):
             part.mkdir(parents=True, exist_ok=True)
@@ -104,10 +109,15 @@ def _figures(results: Results, folder: Path) -> tuple[dict[str, list[tuple[str, 
     for group in _groups(results):
         panels = []
         for position, (draw, alt) in enumerate(group.draws):
-            figure = panel(draw)
+            figure = panel(draw, group.margin)
             if figure is not None:
                 panels.append(figure_html(svg_text(figure), alt, "", f"{group.file}-{position}"))
-        whole = strip([draw for draw, _ in group.draws], group.title, styles)
+        whole = strip(
+            [draw for draw, _ in group.draws],
+            group.title,
+            styles if group.section != "differences" else [],
+            group.margin,
+        )
         if not panels or whole is None:
             continue
         shown.setdefault(group.section, []).append((group.heading, "".join(panels)))
@@ -124,27 +134,26 @@ def _groups(results: Results) -> Iterator[_Group]:
         prefix = f"{problem}: " if several else ""
         for measure in _drawn_measures(results):
             name = MEASURE_NAMES[measure]
+            label = name.partition(",")[0]  # the heading says whether it is of averaged parameters
             yield _Group(
                 "curves",
                 f"{prefix}{name}",
                 f"curves-{slugs[problem]}-{measure}",
                 f"{problem}: {name}",
                 tuple(
-                    (curves(results, problem, measure, axis, name), f"{name} on {problem} against {axis}, all variants")
+                    (
+                        curves(results, problem, measure, axis, label),
+                        f"{name} on {problem} against {axis}, all variants",
+                    )
                     for axis in AXES
                 ),
             )
-    label = MEASURE_NAMES[results.headline]
-    yield _Group(
-        "differences",
-        "",
-        "differences",
-        "Paired differences from the reference",
-        tuple(
-            (differences(results, problem, label), f"Differences from the reference on {problem}")
-            for problem in problems
-        ),
+    label = MEASURE_NAMES[results.headline].partition(",")[0]
+    drawn = tuple(
+        (differences(results, problem, label), f"Differences from the reference on {problem}") for problem in problems
     )
+    title = f"{MEASURE_NAMES[results.headline]}: paired differences from {results.study.reference}"
+    yield _Group("differences", "", "differences", title, drawn, margin=1.6)
     if results.profiles:
         drawn = tuple((profile(results, axis), f"Performance profile in {axis}") for axis in AXES)
         yield _Group("profile", "", "profile", "Performance profile", drawn)

@@ -15,6 +15,7 @@ from typing import Literal
 from kfacore.studies.plan import Study, Variant
 from kfacore.studies.report_data import AXES, MEASURES, RunData
 from kfacore.studies.statistics import (
+    LEVEL,
     MIN_INTERVAL,
     MIN_TEST,
     Difference,
@@ -37,9 +38,11 @@ ALPHA = 0.05
 Verdict = Literal["reference", "better", "worse", "maybe better", "maybe worse", "unclear", "few", "broken", "waiting"]
 """What a comparison comes to.
 
-``better``, ``worse``: the interval of the paired difference leaves out 0, and so does the corrected test where one is
-possible. ``maybe ...``: the interval leaves out 0, but the corrected test does not reject. ``unclear``: the interval
-holds 0. ``few``: too few seeds for an interval. ``broken``: a run diverged or failed. ``waiting``: no pair is done yet.
+``better``, ``worse``: the 95 % interval of the paired difference leaves out 0, and that stands after the correction for
+all comparisons: by the sign-flip test with Holm's correction where the number of seeds allows it to reject at all,
+otherwise by the interval widened to 1 - 0.05 / m for m comparisons (Bonferroni). ``maybe ...``: the interval leaves out
+0, but that does not stand. ``unclear``: the interval holds 0. ``few``: too few seeds for an interval. ``broken``: a run
+diverged or failed. ``waiting``: no pair is done yet.
 """
 
 
@@ -98,7 +101,8 @@ class Results:
         targets: By problem, the value to be reached; missing where there is none.
         target_from_reference: Whether the targets are the reference's own (the study names none).
         profiles: By axis, the performance profile of each variant over all problems and seeds; empty without targets.
-        comparisons: Number of comparisons that Holm's correction counts.
+        comparisons: Number of comparisons that corrections count: those with an interval.
+        tested: Whether verdicts rest on the sign-flip test, which can reject with this number of seeds.
     """
 
     study: Study
@@ -110,6 +114,7 @@ class Results:
     target_from_reference: bool
     profiles: Mapping[str, Mapping[str, Profile]]
     comparisons: int
+    tested: bool
 
     @property
     def seeds(self) -> int:
@@ -171,9 +176,14 @@ def analyse(study: Study, runs: Sequence[RunData]) -> Results:
     for measure in measures:  # a family of comparisons for each measure
         keys = [key for key in differences if key[2] == measure]
         p.update(zip(keys, holm([differences[key].p for key in keys]), strict=True))
+    compared = [difference for key, difference in differences.items() if key[2] == headline]
+    comparisons = sum(difference.low is not None for difference in compared)
+    pairs = max((difference.n for difference in compared if difference.p is not None), default=0)
+    tested = pairs > 0 and smallest_p(pairs, comparisons) <= ALPHA
+    level = None if tested else 1.0 - ALPHA / max(1, comparisons)
     cells = {
         problem: tuple(
-            _cell(problem, variant, own, members[0][1], headline, measures, targets.get(problem), differences, p)
+            _cell(problem, variant, own, members[0][1], headline, measures, targets.get(problem), differences, p, level)
             for variant, own in members
         )
         for problem, members in groups.items()
@@ -187,7 +197,8 @@ def analyse(study: Study, runs: Sequence[RunData]) -> Results:
         targets=targets,
         target_from_reference=from_reference,
         profiles=_profiles(study, groups, headline, targets),
-        comparisons=sum(differences[key].p is not None for key in differences if key[2] == headline),
+        comparisons=comparisons,
+        tested=tested,
     )
 
 
@@ -216,9 +227,9 @@ def _targets(
     return targets, True
 
 
-def _difference(own: Sequence[RunData], reference: Sequence[RunData], measure: str) -> Difference:
+def _difference(own: Sequence[RunData], reference: Sequence[RunData], measure: str, level: float = LEVEL) -> Difference:
     return paired_difference(
-        {run.seed: run.final(measure) for run in own}, {run.seed: run.final(measure) for run in reference}
+        {run.seed: run.final(measure) for run in own}, {run.seed: run.final(measure) for run in reference}, level
     )
 
 
@@ -232,6 +243,7 @@ def _cell(
     target: float | None,
     differences: Mapping[tuple[str, str, str], Difference],
     p: Mapping[tuple[str, str, str], float | None],
+    level: float | None,
 ) -> Cell:
     itself = own is reference
     mine = {m: differences[problem, variant.name, m] for m in measures} if not itself else {}
@@ -244,27 +256,38 @@ def _cell(
         best={m: summarise([run.best(m) for run in own]) for m in measures},
         differences=mine,
         p=tested,
-        verdict="reference" if itself else _verdict(own, mine[headline], tested[headline]),
+        verdict="reference"
+        if itself
+        else _verdict(
+            own,
+            mine[headline],
+            tested[headline],
+            None if level is None else _difference(own, reference, headline, level),
+        ),
         targets={} if target is None else {axis: _to_target(own, headline, target, axis) for axis in AXES},
         catches={} if itself else {axis: _shares(own, reference, headline, axis) for axis in AXES},
         caught={} if itself else {axis: _shares(reference, own, headline, axis) for axis in AXES},
     )
 
 
-def _verdict(own: Sequence[RunData], difference: Difference, p: float | None) -> Verdict:
+def _verdict(own: Sequence[RunData], difference: Difference, p: float | None, widened: Difference | None) -> Verdict:
     if any(run.state in ("diverged", "failed") for run in own):
         return "broken"
     if difference.n == 0 or difference.mean is None:
         return "waiting"
     if difference.low is None or difference.high is None:
         return "few"
-    if difference.low <= 0.0 <= difference.high:
+    if _holds_zero(difference):
         return "unclear"
-    # Below MIN_TEST pairs no test is possible and the interval stands alone; the report says so.
-    confirmed = p is None or p <= ALPHA
+    by_test = p is not None and p <= ALPHA
+    confirmed = by_test if widened is None else not _holds_zero(widened)
     if difference.mean < 0.0:
         return "better" if confirmed else "maybe better"
     return "worse" if confirmed else "maybe worse"
+
+
+def _holds_zero(difference: Difference) -> bool:
+    return difference.low is None or difference.high is None or difference.low <= 0.0 <= difference.high
 
 
 def _to_target(runs: Sequence[RunData], measure: str, target: float, axis: str) -> ToTarget:
@@ -348,13 +371,14 @@ def limits(results: Results) -> list[str]:
     elif len(study.seeds) < MIN_TEST:
         found.append(
             f"{_seeds(len(study.seeds))}: intervals, but no sign-flip test, which needs {MIN_TEST}. The verdicts rest "
-            "on single 95 % intervals."
+            "on t-intervals, widened for the number of comparisons."
         )
-    elif results.comparisons and results.smallest_p > ALPHA:
+    elif results.comparisons and not results.tested:
         found.append(
-            f"With {pairs} pairs and {results.comparisons} comparisons the smallest possible p after Holm's correction "
-            f"is {results.smallest_p:.2g}: the test cannot confirm anything here, and the intervals stand alone. "
-            f"{_needed(results.comparisons)} seeds would be enough."
+            f"With {pairs} pairs and {results.comparisons} comparisons the smallest possible p of the exact test after "
+            f"Holm's correction is {results.smallest_p:.2g}, so it can confirm nothing here; "
+            f"{_needed(results.comparisons)} seeds would be enough. The verdicts rest on t-intervals, widened for the "
+            "number of comparisons."
         )
     return found
 
