@@ -32,6 +32,7 @@ COMMANDS: tuple[str, ...] = (
     "kfac_cli.commands.plugins",
     "kfac_cli.commands.doctor",
     "kfac_cli.commands.schema",
+    "kfac_cli.commands.new",
 )
 """Command modules in the order of the help. Each is torch-free at import and has ``register(app)``."""
 
