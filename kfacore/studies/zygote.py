@@ -27,6 +27,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from kfacore.config.run import RUN_SLOTS
+from kfacore.errors import KfacError
 from kfacore.studies.state import state_folder
 
 __all__ = ["main", "serve"]
@@ -44,14 +46,22 @@ def main() -> int:
 
 
 def _preload() -> None:
-    """Import what every run needs."""
+    """Import what every run needs, so that no run waits for it; nothing here starts a thread."""
     import matplotlib.backends.backend_agg
-    import matplotlib.figure  # noqa: F401  # for the pictures at the end of a run
+    import matplotlib.font_manager  # noqa: F401  # for the pictures at the end of a run
+    import torch._dynamo  # noqa: F401  # which torch imports when the first optimizer is made: seconds
 
     import kfacore.training.loop  # noqa: F401
     from kfacore.registry import get_registry
+    from kfacore.registry.discovery import OWN_DISTRIBUTION
 
-    get_registry()
+    registry = get_registry()
+    for slot in RUN_SLOTS:
+        for component in registry.components(slot):
+            # Only what is known to be light; a run imports the rest itself, and says what is wrong with it.
+            if registry.origin(component).distribution == OWN_DISTRIBUTION:
+                with contextlib.suppress(KfacError):
+                    registry.load(component)
     gc.collect()
     gc.freeze()  # so that a collection in a child does not copy the pages of all these objects
 
