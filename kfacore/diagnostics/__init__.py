@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kfacore.diagnostics.exact import ExactModel
     from kfacore.diagnostics.invariance import (
         Agreement,
+        FunctionPath,
         Transform,
         TransformedChain,
         agreement,
@@ -38,6 +39,7 @@ __all__ = [
     "Difference",
     "ExactModel",
     "FactorPairs",
+    "FunctionPath",
     "NaturalGradient",
     "Transform",
     "TransformedChain",
@@ -63,6 +65,7 @@ _HOMES = {
     "exact": ("ExactModel",),
     "invariance": (
         "Agreement",
+        "FunctionPath",
         "Transform",
         "TransformedChain",
         "agreement",

@@ -25,6 +25,7 @@ from kfacore.roles.estimator import LayerSamples
 
 __all__ = [
     "Agreement",
+    "FunctionPath",
     "Transform",
     "TransformedChain",
     "agreement",
@@ -191,8 +192,22 @@ def logistic_twin(model: nn.Module) -> nn.Sequential:
     return nn.Sequential(*modules)
 
 
-def function_path(model: nn.Module, inputs: Any, targets: Tensor, steps: int, **options: Any) -> list[Tensor]:
-    """Outputs z on the cases before and after each of some steps of `kfacore.KFAC` on these same cases.
+@dataclass(frozen=True)
+class FunctionPath:
+    """The way of a net through function space.
+
+    Attributes:
+        outputs: z on the cases before the first step and after each step, (n, o).
+        notices: Factors that needed jitter, without repetition. Such a step is damped even where no damping was asked
+            for, and Theorem 1 does not hold for it.
+    """
+
+    outputs: tuple[Tensor, ...]
+    notices: tuple[str, ...]
+
+
+def function_path(model: nn.Module, inputs: Any, targets: Tensor, steps: int, **options: Any) -> FunctionPath:
+    """Outputs on the cases before and after each of some steps of `kfacore.KFAC` on these same cases.
 
     Args:
         model: The model; a copy is trained.
@@ -200,19 +215,17 @@ def function_path(model: nn.Module, inputs: Any, targets: Tensor, steps: int, **
         targets: Their targets.
         steps: Number of steps.
         **options: Options of `KFAC`. Without damping: ``damping={"kind": "fixed", "lambda0": 0.0}, weight_decay=0.0``.
-
-    Returns:
-        steps + 1 tensors (n, o).
     """
     model = copy.deepcopy(model)
     optimizer = KFAC(model, **options)
-    path = []
+    outputs: list[Tensor] = []
+    notices: dict[str, None] = {}
     for step in range(steps + 1):
         with torch.no_grad():
-            path.append(model(inputs).clone())
+            outputs.append(model(inputs).clone())
         if step < steps:
-            optimizer.step(inputs, targets)
-    return path
+            notices.update(dict.fromkeys(optimizer.step(inputs, targets).notices))
+    return FunctionPath(tuple(outputs), tuple(notices))
 
 
 @dataclass(frozen=True)
@@ -238,16 +251,16 @@ class Agreement:
         return max(self.steps)
 
 
-def agreement(path: Sequence[Tensor], other: Sequence[Tensor]) -> Agreement:
+def agreement(path: FunctionPath, other: FunctionPath) -> Agreement:
     """Compare two paths made by `function_path` on the same cases.
 
     Args:
         path: The original net's.
         other: The transformed net's, equally long.
     """
-    first = path[0]
-    moved = [max(float((z - first).norm()), torch.finfo(torch.float64).tiny) for z in path[1:]]
-    apart = [float((b - a).norm()) for a, b in zip(path, other, strict=True)]
+    first = path.outputs[0]
+    moved = [max(float((z - first).norm()), torch.finfo(torch.float64).tiny) for z in path.outputs[1:]]
+    apart = [float((b - a).norm()) for a, b in zip(path.outputs, other.outputs, strict=True)]
     return Agreement(
         apart[0] / float(first.norm()), tuple(gap / way for gap, way in zip(apart[1:], moved, strict=True))
     )

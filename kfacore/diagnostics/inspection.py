@@ -1,0 +1,445 @@
+"""Everything that `kfac inspect` measures of one model, as numbers and matrices; it prints and draws nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from kfacore.diagnostics.cumulants import CumulantReport, cumulant_report
+from kfacore.diagnostics.dense import DENSE_LIMIT, Difference, FactorPairs, compare, exact_fisher, inverse_of
+from kfacore.diagnostics.exact import ExactModel
+from kfacore.diagnostics.invariance import Agreement, TransformedChain, agreement, function_path, random_transform
+from kfacore.diagnostics.natural import NaturalGradient, natural_gradient
+from kfacore.diagnostics.quality import UpdateQuality, gamma_grid, inverses, measure_update
+from kfacore.diagnostics.subject import Subject
+from kfacore.errors import ConfigError, KfacError
+from kfacore.layers import LayerInfo
+from kfacore.roles.approx import Approximation
+from kfacore.roles.estimator import LayerSamples
+
+if TYPE_CHECKING:
+    from kfacore.registry import Registry
+
+__all__ = ["PARTS", "DenseReport", "Inspection", "InvarianceReport", "dense_report", "inspect_subject", "stretch"]
+
+_EXACT_ENTRIES = 1 << 26
+"""Most entries of output gradients that are kept: decides between the exact expectation and drawn targets."""
+
+_DRAWN_ENTRIES = 1 << 25
+_MOST_DRAWS = 8
+
+_LARGE = 100_000
+"""Parameters above which inverses are dear: fewer gammas, fewer iterations."""
+
+_INVARIANCE_LIMIT = 20_000
+_PATH = 5
+
+PARTS = ("quality", "dense", "invariance")
+"""What is measured of a model besides the natural gradient."""
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class DenseReport:
+    """Matrices of some consecutive layers and their errors.
+
+    Attributes:
+        layers: These layers.
+        first: Number of the first of them in the model, from 1.
+        gamma: Damping of the inverses.
+        F: The exact Fisher.
+        F_tilde: The Kronecker-factored approximation.
+        F_tilde_damped: The same with factored Tikhonov damping.
+        F_tilde_inverse: Its inverse.
+        matrices: F-hat by approximation, damped.
+        inverses: F-hat^-1 by approximation, damped.
+        errors: Relative errors by what is compared, see `dense_report`.
+        refused: Why a comparison could not be made.
+        cumulants: Equations 3 and 4; None if the statistics are not the exact expectation.
+    """
+
+    layers: list[LayerInfo]
+    first: int
+    gamma: float
+    F: Tensor
+    F_tilde: Tensor
+    F_tilde_damped: Tensor
+    F_tilde_inverse: Tensor
+    matrices: dict[str, Tensor] = field(default_factory=dict)
+    inverses: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, Difference] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    cumulants: CumulantReport | None = None
+
+    @property
+    def sizes(self) -> list[int]:
+        """Parameters of each layer."""
+        return [layer.size for layer in self.layers]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, without the matrices."""
+        return {
+            "first_layer": self.first,
+            "layers": [layer.name for layer in self.layers],
+            "parameters": sum(self.sizes),
+            "gamma": self.gamma,
+            "errors": {name: error.as_dict() for name, error in self.errors.items()},
+            "refused": dict(self.refused),
+            "cumulants": None if self.cumulants is None else self.cumulants.as_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class InvarianceReport:
+    """One approximation in the model and in a random reparameterisation of it.
+
+    Attributes:
+        approx: The approximation.
+        undamped: Without any damping.
+        damped: At the subject's gamma.
+        notices: Factors of the undamped steps that needed jitter: then Theorem 1 does not apply.
+    """
+
+    approx: str
+    undamped: Agreement
+    damped: Agreement
+    notices: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "approx": self.approx,
+            "undamped": vars(self.undamped),
+            "damped": vars(self.damped),
+            "notices": list(self.notices),
+        }
+
+
+@dataclass
+class Inspection:
+    """What was measured.
+
+    Attributes:
+        subject: Of what.
+        statistics: Where the factors come from, in words.
+        natural: The exact natural gradient.
+        quality: Every approximation at every gamma.
+        dense: Matrices, if some layers are small enough.
+        invariance: Theorem 1, if the model can be transformed.
+        skipped: What was left out, by name, with the reason.
+        seconds: Time of each part.
+    """
+
+    subject: Subject
+    statistics: str
+    natural: NaturalGradient
+    quality: list[UpdateQuality] = field(default_factory=list)
+    dense: DenseReport | None = None
+    invariance: list[InvarianceReport] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def at_gamma(self) -> list[UpdateQuality]:
+        """Every approximation at the subject's own gamma."""
+        return [row for row in self.quality if row.gamma == self.subject.gamma]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, without matrices and vectors."""
+        exact = self.subject.exact
+        natural = {key: value for key, value in vars(self.natural).items() if key != "blocks"}
+        return {
+            "format": 1,
+            "subject": self.subject.name,
+            "problem": self.subject.problem,
+            "step": self.subject.step,
+            "seed": self.subject.seed,
+            "parameters": exact.parameters,
+            "cases": exact.cases,
+            "lambda": exact.lam,
+            "weight_decay": exact.weight_decay,
+            "gamma": self.subject.gamma,
+            "objective": exact.objective,
+            "statistics": self.statistics,
+            "natural_gradient": natural,
+            "quality": [row.as_dict() for row in self.quality],
+            "dense": None if self.dense is None else self.dense.as_dict(),
+            "invariance": [row.as_dict() for row in self.invariance],
+            "skipped": dict(self.skipped),
+            "seconds": dict(self.seconds),
+        }
+
+
+def inspect_subject(
+    subject: Subject,
+    registry: Registry,
+    approximations: Mapping[str, Approximation],
+    *,
+    parts: Sequence[str] = PARTS,
+    layers: tuple[int, int] | None = None,
+    gammas: Sequence[float] | None = None,
+    say: Say = lambda _: None,
+) -> Inspection:
+    """Measure everything that the model's size allows.
+
+    Args:
+        subject: The model.
+        registry: Where the preconditioner of the conjugate gradients comes from.
+        approximations: By name; one that refuses the model is skipped with its reason.
+        parts: What to measure besides the natural gradient, of `PARTS`.
+        layers: First and last layer (from 1) of the dense matrices; `stretch` chooses if left out.
+        gammas: The range of gamma; some decades around the subject's own if left out.
+        say: Told what is going on.
+
+    Raises:
+        ConfigError: The layers do not exist.
+        KfacError: Nothing could be measured.
+    """
+    exact = subject.exact
+    large = exact.parameters > _LARGE
+    clock = _Clock()
+    span = _span(layers, exact.layers)
+    samples, statistics = _statistics(subject)
+    clock.lap("statistics")
+    say(f"natural gradient: conjugate gradients on {exact.cases:,} cases")
+    gradient = exact.gradient()
+    natural = _natural(subject, registry, gradient, samples, large=large)
+    result = Inspection(subject, statistics, natural, seconds=clock.laps)
+    clock.lap("natural gradient")
+    if "quality" in parts:
+        grid = list(gammas) if gammas is not None else gamma_grid(subject.gamma, *((1, 1) if large else (3, 2)))
+        for name, approx in approximations.items():
+            say(f"{name}: quality of its update at {len(grid)} gammas")
+            _quality(result, gradient, samples, name, approx, grid)
+            clock.lap(f"quality of {name}")
+        if not result.quality:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in result.skipped.items())
+            raise ConfigError(f"no approximation could be measured: {reasons}")
+    usable = {name: approx for name, approx in approximations.items() if name not in result.skipped}
+    if "dense" in parts:
+        _dense(result, samples, usable, span, say)
+        clock.lap("dense")
+    if "invariance" in parts:
+        say("invariance: a random reparameterisation")
+        result.invariance, reason = _invariance(subject, usable)
+        if reason is not None:
+            result.skipped["invariance"] = reason
+        clock.lap("invariance")
+    return result
+
+
+def _quality(
+    result: Inspection,
+    gradient: Sequence[Tensor],
+    samples: Sequence[LayerSamples],
+    name: str,
+    approx: Approximation,
+    grid: Sequence[float],
+) -> None:
+    """One approximation over the range of gamma; a refusal is recorded, not raised."""
+    subject = result.subject
+    try:
+        for gamma, inverse in inverses(approx, subject.exact.layers, samples, grid, pi=subject.pi):
+            result.quality.append(measure_update(subject.exact, gradient, result.natural, inverse, name, gamma))
+            del inverse  # before the next one takes its memory
+    except KfacError as error:
+        result.skipped[name] = str(error)
+
+
+def _dense(
+    result: Inspection,
+    samples: Sequence[LayerSamples],
+    approximations: Mapping[str, Approximation],
+    span: tuple[int, int] | None,
+    say: Say,
+) -> None:
+    """Matrices of the chosen layers, or the reason why there are none."""
+    if span is None:
+        result.skipped["dense matrices"] = (
+            f"no two adjacent layers have {DENSE_LIMIT:,} parameters or fewer together; name some with --layers"
+        )
+        return
+    say(f"dense matrices of layers {span[0]} to {span[1]}")
+    subject, part = result.subject, slice(span[0] - 1, span[1])
+    result.dense = dense_report(
+        subject.exact.layers[part], samples[part], approximations, subject.gamma, pi=subject.pi, first=span[0]
+    )
+    if not result.statistics.startswith("exact"):
+        result.dense.cumulants = None  # the identity is one of expectations, not of a few draws
+
+
+def stretch(layers: Sequence[LayerInfo], limit: int = DENSE_LIMIT) -> tuple[int, int] | None:
+    """The longest run of at least two adjacent layers with no more than `limit` parameters, counted from 1.
+
+    Of equally long ones the largest; None if there is none (a single layer shows nothing between layers).
+    """
+    best: tuple[int, int] | None = None
+    score = (1, 0)
+    for first in range(len(layers)):
+        total = 0
+        for last in range(first, len(layers)):
+            total += layers[last].size
+            if total > limit:
+                break
+            if (last - first + 1, total) > score and last > first:
+                score, best = (last - first + 1, total), (first + 1, last + 1)
+    return best
+
+
+def dense_report(
+    layers: Sequence[LayerInfo],
+    samples: Sequence[LayerSamples],
+    approximations: Mapping[str, Approximation],
+    gamma: float,
+    *,
+    pi: bool = True,
+    first: int = 1,
+) -> DenseReport:
+    """Matrices of some adjacent layers and all their errors.
+
+    The errors' names: ``"F-tilde / F"``; for each approximation ``"NAME / F-tilde"``, ``"NAME^-1 / F-tilde^-1"`` and
+    ``"NAME^-1 / F^-1"``, all damped, F by adding what factored Tikhonov damping adds to F-tilde; and
+    ``"NAME^-1 / F-tilde^-1, undamped"``, which is refused where F-tilde has no inverse.
+
+    Args:
+        layers: The layers.
+        samples: What they saw.
+        approximations: By name; built for these layers alone.
+        gamma: Damping.
+        pi: Split gamma by traces.
+        first: Number of the first of these layers in the model.
+
+    Raises:
+        KfacError: An approximation refused these layers.
+    """
+    pairs = FactorPairs.of(samples)
+    F, F_tilde, damped = exact_fisher(samples), pairs.matrix(), pairs.damped(gamma, pi=pi).matrix()
+    report = DenseReport(list(layers), first, gamma, F, F_tilde, damped, inverse_of(damped, "F-tilde"))
+    sizes = report.sizes
+    report.errors["F-tilde / F"] = compare(F_tilde, F, sizes)
+    exact_inverse = inverse_of(F + damped - F_tilde, "the damped Fisher")
+    report.errors["F-tilde^-1 / F^-1"] = compare(report.F_tilde_inverse, exact_inverse, sizes)
+    undamped: Tensor | str
+    try:
+        undamped = inverse_of(F_tilde, "F-tilde without damping")
+    except ConfigError as error:
+        undamped = str(error)
+    for name, approx in approximations.items():
+        [(_, inverse)] = inverses(approx, layers, samples, [gamma], pi=pi)
+        report.matrices[name], report.inverses[name] = inverse.dense(inverse=False), inverse.dense()
+        report.errors[f"{name} / F-tilde"] = compare(report.matrices[name], damped, sizes)
+        report.errors[f"{name}^-1 / F-tilde^-1"] = compare(report.inverses[name], report.F_tilde_inverse, sizes)
+        report.errors[f"{name}^-1 / F^-1"] = compare(report.inverses[name], exact_inverse, sizes)
+        title = f"{name}^-1 / F-tilde^-1, undamped"
+        if isinstance(undamped, str):
+            report.refused[title] = undamped
+            continue
+        try:
+            [(_, free)] = inverses(approx, layers, samples, [0.0], pi=pi)
+            report.errors[title] = compare(free.dense(), undamped, sizes)
+        except KfacError as error:
+            report.refused[title] = str(error)
+    report.cumulants = cumulant_report(samples)
+    return report
+
+
+class _Clock:
+    """Seconds of each part."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round(now - self._last, 3)
+        self._last = now
+
+
+def _span(layers: tuple[int, int] | None, known: Sequence[LayerInfo]) -> tuple[int, int] | None:
+    if layers is None:
+        return stretch(known)
+    first, last = layers
+    if not 1 <= first <= last <= len(known):
+        raise ConfigError(f"--layers {first}-{last}: the model has layers 1 to {len(known)}")
+    total = sum(layer.size for layer in known[first - 1 : last])
+    if total > 4 * DENSE_LIMIT:
+        raise ConfigError(
+            f"--layers {first}-{last} have {total:,} parameters; a dense matrix is built for up to "
+            f"{4 * DENSE_LIMIT:,}, name fewer layers"
+        )
+    return layers
+
+
+def _statistics(subject: Subject) -> tuple[list[LayerSamples], str]:
+    """The exact expectation where it fits in memory, else targets drawn from the model."""
+    exact: ExactModel = subject.exact
+    outputs = exact.layers[-1].d_out
+    entries = exact.cases * sum(layer.d_out for layer in exact.layers)
+    if outputs * entries <= _EXACT_ENTRIES:
+        return exact.exact_samples(), "exact expectation over the model's targets"
+    draws = max(1, min(_MOST_DRAWS, _DRAWN_ENTRIES // entries))
+    samples = exact.monte_carlo_samples(subject.generator("targets"), draws)
+    return samples, f"drawn targets, {draws} a case"
+
+
+def _natural(
+    subject: Subject, registry: Registry, gradient: list[Tensor], samples: list[LayerSamples], *, large: bool
+) -> NaturalGradient:
+    """Conjugate gradients, helped by the block-diagonal inverse where there is one."""
+    exact = subject.exact
+    helper = None
+    if any(component.name == "blockdiag" for component in registry.components("approx")):
+        approx = registry.build("approx", "blockdiag")
+        # gamma near the damping of B: then the helper is close to B^-1 whatever gamma the run uses
+        strength = max(exact.damping, 1e-8) ** 0.5
+        try:
+            [(_, helper)] = inverses(approx, exact.layers, samples, [strength], pi=subject.pi)
+        except KfacError:  # only slower without
+            helper = None
+    limits = {"tolerance": 1e-4, "max_iterations": 60} if large else {"tolerance": 1e-8, "max_iterations": 2000}
+    return natural_gradient(
+        exact,
+        gradient,
+        preconditioner=helper,
+        tolerance=limits["tolerance"],
+        max_iterations=int(limits["max_iterations"]),
+    )
+
+
+def _invariance(
+    subject: Subject, approximations: Mapping[str, Approximation]
+) -> tuple[list[InvarianceReport], str | None]:
+    """Theorem 1 for each approximation, or why it could not be measured."""
+    exact = subject.exact
+    if exact.parameters > _INVARIANCE_LIMIT:
+        return [], f"the model has {exact.parameters:,} parameters; measured for up to {_INVARIANCE_LIMIT:,}"
+    reports = []
+    try:
+        other = TransformedChain(exact.model, random_transform(exact.model, subject.generator("transform")))
+        for name, approx in approximations.items():
+            # Every step must refresh, or the reused inverse is of other parameters in both nets alike.
+            fresh = type(approx)(approx.config.model_copy(update={"refresh_every": 1}))
+            paths = []
+            for gamma in (None, subject.gamma):
+                options: dict[str, Any] = {
+                    "likelihood": exact.likelihood,
+                    "approx": fresh,
+                    "estimator": {"kind": "exact", "tau1": 1.0},
+                    "damping": {"kind": "fixed", "lambda0": 0.0, "gamma": gamma, "pi": subject.pi},
+                    "momentum": "none",
+                    "weight_decay": 0.0,
+                }
+                paths += [
+                    function_path(model, exact.inputs, exact.targets, _PATH, **options)
+                    for model in (exact.model, other)
+                ]
+            undamped, damped = agreement(paths[0], paths[1]), agreement(paths[2], paths[3])
+            reports.append(InvarianceReport(name, undamped, damped, paths[0].notices))
+    except KfacError as error:
+        return reports, str(error)
+    return reports, None
