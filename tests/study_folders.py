@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kfacore.studies.plan import PlannedRun, Study, Target, Variant
+from kfacore.studies.plan import PlannedRun, Study, Target, Variant, load_study
 from kfacore.studies.state import RunState, state_folder, write_outcome
 
 STEPS = 40
@@ -81,7 +81,7 @@ def write_study(
     states: dict[tuple[str, int], tuple[str, str]] | None = None,
     **options: Any,
 ) -> Study:
-    """A study folder.
+    """A study folder, read back with the states of its runs.
 
     Args:
         folder: The folder.
@@ -129,4 +129,4 @@ def write_study(
     )
     study.write()
     study.write_index()
-    return study
+    return load_study(folder)

@@ -242,6 +242,10 @@ def differences(results: Results, problem: str, label: str) -> Draw:
         ax.set_yticks(range(len(rows)), [_short(cell.variant.name) for cell, _, _ in rows])
         ax.set_ylim(len(rows) - 0.5, -0.5)
         tidy(ax, log=False)
+        sizes = np.array([abs(mean) for _, _, mean in rows])
+        if sizes.max() > 30.0 * np.median(sizes) > 0.0:  # one would hide the others
+            ax.set_xscale("symlog", linthresh=float(np.median(sizes)), linscale=1.0)
+            ax.tick_params(axis="x", labelrotation=30.0)
         ax.grid(visible=False, axis="y")
         ax.set_xlabel(f"{label}: difference", fontsize=9)
         if len(results.cells) > 1:

@@ -141,7 +141,8 @@ def _mention(results: Results, one: Cell) -> str:
     text = _lost(one) if one.verdict == "broken" else ""
     if difference.mean is not None:
         base = results.reference(one.problem).final[results.headline].mean
-        relative = f", {signed(100.0 * difference.mean / base, 2)} %" if base else ""
+        ratio = 1.0 + difference.mean / base if base else 1.0
+        relative = f", {ratio:.3g} times" if ratio >= 2.0 else f", {signed(100.0 * (ratio - 1.0), 2)} %" if base else ""
         text += f"{'; in the others ' if text else ''}{signed(difference.mean)}{relative}"
     return f"{name} ({text})"
 

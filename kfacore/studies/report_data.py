@@ -97,8 +97,12 @@ class RunData:
         return float(self.evals[axis][hits[0]]) if hits.size else None
 
     def spent(self, axis: str) -> float:
-        """How far the run went; infinity for a diverged one, which would never have come to a target."""
-        if self.state == "diverged":
+        """Up to where a run is known not to have reached something that it has not reached.
+
+        Infinity for a run that is done or has diverged: within the study's budget it never will, and where its budget
+        ended on this axis must not make it look better than a slower one. The others could still have come there.
+        """
+        if self.state in ("done", "diverged"):
             return math.inf
         return self.last(axis)
 

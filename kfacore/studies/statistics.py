@@ -267,7 +267,7 @@ def to_target(costs: Sequence[float], reached: Sequence[bool]) -> ToTarget:
 
     Args:
         costs: Steps, seconds or cases of each run: at which it reached the target, or up to which it did not (infinity
-            for a run that never will, because it diverged).
+            for a run that has come to its end, and never will).
         reached: Whether it did.
 
     Returns:

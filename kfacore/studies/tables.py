@@ -56,7 +56,7 @@ def plus_minus(summary: Summary) -> str:
     """``mean ± s``: the spread with two digits, the mean down to the same place."""
     if summary.mean is None:
         return DASH
-    if not summary.std:
+    if not summary.std or summary.std < 1e-12 * abs(summary.mean):  # equal values, but for rounding
         return amount(summary.mean)
     place = 1 - math.floor(math.log10(summary.std))
     if not 1e-3 <= abs(summary.mean) < 1e6 or place > 6:
@@ -231,8 +231,8 @@ def _latex_targets(results: Results) -> str:
         first = cell.targets.get("step")
         reached = "--" if first is None else f"{first.reached}/{first.n}"
         rows.append((cell.problem, [_name(cell), reached, *(cost(cell.targets.get(axis)) for axis in AXES)]))
-    goals = ", ".join(f"{problem}: {amount(goal)}" for problem, goal in results.targets.items())
-    note = f"Median cost to a {MEASURE_NAMES[results.headline]} of at most {goals}; runs that never reached it count."
+    goals = ", ".join(f"{amount(goal)} on {problem}" for problem, goal in results.targets.items())
+    note = f"Median cost to the target ({MEASURE_NAMES[results.headline]}: {goals}); runs that never reached it count."
     if results.shared:
         note += " Seconds were measured on a machine shared with other runs."
     return _latex(results, ["Variant", "Reached", "Steps", "Cases", "Seconds"], rows, _escape(note))
