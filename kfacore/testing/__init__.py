@@ -23,6 +23,9 @@ from kfacore.testing.damping import DampingSuite
 from kfacore.testing.estimator import EstimatorSuite
 from kfacore.testing.likelihood import LikelihoodSuite
 from kfacore.testing.momentum import MomentumSuite
+from kfacore.testing.optimizer import OptimizerSuite
+from kfacore.testing.problem import ProblemSuite
+from kfacore.testing.sink import SinkSuite
 
 __all__ = [
     "ApproxCase",
@@ -32,5 +35,8 @@ __all__ = [
     "EstimatorSuite",
     "LikelihoodSuite",
     "MomentumSuite",
+    "OptimizerSuite",
+    "ProblemSuite",
+    "SinkSuite",
     "devices",
 ]
