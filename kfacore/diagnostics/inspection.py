@@ -35,6 +35,10 @@ _MOST_DRAWS = 8
 _LARGE = 100_000
 """Parameters above which inverses are dear: fewer gammas, fewer iterations."""
 
+_SEARCH = (1e-8, 2000)
+_LARGE_SEARCH = (1e-3, 100)
+"""Tolerance and most iterations of conjugate gradients, for small nets and for large ones, whose time is bounded."""
+
 _INVARIANCE_LIMIT = 20_000
 _PATH = 5
 
@@ -401,14 +405,8 @@ def _natural(
             [(_, helper)] = inverses(approx, exact.layers, samples, [strength], pi=subject.pi)
         except KfacError:  # only slower without
             helper = None
-    limits = {"tolerance": 1e-4, "max_iterations": 60} if large else {"tolerance": 1e-8, "max_iterations": 2000}
-    return natural_gradient(
-        exact,
-        gradient,
-        preconditioner=helper,
-        tolerance=limits["tolerance"],
-        max_iterations=int(limits["max_iterations"]),
-    )
+    tolerance, most = _LARGE_SEARCH if large else _SEARCH
+    return natural_gradient(exact, gradient, preconditioner=helper, tolerance=tolerance, max_iterations=most)
 
 
 def _invariance(

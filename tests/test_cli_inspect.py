@@ -1,0 +1,110 @@
+"""`kfac inspect` as people use it, on a problem small enough for a test."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from small_runs import run, settings, write_data
+
+from kfac_cli.main import main
+
+
+@pytest.fixture
+def kfac(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["kfac", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        return caught.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def options(tmp_path):
+    write_data(tmp_path)
+    return [part for setting in settings(tmp_path) for part in ("--set", setting)]
+
+
+def test_at_initialisation(kfac, options, tmp_path):
+    code, out, err = kfac("inspect", *options, "--approx", "blockdiag", "--approx", "tridiag", "--cases", 50)
+    assert code == 0, err
+    assert "npz at initialisation" in out
+    assert "50 training cases" in out
+    assert "iterations of conjugate gradients" in out
+    assert "tridiag^-1 / F-tilde^-1" in out
+    assert "equation 4" in out
+    assert "natural gradient" in err
+    folder = tmp_path / "inspect"
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "fisher.png",
+        "inspect.json",
+        "inverse.png",
+        "quality.png",
+    ]
+    answer = json.loads((folder / "inspect.json").read_text())
+    assert answer["cases"] == 50
+    assert {row["approx"] for row in answer["quality"]} == {"blockdiag", "tridiag"}
+    assert answer["dense"]["cumulants"]["mismatch"] < 1e-10
+
+
+def test_a_run_in_json(kfac, tmp_path):
+    run(tmp_path, "a")
+    code, out, err = kfac("inspect", "a", "--approx", "blockdiag", "--layers", "2-3", "--gamma", 0.3, "--json")
+    assert code == 0, err
+    answer = json.loads(out)
+    assert answer["step"] == 20
+    assert answer["gamma"] == 0.3
+    assert answer["dense"]["first_layer"] == 2
+    assert answer["files"][0] == "a/inspect/inspect.json"
+    assert json.loads((tmp_path / "a" / "inspect" / "inspect.json").read_text())["subject"] == answer["subject"]
+
+
+def test_all_registered_approximations_by_default(kfac, options, tmp_path):
+    code, out, err = kfac("inspect", *options, "--cases", 30, "--out", "x", "--json")
+    assert code == 0, err
+    answer = json.loads(out)
+    from kfacore.registry import get_registry
+
+    names = {component.name for component in get_registry().components("approx")}
+    assert {row["approx"] for row in answer["quality"]} | set(answer["skipped"]) >= names
+    assert {"blockdiag", "tridiag"} <= {row["approx"] for row in answer["quality"]}
+    assert (tmp_path / "x" / "quality.png").stat().st_size < 300_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--approx", "tridag"], "did you mean 'tridiag'"),
+        (["--layers", "2:5"], "for example 2-5"),
+        (["nowhere"], "no such folder"),
+        (["figure3"], "unknown figure 'figure3'"),
+        (["figure1", "--approx", "tridiag"], "leave --approx out"),
+        (["figure1", "--problem", "curves"], "mnist16-classifier"),
+        (["figure1", "--data-dir", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes(kfac, arguments, message):
+    code, out, err = kfac("inspect", *arguments)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_layers_that_do_not_exist(kfac, options):
+    code, _, err = kfac("inspect", *options, "--layers", "3-9", "--approx", "blockdiag", "--cases", 20)
+    assert code == 2
+    assert "layers 1 to" in err
+
+
+def test_a_run_keeps_its_configuration(kfac, tmp_path):
+    run(tmp_path, "a")
+    code, _, err = kfac("inspect", "a", "--seed", "5")
+    assert code == 2
+    assert "seed" in err
