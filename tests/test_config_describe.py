@@ -42,7 +42,8 @@ class Outer(ApproxConfig):
 
 
 def test_describe() -> None:
-    assert describe(Outer)[1:] == [
+    own = [key for key in describe(Outer) if key.key not in ApproxConfig.model_fields]
+    assert own == [
         KeyHelp("share", "float > 0.0, <= 1.0", 0.5, "Share."),
         KeyHelp("limit", "float > 0.0 | none", None, "Limit."),
         KeyHelp("sizes", "list of int >= 1", [1, 2], "Sizes."),
@@ -50,7 +51,7 @@ def test_describe() -> None:
         KeyHelp("inner.width", "int >= 1", 3, "Width of a unit."),
         KeyHelp("inner.shape", "'round' | 'square'", "round", "Shape."),
     ]
-    assert describe(Outer)[0].key == "refresh_every"
+    assert describe(Outer)[0].key == "refresh_every"  # the base's come first
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,12 @@ def test_describe() -> None:
         ({"names": {"bad": 1}}, "approx.names = {'bad': 1}: bad is not a name"),
         ({"inner": 3}, "approx.inner = 3: input should be a valid dictionary or instance of Inner"),
         ({"limit": "x" * 99}, f"approx.limit = '{'x' * 56}...: input should be a valid number, unable to parse"),
+        (
+            {"limit": "many"},
+            "approx.limit = 'many': input should be a valid number, unable to parse string as a number (or none)",
+        ),
+        ({"share": "none"}, "approx.share = 'none': this key cannot be none; input should be a valid number"),
+        ({"share": None}, "approx.share = None: this key cannot be none; input should be a valid number"),
     ],
 )
 def test_explain(values: dict, message: str) -> None:
@@ -80,6 +87,20 @@ def test_explain_names_the_source_and_counts_the_rest() -> None:
     first, more = text.splitlines()
     assert first == "from refresh_every: refresh_every = 0: input should be greater than or equal to 1"
     assert more == "(and 1 more of this kind)"
+
+
+class Words(Model):
+    limit: Annotated[float, Field(gt=0.0)] | None = 1.0
+    task: Literal["fit", "none"] | None = None
+    name: str = "x"
+
+
+def test_the_word_none() -> None:
+    """None where a key may be None; itself where it is one of the values, or a text."""
+    words = Words.model_validate({"limit": "none", "task": "none", "name": "none"})
+    assert (words.limit, words.task, words.name) == (None, "none", "none")
+    assert Words.model_validate({"limit": 0.5, "task": None}).model_dump() == {"limit": 0.5, "task": None, "name": "x"}
+    assert Words.model_validate(words) == words
 
 
 def test_explain_missing() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from kfacore.data import cache_folder, search_folders, sha256_of_arrays, sha256_of_file
 from kfacore.data.cache import cached, read_cache, replace_file, write_cache
+from kfacore.data.places import named_folder
 from kfacore.errors import DataError
 
 ARRAYS = {"b": np.arange(6, dtype=np.int16).reshape(2, 3), "a": np.array([0.5, -1.0])}
@@ -172,6 +173,14 @@ def test_cache_folder_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("KFAC_DATA", str(tmp_path / "data"))
     assert cache_folder() == tmp_path / "data"
     assert cache_folder("~/mine") == tmp_path / "home" / "mine"
+
+
+def test_a_folder_that_is_named_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    assert named_folder("~/mine") == tmp_path / "mine"
+    with pytest.raises(DataError, match=r"nowhere does not exist; name an existing one with --data-dir, or leave it"):
+        named_folder(tmp_path / "nowhere")
 
 
 def test_search_folders_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,6 +183,17 @@ def test_curves_problem_and_its_cache(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("few_curves")
+def test_curves_make_no_folder_that_was_named_by_mistake(tmp_path: Path) -> None:
+    nowhere, mine = tmp_path / "nowhere", tmp_path / "mine"
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        Curves(CurvesConfig(data_dir=str(nowhere))).load()
+    assert not nowhere.exists()
+    mine.mkdir()
+    Curves(CurvesConfig(data_dir=str(mine))).load()
+    assert [path.name for path in mine.iterdir()] == ["curves-v1.npz"]
+
+
+@pytest.mark.usefixtures("few_curves")
 def test_corrupt_curves_are_drawn_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train, test = load_curves(str(tmp_path / "own"))
     path = tmp_path / "own" / "curves-v1.npz"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
+from kfacore.config.slots import NONE, may_be_none
 from kfacore.errors import nearest
 
 if TYPE_CHECKING:
@@ -62,7 +63,12 @@ def _sentence(detail: ErrorDetails, location: Location, model: type[BaseModel]) 
     message = detail["msg"]
     if detail["type"] == "value_error":
         message = message.removeprefix("Value error, ")
-    return f"{key} = {_show(detail['input'])}: {message[:1].lower()}{message[1:]}"
+    message = f"{message[:1].lower()}{message[1:]}"
+    if detail["input"] is None or (isinstance(detail["input"], str) and detail["input"] == NONE):
+        message = f"this key cannot be none; {message}"
+    elif _takes_none(model, detail["loc"]):
+        message = f"{message} (or none)"
+    return f"{key} = {_show(detail['input'])}: {message}"
 
 
 def _show(value: Any) -> str:
@@ -75,6 +81,13 @@ def _fields_at(model: type[BaseModel], location: Location) -> list[str]:
     """Names of the fields of the model found by following a location through nested models."""
     found = _model_at(model, location)
     return list(found.model_fields) if found is not None else []
+
+
+def _takes_none(model: type[BaseModel], location: Location) -> bool:
+    """Whether the field at a location may be none."""
+    parent = _model_at(model, location[:-1])
+    field = parent.model_fields.get(str(location[-1])) if parent is not None and location else None
+    return field is not None and may_be_none(field.annotation)
 
 
 def _literals_at(model: type[BaseModel], location: Location) -> tuple[Any, ...]:

@@ -13,9 +13,19 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from kfacore.config.explain import explain
+from kfacore.config.hints import elsewhere
 from kfacore.config.presets import DEFAULT_PRESET, PRESETS
 from kfacore.config.run import PART_SLOTS, RunConfig, run_config_model
-from kfacore.config.sources import Layer, deep_update, file_layer, flag_layer, origin_of, set_layer, table_layer
+from kfacore.config.sources import (
+    Layer,
+    UnknownKeyError,
+    deep_update,
+    file_layer,
+    flag_layer,
+    origin_of,
+    set_layer,
+    table_layer,
+)
 from kfacore.errors import ConfigError, KfacError, nearest
 from kfacore.plugin import SLOTS
 
@@ -23,7 +33,7 @@ if TYPE_CHECKING:
     from kfacore.plugin import Component
     from kfacore.registry import Registry
 
-__all__ = ["SLOT_DEFAULTS", "read_saved", "resolve", "resolve_layers"]
+__all__ = ["SLOT_DEFAULTS", "read_saved", "resolve", "resolve_layers", "user_layers"]
 
 SLOT_DEFAULTS: dict[str, Any] = {
     "problem": "curves",
@@ -62,9 +72,22 @@ def resolve(
         PluginError: A component that was named belongs to a plug-in that cannot be used.
     """
     named = {"preset": preset} if preset is not None else {}
-    return resolve_layers(
-        registry, [*(file_layer(path) for path in files), flag_layer({**(flags or {}), **named}), set_layer(sets)]
-    )
+    return resolve_layers(registry, user_layers(registry, files, {**(flags or {}), **named}, sets))
+
+
+def user_layers(
+    registry: Registry, files: Sequence[str | PathLike[str]], flags: Mapping[str, Any], sets: Sequence[str]
+) -> list[Layer]:
+    """What the user wrote, in rising precedence: files, flags, assignments.
+
+    Raises:
+        ConfigError: A file cannot be read, or a key is unknown; the message has the nearest right one of all
+            components.
+    """
+    try:
+        return [*(file_layer(path) for path in files), flag_layer(flags), set_layer(sets)]
+    except UnknownKeyError as error:
+        raise UnknownKeyError(error.key, error.origin, registry) from None
 
 
 def resolve_layers(registry: Registry, user: Sequence[Layer]) -> RunConfig:
@@ -197,7 +220,10 @@ def _slot_config(
         return model.model_validate(dict(table))
     except ValidationError as error:
         message = explain(error, model, prefix=location, origin=lambda place: origin_of(origins, place))
-        raise ConfigError(f"{message} ({slot} is '{table['kind']}')") from error
+        first = error.errors(include_url=False)[0]
+        unknown = first["type"] == "extra_forbidden" and "did you mean" not in message
+        where = elsewhere(str(first["loc"][-1]), slot, registry) if unknown else ""
+        raise ConfigError(f"{message} ({slot} is '{table['kind']}'{where})") from error
 
 
 def _component(registry: Registry, slot: str, layers: Sequence[Layer]) -> Component:

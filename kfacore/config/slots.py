@@ -6,9 +6,10 @@ text.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
     "ApproxConfig",
@@ -23,17 +24,41 @@ __all__ = [
     "ProblemConfig",
     "SinkConfig",
     "SlotConfig",
+    "may_be_none",
 ]
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
+NONE = "none"
+"""How files and ``--set`` write None, for which TOML has no word."""
+
+
+def may_be_none(annotation: Any) -> bool:
+    """Whether a key of this type takes None, and "none" for it: unless the word is itself one of its values."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return may_be_none(arguments[0])
+    literals = [value for part in arguments if get_origin(part) is Literal for value in get_args(part)]
+    return type(None) in arguments and NONE not in literals
+
+
 class Model(BaseModel):
-    """Base of all config models: frozen, unknown keys refused, NaN and infinity refused."""
+    """Base of all config models: frozen, unknown keys refused, NaN and infinity refused, the word "none" for None."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_by_its_word(cls, values: Any) -> Any:
+        """Read "none" as None where None is allowed."""
+        if not isinstance(values, Mapping):
+            return values
+        words = {key for key, value in values.items() if isinstance(value, str) and value == NONE}
+        optional = {key for key in words & cls.model_fields.keys() if may_be_none(cls.model_fields[key].annotation)}
+        return {key: None if key in optional else value for key, value in values.items()} if optional else values
 
 
 class SlotConfig(Model):

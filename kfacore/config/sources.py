@@ -8,15 +8,40 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from kfacore.config.hints import key_hint
 from kfacore.config.run import RUN_SLOTS, SECTIONS, RunConfig
-from kfacore.errors import ConfigError, nearest
-from kfacore.plugin import SLOTS
+from kfacore.errors import ConfigError
 
-__all__ = ["Layer", "file_layer", "flag_layer", "parse_value", "read_table", "set_layer", "table_layer"]
+if TYPE_CHECKING:
+    from kfacore.registry import Registry
+
+__all__ = [
+    "Layer",
+    "UnknownKeyError",
+    "file_layer",
+    "flag_layer",
+    "parse_value",
+    "read_table",
+    "set_layer",
+    "table_layer",
+]
 
 Location = tuple[int | str, ...]
+
+
+class UnknownKeyError(ConfigError):
+    """A top-level key that no run has.
+
+    Attributes:
+        key: The key.
+        origin: Where it was found.
+    """
+
+    def __init__(self, key: str, origin: str, registry: Registry | None = None) -> None:
+        self.key, self.origin = key, origin
+        super().__init__(f"{origin}: unknown key '{key}', {key_hint(key, registry)}")
 
 
 @dataclass
@@ -56,7 +81,7 @@ class Layer:
             raise ConfigError(f"{where}: '{key}' is not a key, write for example damping.lambda0")
         top = path[0]
         if top not in RunConfig.model_fields:
-            raise ConfigError(f"{where}: unknown key '{top}', {_key_hint(top)}")
+            raise UnknownKeyError(top, where)
         for name in reversed(path[1:]):
             value = {name: value}
         if value is None and (top in RUN_SLOTS or top == "preset"):  # a saved configuration has None for unused slots
@@ -205,13 +230,6 @@ def _table(top: str, value: Any, where: str) -> Any:
         raise ConfigError(f"{where}: {top} = {value!r:.60}: needs a name or a table with kind")
     known = ", ".join(SECTIONS[top].model_fields)
     raise ConfigError(f"{where}: {top} = {value!r:.60}: needs a table with the keys {known}")
-
-
-def _key_hint(key: str) -> str:
-    """The nearest top-level key, or the table that has a key of this name."""
-    tables = {**SECTIONS, **{slot: SLOTS[slot] for slot in RUN_SLOTS}}
-    homes = [f"{name}.{key}" for name, model in tables.items() if key in model.model_fields]
-    return nearest(homes[0], homes) if homes and key != "kind" else nearest(key, RunConfig.model_fields)
 
 
 def _leaves(location: Location, value: Any) -> Iterable[Location]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kfacore.errors import DataError
 
-__all__ = ["cache_folder", "search_folders", "user_cache"]
+__all__ = ["cache_folder", "named_folder", "search_folders", "user_cache"]
 
 
 def user_cache() -> Path:
@@ -21,6 +21,22 @@ def cache_folder(data_dir: str | Path | None = None) -> Path:
     """The folder to write to: ``data_dir``, else the environment variable ``KFAC_DATA``, else the user's cache."""
     chosen = data_dir or os.environ.get("KFAC_DATA")
     return Path(chosen).expanduser() if chosen else user_cache()
+
+
+def named_folder(data_dir: str | Path) -> Path:
+    """A folder that the user named, which must exist: a slip of the pen must not become a new folder.
+
+    Args:
+        data_dir: What the user wrote; ``~`` is the home folder.
+
+    Raises:
+        DataError: There is no such folder.
+    """
+    named = Path(data_dir).expanduser()
+    if not named.is_dir():
+        what = "is not a folder" if named.exists() else "does not exist"
+        raise DataError(f"data folder {named} {what}; name an existing one with --data-dir, or leave it out")
+    return named
 
 
 def search_folders(data_dir: str | Path | None = None) -> list[Path]:
@@ -37,11 +53,7 @@ def search_folders(data_dir: str | Path | None = None) -> list[Path]:
     """
     folders: list[Path] = []
     if data_dir:
-        named = Path(data_dir).expanduser()
-        if not named.is_dir():
-            what = "is not a folder" if named.exists() else "does not exist"
-            raise DataError(f"data folder {named} {what}; give the folder of the data files with --data-dir")
-        folders.append(named)
+        folders.append(named_folder(data_dir))
     environment = os.environ.get("KFAC_DATA")
     if environment:
         folders.append(Path(environment).expanduser())

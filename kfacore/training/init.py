@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kfacore.data import read_npz
 from kfacore.errors import DataError, nearest
 
 __all__ = ["load_parameters"]
@@ -73,13 +73,13 @@ def _some(names: list[str]) -> str:
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
-        with open(path, "rb") as file:  # ours to close: numpy leaves it open when the file is no archive
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"--init {path} is not an .npz file: it holds a single array without a name")
-            return {name: torch.from_numpy(np.ascontiguousarray(archive[name])) for name in archive.files}
-    except (zipfile.BadZipFile, ValueError, TypeError, EOFError, KeyError) as error:
-        raise DataError(f"--init {path} is not a readable .npz file of numbers: {error}") from error
+        arrays = read_npz(path)
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    except (DataError, TypeError) as error:  # TypeError: an array of text or dates, which torch cannot hold
+        raise DataError(
+            f"--init {error}. Needed is an .npz file with one array of numbers for each parameter of the model, under "
+            "the parameter's name, as numpy.savez(file, **arrays) writes it"
+        ) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -89,7 +89,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except SafetensorError as error:
-        raise DataError(f"--init {path} is not a readable .safetensors file: {error}") from error
+        raise DataError(
+            f"--init {path} is not a readable .safetensors file: {error}. Needed is a file with the tensors of the "
+            "model's state_dict, as safetensors.torch.save_file(state, file) writes it"
+        ) from error
 
 
 _READERS = {".npz": _read_npz, ".safetensors": _read_safetensors}

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfacore.config.sources import Layer, deep_update, file_layer, flag_layer, set_layer
+from kfacore.config.resolve import user_layers
+from kfacore.config.slots import NONE
+from kfacore.config.sources import Layer, deep_update
 from kfacore.errors import ConfigError, DataError
 from kfacore.training.run import RunFolder
 
@@ -55,7 +57,7 @@ def resume_config(
     """
     folder = RunFolder(run)
     saved = folder.read_config()
-    layers = [*(file_layer(path) for path in files), flag_layer(flags or {}), set_layer(sets)]
+    layers = user_layers(registry, files, flags or {}, sets)
     changed: dict[str, Any] = {}
     deep_update(changed, saved)
     for layer in layers:
@@ -82,7 +84,7 @@ def _refuse_conflict(layer: Layer, location: tuple[str, ...], value: Any, saved:
     found: Any = saved
     for key in location:
         found = found.get(key) if isinstance(found, Mapping) else None
-    if found == value:
+    if found == value or (found is None and value == NONE):
         return
     key = ".".join(location).removesuffix(".kind")
     raise ConfigError(

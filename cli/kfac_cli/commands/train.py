@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kfacore.errors import ConfigError
+from kfacore.plugin import SLOTS
 from kfacore.registry import get_registry
 
 if TYPE_CHECKING:
@@ -175,18 +176,16 @@ def _dry_run(config: RunConfig, init: Path | None, *, json: bool) -> None:
 
 
 def _config_text(values: Mapping[str, Any]) -> str:
-    """The configuration in TOML's spelling, one line a key or table."""
-    lines = []
-    for key, value in values.items():
-        if value is None:
-            continue
-        lines.append(f"{key} = {_toml(value)}")
-    return "\n".join(lines)
+    """The configuration in TOML's spelling, one line a key or table, without the slots that are not used."""
+    kept = {key: value for key, value in values.items() if value is not None or key not in SLOTS}
+    return "\n".join(f"{key} = {_toml(value)}" for key, value in kept.items())
 
 
 def _toml(value: Any) -> str:
+    if value is None:  # for which TOML has no word
+        return '"none"'
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items() if v is not None) + " }"
+        return "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     return jsonlib.dumps(value, ensure_ascii=False)

@@ -26,7 +26,7 @@ class CurvesConfig(ProblemConfig):
     kind: Literal["curves"] = "curves"
     """Name of the implementation."""
     data_dir: str | None = None
-    """Folder that keeps the generated images; by default KFAC_DATA or the user's cache."""
+    """Folder, which must exist, that keeps the generated images; by default KFAC_DATA or the user's cache."""
 
     def data_status(self) -> DataStatus:
         """Whether the generated images are kept on disk."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from kfacore.data.cache import cached, read_cache
 from kfacore.data.checksum import sha256_of_arrays
-from kfacore.data.places import cache_folder
+from kfacore.data.places import cache_folder, named_folder
 from kfacore.data.status import DataStatus
 from kfacore.errors import DataError
 
@@ -110,8 +110,12 @@ def _ink(curve: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def curves_file(data_dir: str | None = None) -> Path:
-    """Where the images are kept."""
-    return cache_folder(data_dir) / "curves-v1.npz"
+    """Where the images are kept.
+
+    Raises:
+        DataError: ``data_dir`` is given and is no folder.
+    """
+    return (named_folder(data_dir) if data_dir else cache_folder()) / "curves-v1.npz"
 
 
 def load_curves(data_dir: str | None = None) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
