@@ -166,15 +166,17 @@ def curves(results: Results, problem: str, measure: str, axis: str, label: str) 
     styles = pens(results)
 
     def draw(ax: Axes) -> bool:
-        tops: list[float] = []
+        ends: list[float] = []
         for cell in reversed(results.cells[problem]):  # the reference last, on top
-            tops += _draw_mean(ax, cell, styles[cell.variant.name], measure, axis)
-        stray = _draw_stray(ax, results.cells[problem], styles, measure, axis, max(tops, default=math.inf))
-        if not tops and not stray:
+            ends += _draw_mean(ax, cell, styles[cell.variant.name], measure, axis)
+        stray = _draw_stray(ax, results.cells[problem], styles, measure, axis, max(ends, default=math.inf))
+        if not ends and not stray:
             return False
         if measure == results.headline and problem in results.targets:
             ax.axhline(results.targets[problem], color=FAINT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
         _finish(ax, AXIS_LABELS[axis], label, log=True)
+        if ax.get_yscale() == "log" and ends:
+            ax.set_ylim(bottom=0.7 * min(*ends, *_lowest(ax)))
         return True
 
     return draw
@@ -244,8 +246,7 @@ def differences(results: Results, problem: str, label: str) -> Draw:
         tidy(ax, log=False)
         sizes = np.array([abs(mean) for _, _, mean in rows])
         if sizes.max() > 30.0 * np.median(sizes) > 0.0:  # one would hide the others
-            ax.set_xscale("symlog", linthresh=float(np.median(sizes)), linscale=1.0)
-            ax.tick_params(axis="x", labelrotation=30.0)
+            _wide_scale(ax, float(np.median(sizes)))
         ax.grid(visible=False, axis="y")
         ax.set_xlabel(f"{label}: difference", fontsize=9)
         if len(results.cells) > 1:
@@ -283,6 +284,18 @@ def profile(results: Results, axis: str) -> Draw:
     return draw
 
 
+def _wide_scale(ax: Axes, linear: float) -> None:
+    """A scale that is linear up to a size and logarithmic beyond it, with 0 and powers of ten as ticks."""
+    low, high = ax.get_xlim()
+    largest = max(abs(low), abs(high))
+    powers = [10.0**k for k in range(math.ceil(math.log10(linear)), math.floor(math.log10(largest)) + 1)]
+    ax.set_xscale("symlog", linthresh=linear, linscale=1.0)
+    ax.set_xlim(min(1.6 * low, -linear), 1.6 * max(high, linear))
+    ticks = [*(-power for power in powers if power <= -low), 0.0, *(power for power in powers if power <= high)]
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_xticks([], minor=True)
+
+
 def _draw_mean(ax: Axes, cell: Cell, pen: Pen, measure: str, axis: str) -> list[float]:
     """Mean and band of a variant's finished runs; returns the heights that the picture must show."""
     runs = [run for run in cell.runs if run.done]
@@ -297,14 +310,16 @@ def _draw_mean(ax: Axes, cell: Cell, pen: Pen, measure: str, axis: str) -> list[
     n = len(runs)
     if n >= MIN_INTERVAL:
         half = t_quantile(0.975, n - 1) * values.std(axis=0, ddof=1) / math.sqrt(n)
-        low = np.where(mean - half > 0.0, mean - half, values.min(axis=0))  # a logarithmic axis has no 0
+        low = mean - half
+        if float(values.min()) > 0.0:  # a logarithmic axis has no 0; the band leaves the picture at its lower edge
+            low = np.maximum(low, 1e-3 * float(values.min()))
         band = ax.fill_between(x, low, mean + half, color=pen.color, alpha=0.16, linewidth=0.0)
         band.set_gid(pen.group)
     elif n > 1:
         for line in values:
             ax.plot(x, line, **_line(pen, 0.7))
     ax.plot(x, mean, **_line(pen))
-    return [float(values.max())]
+    return [float(values.min()), float(values.max())]
 
 
 def _draw_stray(ax: Axes, cells: Sequence[Cell], styles: dict[str, Pen], measure: str, axis: str, top: float) -> bool:
@@ -330,6 +345,11 @@ def _draw_stray(ax: Axes, cells: Sequence[Cell], styles: dict[str, Pen], measure
             ax.plot(x[-1:], y[-1:], color=pen.color, gid=pen.group, **end)
             drawn = True
     return drawn
+
+
+def _lowest(ax: Axes) -> list[float]:
+    """The lowest points of the lines in a picture."""
+    return [float(np.min(np.asarray(line.get_ydata(), dtype=np.float64))) for line in ax.get_lines()]
 
 
 def _aligned(runs: Sequence[RunData], name: str, axis: str, *, events: str) -> tuple[np.ndarray, np.ndarray]:

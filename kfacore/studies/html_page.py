@@ -97,7 +97,7 @@ def _curves_note(results: Results) -> str:
         text += "band: 95 % interval of the mean."
     else:
         text += f"fewer than {MIN_INTERVAL} seeds have no band, thin lines are the single runs."
-    text += " Thin dashed lines are runs that diverged or failed (✕) or are not finished (▸)."
+    text += " Thin dashed lines are runs that diverged or failed (✕) or are not finished (▸); they are cut at the top."
     if results.targets:
         text += " Dotted: the target."
     if results.shared:
@@ -146,7 +146,7 @@ def _targets(results: Results, styles: Mapping[str, Pen], figures: Mapping[str, 
             )
         where = f"{problem}: " if len(results.cells) > 1 else ""
         caption = (
-            f"{where}median cost to a {MEASURE_NAMES[results.headline]} of at most {amount(results.targets[problem])}"
+            f"{where}Median cost to a {MEASURE_NAMES[results.headline]} of at most {amount(results.targets[problem])}"
         )
         parts.append(table(caption, header, rows))
     source = (
