@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from kfac_cli import live
-from kfac_cli.live import LiveLine, duration, figure, step_parts
+from kfac_cli.live import LiveLine, duration, figure, pace, step_parts
 
 START = {
     "event": "start", "step": 0, "steps": 500, "run": "runs/x", "problem": "curves", "optimizer": "kfac",
@@ -34,13 +34,27 @@ def test_figures(value, text):
     assert figure(value) == text
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0123, "12.3 ms/step"),
+        (0.9994, "999 ms/step"),
+        (0.9996, "1 s/step"),
+        (1.0666, "1.07 s/step"),
+        (75, "75 s/step"),
+    ],
+)
+def test_paces(seconds, text):
+    assert pace(seconds) == text
+
+
 def test_a_step_shows_what_the_optimizer_has():
     event = step(7, lam=0.0123456, gamma=0.1, alpha=0.9, mu=0.0, rho=None)
-    assert step_parts(event, 500, 832.4, 312, 0.98) == [
+    assert step_parts(event, 500, 0.8324, 312, 0.98) == [
         "step 7/500", "loss 71.23", "error 4.5", "lambda 0.0123", "gamma 0.1", "rho 0.98", "alpha 0.9", "mu 0",
         "832 ms/step", "ETA 5m12s",
     ]  # fmt: skip
-    assert step_parts(step(7), 500, 1.0, 0, None) == [
+    assert step_parts(step(7), 500, 0.001, 0, None) == [
         "step 7/500", "loss 71.23", "error 4.5", "1 ms/step", "ETA 0s",
     ]  # fmt: skip
 
@@ -85,6 +99,14 @@ def test_on_a_terminal_the_line_is_redrawn_and_fits(monkeypatch):
     assert "gamma 0.123  rho 0.988  alpha 0.912  mu 0.812  500 ms/step\n" in text.replace("\r\n", "\n")
     assert "…" not in text
     assert "\x1b[2K" in text  # the line is erased before it is drawn again
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_paths_and_warnings_are_not_broken(monkeypatch, terminal):
+    path = "runs/" + "a-folder-with-a-long-name-" * 5
+    text = shown(monkeypatch, [{**START, "run": path}], terminal=terminal, width=40)
+    assert f"run folder {path}\n" in text.replace("\r", "")
+    assert "warning: step 3: fc1: more jitter" in text
 
 
 def test_the_library_warns_elsewhere_again_afterwards(monkeypatch):

@@ -180,7 +180,7 @@ def test_signals_save_and_say_how_to_go_on(tmp_path, number, code):
     last = json.loads(rest.splitlines()[-1])
     assert last["event"] == "checkpoint"
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt").step == last["step"]
-    assert f"kfac train --resume {tmp_path / 'run'}" in err
+    assert f"kfac train --resume {tmp_path / 'run'}" in err.splitlines()  # alone on its line, to be copied
     assert "error:" not in err.splitlines()[-1]
     assert "Traceback" not in err
 

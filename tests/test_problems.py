@@ -195,6 +195,7 @@ def test_curves_make_no_folder_that_was_named_by_mistake(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("few_curves")
 def test_corrupt_curves_are_drawn_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "own").mkdir()
     train, test = load_curves(str(tmp_path / "own"))
     path = tmp_path / "own" / "curves-v1.npz"
     path.write_bytes(path.read_bytes()[:-100])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
 
-__all__ = ["LiveLine", "duration", "figure", "step_parts"]
+__all__ = ["LiveLine", "duration", "figure", "pace", "step_parts"]
 
 _NAMES = {"lam": "lambda"}
 _DIGITS = {"loss": 4, "error": 4}
@@ -46,13 +46,18 @@ def duration(seconds: float) -> str:
     return f"{total // 3600}h{total % 3600 // 60:02d}m"
 
 
-def step_parts(event: Mapping[str, Any], steps: int, milliseconds: float, remaining: float, rho: object) -> list[str]:
+def pace(seconds: float) -> str:
+    """``832 ms/step``, or ``1.07 s/step`` from a second on."""
+    return f"{figure(seconds, 3)} s/step" if round(1e3 * seconds) >= 1000 else f"{figure(1e3 * seconds, 3)} ms/step"
+
+
+def step_parts(event: Mapping[str, Any], steps: int, seconds: float, remaining: float, rho: object) -> list[str]:
     """One step in a few words each; numbers that the optimizer does not have are left out.
 
     Args:
         event: The step event.
         steps: Steps in all.
-        milliseconds: Recent time of a step.
+        seconds: Recent time of a step.
         remaining: Seconds to go, evaluations not counted.
         rho: The last reduction ratio, which is not computed in every step.
     """
@@ -65,7 +70,7 @@ def step_parts(event: Mapping[str, Any], steps: int, milliseconds: float, remain
             for name, value in numbers.items()
             if value is not None
         ),
-        f"{figure(milliseconds, 3)} ms/step",
+        pace(seconds),
         f"ETA {duration(remaining)}",
     ]
 
@@ -119,8 +124,8 @@ class LiveLine:
             show(event)
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
-        self.console.print(text, markup=False)
+        """Print a line that stays. The terminal wraps it, not rich, so that paths and commands can be copied."""
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def _on_start(self, event: Mapping[str, Any]) -> None:
         self._steps = int(event["steps"])
@@ -141,7 +146,7 @@ class LiveLine:
         each = (now - before) / max(last - first, 1)
         if event.get("rho") is not None:
             self._rho = event["rho"]
-        parts = step_parts(event, self._steps, 1e3 * each, each * (self._steps - step), self._rho)
+        parts = step_parts(event, self._steps, each, each * (self._steps - step), self._rho)
         if self._live is not None:
             self._live.update(_fitted(parts, self.console.width))
         elif time.monotonic() - self._printed >= _PLAIN_SECONDS:
@@ -184,4 +189,4 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
-        self.console.print(f"{record.levelname.lower()}: {record.getMessage()}", markup=False)
+        self.console.print(f"{record.levelname.lower()}: {record.getMessage()}", markup=False, soft_wrap=True)

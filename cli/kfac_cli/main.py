@@ -17,6 +17,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import kfacore
+from kfac_cli.usage import UsageError, explain_usage
 from kfacore.errors import KfacError
 
 __all__ = ["COMMANDS", "app", "main"]
@@ -119,13 +120,19 @@ def main() -> None:
     """Run the command and leave with its exit code."""
     try:
         try:
-            app()
-        except SystemExit:
+            code = app(standalone_mode=False)  # what the parser refuses is said here, like all other errors
+        finally:
             sys.stdout.flush()  # a full disk or a closed pipe shows here rather than at exit, where nobody answers
-            raise
+        sys.exit(code or 0)
+    except UsageError as error:
+        explained = explain_usage(error)
+        if explained is not None:
+            _fail(error, str(explained), explained.exit_code)
+        typer.echo(str(error), err=True)  # the help, for a call without arguments
+        sys.exit(2)
     except KfacError as error:
         _fail(error, str(error), error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except BrokenPipeError:
         _drop_output()

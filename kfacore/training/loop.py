@@ -408,7 +408,7 @@ class _Run:
     def _remedy(self) -> str:
         if self.saved is None:
             return ""
-        return f"the checkpoint of step {self.saved} is intact, go on with: {resume_command(self.folder.path)}"
+        return f"the checkpoint of step {self.saved} is intact, go on with:\n{resume_command(self.folder.path)}"
 
     def _explain(self, error: NumericalError) -> NumericalError:
         """A numerical failure with where it happened and what is saved."""

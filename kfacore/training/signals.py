@@ -35,7 +35,8 @@ class Interrupted(KfacError):  # noqa: N818  # stopping is not an error
         self.run = run
         self.step = step
         self.resume = resume_command(run)
-        super().__init__(f"stopped by {self.cause} after step {step}; everything is saved. Go on with: {self.resume}")
+        # The command has a line of its own, so that a double or triple click copies it and nothing else.
+        super().__init__(f"stopped by {self.cause} after step {step}; everything is saved. Go on with:\n{self.resume}")
 
 
 class Terminated(Interrupted):
