@@ -21,6 +21,7 @@ from kfacore.layers import LayerInfo
 from kfacore.moments import Moment
 from kfacore.optimizer import KFAC
 from kfacore.roles.approx import Approximation, Inverse
+from kfacore.roles.estimator import LayerSamples
 from kfacore.testing.base import ComponentSuite, devices, differs, reload, same
 from kfacore.testing.cases import ApproxCase, chain_case, feed
 
@@ -155,6 +156,28 @@ class ApproxSuite(ComponentSuite):
         fresh = approx.factorise(moments).damped(gamma).solve(v)
         assert not same(before[0], fresh), "a new factorisation ignores the moments' last updates: a stale cache?"
 
+    def test_taking_an_inverse_up_does_not_tie_it_to_the_moments(self) -> None:
+        """`Moment.refreshed` may take over coordinates; the inverse that brought them stays what it is."""
+        case = chain_case((4, 3, 2), batches=4)
+        approx: Approximation = self.build()
+        moments = case.moments(approx, batches=1)
+        other, gamma, v = case.moments(approx), torch.tensor(0.3, dtype=torch.float64), case.blocks()
+        kept: list[tuple[Inverse, list[Tensor], list[Tensor]]] = []
+        for samples in (*case.batches[1:], None):
+            inverse = approx.factorise(moments).damped(gamma)
+            kept.append((inverse, inverse.solve(v), inverse.multiply(v)))
+            moments.refreshed(inverse)
+            if samples is None:
+                moments.load_state_dict(other.state_dict())
+            else:
+                feed(moments, samples)
+        for number, (inverse, solved, multiplied) in enumerate(kept, 1):
+            assert same(inverse.solve(v), solved), (
+                f"inverse {number} solves differently since it was taken up and the moments went on: `refreshed` must "
+                "copy what `update` writes to"
+            )
+            assert same(inverse.multiply(v), multiplied), f"inverse {number} multiplies differently since then"
+
     def test_candidates_do_not_disturb_each_other(self) -> None:
         """Several gammas from one factorisation, in any order."""
         case = chain_case((4, 3, 2))
@@ -256,12 +279,16 @@ class ApproxSuite(ComponentSuite):
         """NumericalError with the layer's name, not a result."""
         case = chain_case((4, 3, 2), batches=1)
         case.batches[0][1].inputs[0, 0] = torch.nan
-        with pytest.raises(NumericalError) as caught:
+        try:
             self.inverse(case)
+        except NumericalError as error:
+            message = str(error)
+        else:
+            pytest.fail(
+                "statistics with a NaN gave an inverse; check the result and raise NumericalError for the layer"
+            )
         names = [layer.name for layer in case.layers]
-        assert any(name in str(caught.value) for name in names), (
-            f"the message names no layer of {', '.join(names)}: {caught.value}"
-        )
+        assert any(name in message for name in names), f"the message names no layer of {', '.join(names)}: {message}"
 
     def test_declares_its_moments(self) -> None:
         """Moment classes and a known structure."""
@@ -280,7 +307,10 @@ class ApproxSuite(ComponentSuite):
         second.model.load_state_dict(reload(first.model.state_dict()))
         second.load_state_dict(reload(first.state_dict()))
         ends = [[float(optimizer.step(x, y).objective) for _ in range(8)] for optimizer in (first, second)]
-        assert ends[0] == ends[1], "a resumed run takes another path: something is missing from the inverse's state"
+        assert ends[0] == ends[1], (
+            "a resumed run takes another path: something is missing from the inverse's state_dict or from the values "
+            "of a moment, or a tensor's memory is laid out in another order than when it is loaded (make it contiguous)"
+        )
 
     def _training(self, dtype: torch.dtype) -> tuple[KFAC, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -315,23 +345,37 @@ class ApproxSuite(ComponentSuite):
             F = self.fisher(of, strength, pi=split)
             return F if what == "multiply" else torch.linalg.inv(F)
 
-        def transposed() -> Tensor:
-            order = _rows_first(case.layers)
+        def permuted(order: Tensor) -> Tensor:
             return matrix()[order][:, order]
 
+        rows = _rows_first(case.layers)
         found: dict[str, Callable[[], Tensor]] = {
             f"pi = {not pi}: gamma is split the wrong way": lambda: matrix(split=not pi),
             "no damping at all": lambda: matrix(strength=0.0),
             "gamma squared in place of gamma": lambda: matrix(strength=gamma**2),
-            "the square root of gamma in place of gamma": lambda: matrix(strength=gamma**0.5),
+            "the square root of gamma in place of gamma: where gamma^2 belongs, gamma was added": (
+                lambda: matrix(strength=gamma**0.5)
+            ),
             "the last mini-batch alone: no running average": lambda: matrix(ApproxCase(case.layers, case.batches[-1:])),
-            "blocks whose rows are stacked, not their columns": transposed,
+            "blocks whose rows are stacked, not their columns": partial(permuted, rows),
+            "moments of blocks whose rows are stacked, not their columns": partial(permuted, rows.argsort()),
             "the inverse matrix: solve and multiply are exchanged": lambda: torch.linalg.inv(matrix()),
         }
+        passes, cases = (case.batches[0][0].gradients.shape[i] for i in (0, 1))
+        if passes > 1:
+            mean = partial(matrix, _scaled(case, passes**-0.5))
+            found["passes that are averaged: second moments are summed over passes and divided by cases alone"] = mean
+        found["a sum over cases: second moments are means over cases"] = partial(matrix, _scaled(case, cases**0.5))
         for k in range(1, len(case.batches)):
             early = ApproxCase(case.layers, case.batches[:k])
             found[f"the statistics after mini-batch {k}: stale"] = partial(matrix, early)
         return found
+
+
+def _scaled(case: ApproxCase, factor: float) -> ApproxCase:
+    """The case with all output gradients scaled."""
+    batches = [[LayerSamples(s.inputs, factor * s.gradients) for s in samples] for samples in case.batches]
+    return ApproxCase(case.layers, batches)
 
 
 def _rows_first(layers: list[LayerInfo]) -> Tensor:
