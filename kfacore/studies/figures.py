@@ -328,7 +328,7 @@ def _draw_stray(ax: Axes, cells: Sequence[Cell], styles: dict[str, Pen], measure
     for cell in cells:
         pen = styles[cell.variant.name]
         for run in cell.runs:
-            if run.done or run.state == "pending":
+            if run.done:
                 continue
             x, y = run.evals[axis], run.values(measure)
             keep = np.isfinite(y)
