@@ -1,4 +1,4 @@
-"""Every built-in problem, optimizer and sink passes its role's suite."""
+"""Every built-in problem, optimizer, sink and executor passes its role's suite."""
 
 from __future__ import annotations
 
@@ -139,12 +139,22 @@ class TestNpzRegression(ProblemSuite):
         return {"file": str(folder / "mine.npz"), "sizes": [6]}
 
 
+class TestLocal(ComponentSuite):
+    slot = "executor"
+    name = "local"
+
+
+class TestSlurm(ComponentSuite):
+    slot = "executor"
+    name = "slurm"
+
+
 def test_no_built_in_is_left_out() -> None:
     suites = [value for value in globals().values() if isinstance(value, type) and issubclass(value, ComponentSuite)]
     tested = {(suite.slot, suite.name) for suite in suites if suite.__name__.startswith("Test")}
     built_in = {
         (slot, component.name)
-        for slot in ("problem", "optimizer", "sink")
+        for slot in ("problem", "optimizer", "sink", "executor")
         for component in get_registry().components(slot)
         if component.target.startswith(("kfac_plugins.", "kfacore."))
     }
