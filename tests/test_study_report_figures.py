@@ -73,7 +73,7 @@ def test_runs_that_are_not_done_are_drawn_alone(results):
     assert max(stray.get_ydata()) == pytest.approx(2.0 * top)  # cut, so that it does not squeeze the others
     ends = [line for line in ax.get_lines() if len(line.get_xdata()) == 1]
     assert sorted((line.get_gid(), line.get_marker()) for line in ends) == [("v1", ">"), ("v2", "X")]
-    assert len(lines_of(ax, "v1")) == 2  # the mean of the two that are done, no interval, and the one under way
+    assert len(lines_of(ax, "v1")) == 4  # two that are done, their mean, and the one under way
 
 
 def test_two_seeds_have_no_band(results):
