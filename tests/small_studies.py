@@ -144,7 +144,6 @@ def _runner(order: dict[str, Any]) -> int:
 
 def _nest() -> None:
     import kfac_plugins.executors.local as local
-
     import kfacore.studies.zygote as zygote
     import kfacore.training.loop as loop
 

@@ -104,8 +104,10 @@ def assert_same_runs(study: Study, other: Study) -> None:
 def test_killed_at_random_moments(tmp_path, nest) -> None:
     file = write_study(tmp_path)
     calm, wild = tmp_path / "calm", tmp_path / "wild"
+    began = time.monotonic()
     nest.start(file, calm)
     assert nest.wait_for("code", 120.0)["code"] == 0
+    assert (time.monotonic() - began) / 12 < 5.0, "a runner must not cost five seconds a run"
     draw = random.Random(20150706)
     # One run has 12 steps, 4 evaluations, 5 checkpoints, a start and an end: 23 lines; 12 runs have 276.
     blows = [(draw.choice(["runner", "worker", "everything"]), draw.randint(1, 24)) for _ in range(KILLS)]
@@ -115,7 +117,7 @@ def test_killed_at_random_moments(tmp_path, nest) -> None:
         runner = nest.start(file, wild, retry_failed=True)
         until(lambda goal=before + lines: lines_written(wild) >= goal)
         strike(how, wild, runner, nest)
-    assert not load_study(wild).counts()["done"] == 12, "the study must not be over before the last blow"
+    assert load_study(wild).counts()["done"] < 12, "the study must not be over before the last blow"
     nest.start(file, wild, retry_failed=True)
     assert nest.wait_for("code", 120.0)["code"] == 0
     study = load_study(wild)

@@ -152,7 +152,7 @@ def read_study(file: str | PathLike[str], *, sets: Sequence[str] = (), executor:
 
     Args:
         file: A TOML file.
-        sets: Assignments ``KEY=VALUE`` to keys of the study, for example ``budget.steps=3``.
+        sets: Assignments ``KEY=VALUE`` to keys of the study, for example ``budget.steps=3`` or ``variants.0.name=a``.
         executor: Name of another executor than the file's.
 
     Returns:
@@ -200,10 +200,30 @@ def _assign(values: dict[str, Any], assignment: str, origins: dict[tuple[str, ..
     value = parse_value(text.strip(), origin)
     if path[0] == "executor" and len(path) > 1 and isinstance(values.get("executor", "local"), str):
         values["executor"] = {"kind": values.get("executor", "local")}
-    for name in reversed(path):
-        value = {name: value}
-    deep_update(values, value)
+    _put(values, path, value, origin)
     origins[path] = origin
+
+
+def _put(values: dict[str, Any], path: tuple[str, ...], value: Any, origin: str) -> None:
+    """Set one value; a number in the path is an index into a list, for example ``variants.0.name``."""
+    table: Any = values
+    for place, name in enumerate(path):
+        last = place == len(path) - 1
+        if isinstance(table, list):
+            if not name.isdecimal() or int(name) >= len(table):
+                where = ".".join(path[:place])
+                raise ConfigError(f"{origin}: {where} is a list of {len(table)}, write {where}.0 for the first of them")
+            if last:
+                table[int(name)] = value
+            else:
+                table = table[int(name)]
+        elif isinstance(table, dict):
+            if last:
+                deep_update(table, {name: value})
+            else:
+                table = table.setdefault(name, {})
+        else:
+            raise ConfigError(f"{origin}: {'.'.join(path[:place])} = {table!r:.60} is no table")
 
 
 def _explain(error: ValidationError, values: Mapping[str, Any], source: Any) -> str:
@@ -212,9 +232,7 @@ def _explain(error: ValidationError, values: Mapping[str, Any], source: Any) -> 
     key = first["loc"][0] if len(first["loc"]) == 1 else None
     if first["type"] == "extra_forbidden" and key in RunConfig.model_fields:
         hint = STUDY_KEYS.get(str(key))
-        where = (
-            f"write {hint}" if hint else f"a key of the runs belongs into [base], or into axes and variants: base.{key}"
-        )
+        where = f"write {hint}" if hint else f"it is a key of the runs, write base.{key}, or an axis, or in a variant"
         return f"{source(first['loc'])}: unknown key '{key}' of a study; {where}"
     return explain(error, StudyConfig, origin=source)
 

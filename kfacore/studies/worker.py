@@ -61,14 +61,17 @@ def execute(study: Path, run: str, *, registry: Registry | None = None, parent: 
 def _attempt(study: Path, run: str, registry: Registry, claim: Claim, parent: int | None) -> int:
     """One life of a run, written down."""
     planned = _read_planned(study, run)
+    orphaned = False
     with Presence(study, run) as presence:
 
         def watch(event: Mapping[str, Any]) -> None:
+            nonlocal orphaned
             if event["event"] == "start":
                 _annotate(study, run, planned, presence)
             if claim.lost:
                 _die()
-            if parent is not None and os.getppid() != parent:
+            if parent is not None and os.getppid() != parent and not orphaned:
+                orphaned = True  # once: a second signal would not wait for the step
                 signal.raise_signal(signal.SIGTERM)
 
         try:

@@ -51,6 +51,7 @@ def _preload() -> None:
     import matplotlib.font_manager  # noqa: F401  # for the pictures at the end of a run
     import torch._dynamo  # noqa: F401  # which torch imports when the first optimizer is made: seconds
 
+    import kfacore.config.resolve
     import kfacore.training.loop  # noqa: F401
     from kfacore.registry import get_registry
     from kfacore.registry.discovery import OWN_DISTRIBUTION
