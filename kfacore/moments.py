@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from copy import copy
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -23,6 +24,9 @@ from kfacore.roles.approx import Inverse
 from kfacore.roles.estimator import LayerSamples
 
 __all__ = ["InputCross", "InputFactor", "Moment", "Moments", "OutputCross", "OutputFactor"]
+
+
+M = TypeVar("M", bound="Moment")
 
 
 class Moment(ABC):
@@ -48,6 +52,12 @@ class Moment(ABC):
     @abstractmethod
     def update(self, samples: Sequence[LayerSamples], keep: float) -> None:
         """Average the samples' estimate in with weight 1 - keep; old values must not matter at all if keep = 0."""
+
+    def frozen(self: M) -> M:
+        """A copy that later updates do not change."""
+        twin = copy(self)
+        twin.values = [value.clone() for value in self.values]
+        return twin
 
     def refreshed(self, inverse: Inverse) -> None:  # noqa: B027  # optional: most moments have no coordinates
         """Called when an inverse has been taken up, for averages kept in its coordinates; nothing by default."""
@@ -121,9 +131,6 @@ def _gradients(samples: Sequence[LayerSamples]) -> list[Tensor]:
     return [s.gradients.flatten(0, 1) for s in samples]
 
 
-M = TypeVar("M", bound=Moment)
-
-
 class Moments:
     """The moments that an approximation declared, updated together.
 
@@ -149,6 +156,12 @@ class Moments:
     def snapshot(self, kind: type[M]) -> list[Tensor]:
         """Copies of the averages of one kind, which later updates do not change."""
         return [value.clone() for value in self[kind]]
+
+    def frozen(self) -> Moments:
+        """A copy that later updates do not change, for work that goes on beside them."""
+        twin = copy(self)
+        twin._by_kind = {kind: moment.frozen() for kind, moment in self._by_kind.items()}
+        return twin
 
     def update(self, samples: Sequence[LayerSamples], decay: float) -> None:
         """Take in a mini-batch with f = min(1 - 1/k, decay)."""

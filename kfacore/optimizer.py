@@ -27,7 +27,7 @@ from kfacore.nest import cases_of, tensors_of
 from kfacore.preconditioner import Preconditioner
 from kfacore.quadratic import fisher_gram, model_value, on_planes, symmetric_gram
 from kfacore.registry import get_registry
-from kfacore.roles.approx import Approximation, Inverse, Notice
+from kfacore.roles.approx import Approximation, Inverse
 from kfacore.roles.damping import Damping
 from kfacore.roles.estimator import Estimator
 from kfacore.roles.likelihood import Likelihood
@@ -193,12 +193,14 @@ class KFAC(torch.optim.Optimizer, Optimizer):
 
         preconditioner = self._prepare()
         gammas, adapts = self.damping.candidates(k), self.damping.adapts(k)
-        if adapts or preconditioner.due(k) or len(gammas) > 1:  # this step waits for the device anyway
+        if adapts or preconditioner.waits(k, gammas):  # this step waits for the device anyway
             self._require_finite("objective", objective, inputs, targets)
         preconditioner.update(self.estimator.collect(batch, targets, self.likelihood, self.generator))
         grad = self._gradient(batch, targets)
 
-        candidates, notices, refreshed = self._inverses(preconditioner, gammas, k)
+        found, notices = preconditioner.candidates(k, gammas, pi=self.damping.config.pi)
+        refreshed = bool(found)
+        candidates = found or [(self.damping.gamma, preconditioner.in_use)]
         proposals = self._propose([inverse for _, inverse in candidates], grad)
         M, b = self._model(batch, proposals, grad)
         x = self.momentum.coefficients(M, b)
@@ -323,17 +325,6 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         grad = batch.gradient(vectors, self._grad)
         torch._foreach_add_(grad.parts, self._parameters(), alpha=self.weight_decay)
         return grad
-
-    def _inverses(
-        self, preconditioner: Preconditioner, gammas: list[Tensor], k: int
-    ) -> tuple[list[tuple[Tensor, Inverse]], list[Notice], bool]:
-        """The inverses to compare in this step: the one in use, or new ones."""
-        if preconditioner.inverse is not None and len(gammas) == 1 and not preconditioner.due(k):
-            return [(gammas[0], preconditioner.inverse)], [], False
-        made, notices = preconditioner.refresh(gammas, pi=self.damping.config.pi)
-        if not made and preconditioner.inverse is not None:  # all failed: the last good inverse, at its own gamma
-            return [(self.damping.gamma, preconditioner.inverse)], notices, False
-        return made, notices, True
 
     def _propose(self, inverses: list[Inverse], grad: BlockVector) -> list[BlockVector]:
         """Delta = -F-hat^-1 grad for each inverse; the buffer of the first is kept for the next step."""

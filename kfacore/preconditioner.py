@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
+from kfacore.background import BackgroundRefresh, Made
 from kfacore.errors import ConfigError, NumericalError
 from kfacore.layers import LayerInfo
 from kfacore.moments import Moments
-from kfacore.roles.approx import Approximation, Factorisation, Inverse, Notice
+from kfacore.roles.approx import Approximation, Inverse, Notice
 from kfacore.roles.estimator import LayerSamples
 
 __all__ = ["Preconditioner"]
@@ -50,6 +51,7 @@ class Preconditioner:
         self.moments = Moments(approx.moments, self.layers, like)
         self.inverse: Inverse | None = None
         self.counts: Counter[str] = Counter()
+        self._background = BackgroundRefresh(like.device)
 
     def update(self, samples: Sequence[LayerSamples]) -> None:
         """Take in what the estimator saw in a mini-batch."""
@@ -59,7 +61,38 @@ class Preconditioner:
         """Whether the inverse is refreshed in this step: the first three, and every T_3."""
         return self.inverse is None or step <= _FIRST_REFRESHES or step % self.approx.config.refresh_every == 0
 
-    def refresh(self, gammas: Sequence[Tensor], *, pi: bool) -> tuple[list[tuple[Tensor, Inverse]], list[Notice]]:
+    def waits(self, step: int, gammas: Sequence[Tensor]) -> bool:
+        """Whether `candidates` waits for the device in this step: it refreshes, or takes up a refresh."""
+        return self._wanted(step, gammas) or self._background.due == step
+
+    def candidates(
+        self, step: int, gammas: Sequence[Tensor], *, pi: bool
+    ) -> tuple[Sequence[tuple[Tensor, Inverse]], list[Notice]]:
+        """New inverses to compare in this step, if it is time for any; the one in use goes on until `use`.
+
+        A refresh is wanted when it is `due`, and whenever there are several gammas. Inline it happens at once; in
+        the background it starts now and is taken up D steps later, or when the next one is wanted, if that is sooner.
+        The first steps, which follow each other's refresh, are always inline.
+
+        Returns:
+            Pairs of gamma and inverse, none if the inverse in use goes on, and what must be reported.
+
+        Raises:
+            NumericalError: All gammas failed and there is no earlier inverse; the message names the layer.
+        """
+        wanted = self._wanted(step, gammas)
+        config = self.approx.config
+        if config.refresh == "inline" or self.inverse is None or step <= _FIRST_REFRESHES:
+            return self.refresh(gammas, pi=pi) if wanted else ([], [])
+        found: tuple[Sequence[tuple[Tensor, Inverse]], list[Notice]] = ([], [])
+        if self._background.due is not None and (wanted or self._background.due <= step):
+            found = self._report(self._background.collect(self._load))
+        if wanted:
+            moments = self.moments.frozen()
+            self._background.start(lambda: self._make(moments, gammas, pi), step + config.refresh_delay)
+        return found
+
+    def refresh(self, gammas: Sequence[Tensor], *, pi: bool) -> tuple[Sequence[tuple[Tensor, Inverse]], list[Notice]]:
         """New inverses at each gamma, from the statistics as they are now. Does not yet use any: see `use`.
 
         Returns:
@@ -69,34 +102,56 @@ class Preconditioner:
         Raises:
             NumericalError: All failed and there is no earlier inverse; the message names the layer.
         """
-        notices: list[Notice] = []
-        made: list[tuple[Tensor, Inverse]] = []
-        failure: NumericalError | None = None
-        factorisation: Factorisation | None = None
+        return self._report(self._make(self.moments, gammas, pi))
+
+    def _wanted(self, step: int, gammas: Sequence[Tensor]) -> bool:
+        return self.due(step) or len(gammas) > 1
+
+    def _make(self, moments: Moments, gammas: Sequence[Tensor], pi: bool) -> Made:
+        """Factorise and damp; touches nothing but its arguments, for it may run on another thread."""
+        pairs: list[tuple[Tensor, Inverse]] = []
+        failure: str | None = None
+        try:
+            factorisation = self.approx.factorise(moments)
+        except NumericalError as error:  # what does not depend on gamma failed: no gamma will do
+            return Made([], [], str(error))
         for gamma in gammas:
             try:
-                factorisation = factorisation or self.approx.factorise(self.moments)
-                inverse = factorisation.damped(gamma, pi=pi)
+                pairs.append((gamma, factorisation.damped(gamma, pi=pi)))
             except NumericalError as error:
-                failure = error
-                if factorisation is None:  # what does not depend on gamma failed: no other gamma will do better
-                    break
-                continue
-            made.append((gamma, inverse))
-            notices += inverse.notices
-        if failure is not None:
-            if not made and self.inverse is None:
-                raise failure
-            layer, _, message = str(failure).partition(": ")
-            kept = "the other candidates were used" if made else "the previous inverse was kept"
+                failure = str(error)
+        return Made(pairs, [notice for _, inverse in pairs for notice in inverse.notices], failure)
+
+    def _report(self, made: Made) -> tuple[Sequence[tuple[Tensor, Inverse]], list[Notice]]:
+        """Count what must be reported, and say what became of a failure."""
+        notices = list(made.notices)
+        if made.failure is not None:
+            if not made.pairs and self.inverse is None:
+                raise NumericalError(made.failure)
+            layer, _, message = made.failure.partition(": ")
+            kept = "the other candidates were used" if made.pairs else "the previous inverse was kept"
             notices.append(Notice(layer, f"{message} ({kept})"))
         self.counts.update(str(notice) for notice in notices)
-        return made, notices
+        return made.pairs, notices
+
+    def _load(self, state: Any) -> Inverse:
+        return self.approx.load_inverse(state, self.layers)
 
     def use(self, inverse: Inverse) -> None:
         """Take up one of the refreshed inverses."""
         self.inverse = inverse
         self.moments.refreshed(inverse)
+
+    @property
+    def in_use(self) -> Inverse:
+        """The inverse in use.
+
+        Raises:
+            ConfigError: There has been no refresh yet.
+        """
+        if self.inverse is None:
+            raise ConfigError("the preconditioner has no inverse yet: call update, refresh and use first")
+        return self.inverse
 
     def solve(self, blocks: Sequence[Tensor]) -> list[Tensor]:
         """F-hat^-1 v with the inverse in use.
@@ -104,16 +159,15 @@ class Preconditioner:
         Raises:
             ConfigError: There has been no refresh yet.
         """
-        if self.inverse is None:
-            raise ConfigError("the preconditioner has no inverse yet: call update, refresh and use first")
-        return self.inverse.solve(blocks)
+        return self.in_use.solve(blocks)
 
     def state_dict(self) -> dict[str, Any]:
-        """Averages, the inverse in use, and counts."""
+        """Averages, the inverse in use, a refresh under way, and counts."""
         return {
             "layers": [layer.name for layer in self.layers],
             "moments": self.moments.state_dict(),
             "inverse": None if self.inverse is None else self.inverse.state_dict(),
+            "background": self._background.state_dict(),
             "counts": dict(self.counts),
         }
 
@@ -121,5 +175,6 @@ class Preconditioner:
         """Take up a state of the same approximation and layers."""
         self.moments.load_state_dict(state["moments"])
         saved = state["inverse"]
-        self.inverse = None if saved is None else self.approx.load_inverse(saved, self.layers)
+        self.inverse = None if saved is None else self._load(saved)
+        self._background.load_state_dict(state["background"], self._load)
         self.counts = Counter(state["counts"])

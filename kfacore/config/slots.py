@@ -7,7 +7,7 @@ text.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -86,6 +86,19 @@ class ApproxConfig(SlotConfig):
 
     refresh_every: Annotated[int, Field(ge=1)] = 20
     """Steps between two refreshes of the approximate inverse (T_3); the first three steps always refresh."""
+    refresh: Literal["inline", "background"] = "inline"
+    """Compute a new inverse in its step, or on a worker while steps go on with the old one."""
+    refresh_delay: Annotated[int, Field(ge=1)] = 10
+    """Steps after which a refresh in the background is taken up (D), less than refresh_every."""
+
+    @model_validator(mode="after")
+    def _delay_within_period(self) -> Self:
+        if self.refresh == "background" and self.refresh_delay >= self.refresh_every:
+            raise ValueError(
+                f"refresh_delay {self.refresh_delay} must be less than refresh_every {self.refresh_every}: the next "
+                "refresh would begin before this one is taken up"
+            )
+        return self
 
 
 class DampingConfig(SlotConfig):
