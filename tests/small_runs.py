@@ -39,6 +39,7 @@ def settings(folder: Path, *more: str) -> list[str]:
         "batch.target_step=15",
         "averaging.start=8",
         "eval.every=5",
+        "eval.early=false",
         "checkpoint.every=5",
         *more,
     ]

@@ -8,7 +8,7 @@ from torch import nn
 
 from kfac_plugins.likelihoods.bernoulli import Bernoulli
 from kfacore.roles import Split
-from kfacore.training.evaluate import evaluate, evaluate_all
+from kfacore.training.evaluate import evaluate, evaluate_all, evaluation_due
 
 
 @pytest.fixture
@@ -47,3 +47,19 @@ def test_missing_sets_are_none(data):
     both = evaluate_all(model, model, Bernoulli(), data, data)
     assert both["train_loss"] == both["test_loss"] == both["averaged_train_loss"] == both["averaged_test_loss"]
     assert set(both) == set(result)
+
+
+@pytest.mark.parametrize(
+    ("every", "early", "steps"),
+    [
+        (50, True, [0, 1, 2, 5, 10, 20, 50, 100]),
+        (50, False, [0, 50, 100]),
+        (7, True, [0, 1, 2, 5, 7, 14]),
+        (1000, True, [0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]),
+        (1, True, [0, 1, 2, 3]),
+        (0, True, []),
+    ],
+)
+def test_when_evaluations_are_due(every, early, steps):
+    last = steps[-1] if steps else 100
+    assert [step for step in range(last + 1) if evaluation_due(step, every, early=early)] == steps

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import resource
 import signal
@@ -158,9 +159,10 @@ def test_20_steps_are_10_and_10_bit_for_bit(tmp_path, method):
 
 @pytest.mark.parametrize("step", [1, 4, 5, 7, 19, 20])
 def test_an_interruption_anywhere_changes_nothing(tmp_path, step):
-    run(tmp_path, "whole", "optimizer=adam")
+    sets = ("optimizer=adam", "eval.early=true")  # an early evaluation after step 1 belongs to a resumed run too
+    run(tmp_path, "whole", *sets)
     with pytest.raises(Interrupted) as caught:
-        run(tmp_path, "parts", "optimizer=adam", listeners=[raising(signal.SIGINT, step)])
+        run(tmp_path, "parts", *sets, listeners=[raising(signal.SIGINT, step)])
     assert caught.value.exit_code == 130
     assert f"kfac train --resume {tmp_path / 'parts'}" in str(caught.value)
     assert load_checkpoint(tmp_path / "parts" / "checkpoint.pt").step == step
@@ -269,6 +271,22 @@ def test_intervals(tmp_path, every):
     evals = [event["step"] for event in events_of(tmp_path / "a", "eval")]
     assert evals == (steps if every else [7])
     assert [event["step"] for event in events_of(tmp_path / "a", "checkpoint")] == (steps if every else [0, 7])
+
+
+def test_early_evaluations_come_before_the_first_interval(tmp_path):
+    run(tmp_path, "a", "optimizer=adam", "steps=13", "eval.every=12", "eval.early=true")
+    assert [event["step"] for event in events_of(tmp_path / "a", "eval")] == [0, 1, 2, 5, 10, 12, 13]
+
+
+def test_a_step_that_raised_the_objective_is_kept_in_the_events(tmp_path, monkeypatch):
+    def scalars(report):
+        return {**read_scalars(report), "rho": {2: -math.inf, 4: math.nan}.get(report.step, 0.5)}
+
+    monkeypatch.setattr("kfacore.training.loop.read_scalars", scalars)
+    run(tmp_path, "a", "optimizer=adam", "steps=4")
+    steps = events_of(tmp_path / "a", "step")
+    assert [event["rho"] for event in steps] == [0.5, None, 0.5, None]
+    assert [event.get("increased") for event in steps] == [None, True, None, None]
 
 
 def test_without_average_and_test_set(tmp_path):

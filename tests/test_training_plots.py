@@ -10,7 +10,7 @@ from torch import nn
 
 from kfac_plugins.likelihoods.bernoulli import Bernoulli
 from kfacore.roles import Split
-from kfacore.training.plots import _better_average, draw_progress, draw_reconstructions, draw_trace
+from kfacore.training.plots import _better_average, _title, draw_progress, draw_reconstructions, draw_trace
 
 
 def step(k, **more):
@@ -60,6 +60,40 @@ def test_values_that_are_missing_or_not_finite_are_left_out():
     loss = draw_progress(events, "", "").axes[0].get_lines()[0]
     assert list(loss.get_xdata()) == [1, 2, 4]
     assert all(math.isfinite(y) for y in loss.get_ydata())
+
+
+def panel(figure, title):
+    return next(ax for ax in figure.axes if ax.get_title() == title)
+
+
+def test_one_far_value_does_not_flatten_a_panel():
+    mus = [0.5 + 0.01 * (k % 50) for k in range(100)]
+    mus[58] = 20.5
+    ax = panel(draw_trace([step(k + 1, mu=mu) for k, mu in enumerate(mus)], "a run"), r"$\mu$")
+    bottom, top = ax.get_ylim()
+    assert 0.4 < bottom < 0.5
+    assert 0.99 < top < 1.3
+    marks = ax.get_lines()[-1]
+    assert (list(marks.get_xdata()), list(marks.get_ydata())) == ([59], [1.0])
+    assert marks.get_transform() == ax.get_xaxis_transform()
+    assert [text.get_text() for text in ax.texts] == ["20.5"]
+
+
+def test_steps_that_raised_the_objective_are_marked():
+    events = [step(1, rho=0.9), step(2, rho=None, increased=True), step(3, rho=None), step(4, rho=1.0)]
+    ax = panel(draw_trace(events, "a run"), r"$\rho$")
+    marks = next(line for line in ax.get_lines() if "objective went up" in str(line.get_label()))
+    assert (list(marks.get_xdata()), list(marks.get_ydata())) == ([2.0], [0.0])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [r"$-\infty$: the objective went up"]
+    # nothing but such steps is worth a panel too
+    assert panel(draw_trace([step(1, increased=True)], ""), r"$\rho$").get_lines()
+
+
+def test_titles_say_what_was_run():
+    start = {"event": "start", "problem": "curves", "optimizer": "kfac", "approx": "tridiag", "seed": 3}
+    assert _title("a", [start]) == "a: curves, kfac/tridiag, seed 3"
+    assert _title("a", [{**start, "optimizer": "adam", "approx": None}]) == "a: curves, adam, seed 3"
+    assert _title("a", [step(1)]) == "a"
 
 
 def test_nothing_to_draw():

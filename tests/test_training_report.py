@@ -76,6 +76,18 @@ def test_comparison_draws_each_run(tmp_path):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "scale"),
+    [([0.8, 0.01, 0.0], [0.8, 0.1, 0.07], "log"), ([0.8, 0.7], [0.8, 0.1], "log"), ([0.8, 0.7], [0.8, 0.6], "linear")],
+)
+def test_training_and_test_rows_have_one_scale(train, test, scale):
+    """Also where the training error is 0, which a logarithmic axis has no place for."""
+    pairs = enumerate(zip(train, test, strict=True))
+    run = [{"event": "eval", "step": k, "seconds": k, "train_error": a, "test_error": b} for k, (a, b) in pairs]
+    figure = draw_comparison(["one"], [run], "error", "error")
+    assert {ax.get_yscale() for ax in figure.axes} == {scale}
+
+
 def test_a_torn_line_of_a_killed_run_is_left_out(tmp_path):
     run = write_run(tmp_path, "a", [9.0, 3.0], done=False)
     with open(run / "metrics.jsonl", "a") as file:

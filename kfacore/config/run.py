@@ -83,6 +83,8 @@ class EvalConfig(Model):
 
     every: Interval = 50
     """Steps between two evaluations; 0 evaluates at the end only."""
+    early: bool = True
+    """Evaluate after steps 1, 2, 5, 10, 20, 50, ... below `every` as well, where the error falls fastest."""
 
 
 class CheckpointConfig(Model):

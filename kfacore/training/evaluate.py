@@ -1,4 +1,4 @@
-"""Loss and error over a whole data set."""
+"""Loss and error over a whole data set, and when they are measured."""
 
 from __future__ import annotations
 
@@ -10,10 +10,25 @@ from torch import Tensor, nn
 from kfacore.roles.likelihood import Likelihood
 from kfacore.roles.problem import Split
 
-__all__ = ["Measure", "evaluate", "evaluate_all"]
+__all__ = ["Measure", "evaluate", "evaluate_all", "evaluation_due"]
 
 CHUNK = 5000
 """Cases in one forward pass: bounds memory without costing speed."""
+
+
+def evaluation_due(step: int, every: int, *, early: bool) -> bool:
+    """Whether an evaluation is due after a step. It depends on the step alone, so a resumed run does the same.
+
+    Args:
+        step: Steps taken, from 0.
+        every: Steps between two evaluations; 0 is never.
+        early: Whether 1, 2, 5, 10, 20, 50, ... below `every` count too. A curve that starts with one straight line over
+            its first `every` steps hides the part in which most happens.
+    """
+    if every == 0:
+        return False
+    leading = str(step).rstrip("0")
+    return step % every == 0 or (early and step < every and leading in ("1", "2", "5"))
 
 
 @dataclass(frozen=True)

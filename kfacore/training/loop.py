@@ -19,7 +19,7 @@ from kfacore.errors import ConfigError, DataError, NumericalError, ResourceError
 from kfacore.roles import Sink, StepReport
 from kfacore.training.batches import BatchSampler, BatchSchedule
 from kfacore.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from kfacore.training.evaluate import evaluate_all
+from kfacore.training.evaluate import evaluate_all, evaluation_due
 from kfacore.training.files import disk_errors
 from kfacore.training.notices import NoticeLog
 from kfacore.training.plots import draw_run
@@ -265,7 +265,9 @@ class _Run:
         self.seconds += time.perf_counter() - started
         self.step = step
         self.cases += len(batch)
-        notices = {"notices": list(report.notices)} if report.notices else {}
+        extra: dict[str, Any] = {"notices": list(report.notices)} if report.notices else {}
+        if scalars["rho"] == -math.inf:  # which files of events cannot hold
+            extra["increased"] = True
         self._emit(
             {
                 "event": "step",
@@ -273,7 +275,7 @@ class _Run:
                 "batch_size": len(batch),
                 **scalars,
                 "seconds": self.seconds,
-                **notices,
+                **extra,
             }
         )
         self.notices.take(step, report.notices)
@@ -286,7 +288,8 @@ class _Run:
 
     def _evaluates(self, step: int) -> bool:
         """Whether an evaluation is due now and not done yet (a resumed run may have stopped just before one)."""
-        return self.evaluated != step and (self._over() or self._due(self.config.eval.every))
+        every, early = self.config.eval.every, self.config.eval.early
+        return self.evaluated != step and (self._over() or evaluation_due(step, every, early=early))
 
     def _over(self) -> bool:
         """Whether the last step has been taken: all of them, or as many as the budget allows."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacore.roles import Likelihood, Problem, Split
-from kfacore.training.figures import new_figure, number, save_figure, tidy
+from kfacore.training.figures import clip_view, mark_edge, new_figure, number, save_figure, tidy
 from kfacore.training.files import disk_errors
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ ERROR_NAMES = {
 }
 """What the error of a problem's task is called in pictures and tables."""
 
-TRAIN, TEST, BATCH = "#1b6ca8", "#d1661f", "#b9c4cc"
+TRAIN, TEST, BATCH, WORSE = "#1b6ca8", "#d1661f", "#b9c4cc", "#c23b5a"
 
 _TRACES = (
     ("lam", r"$\lambda$", True),
@@ -60,7 +60,7 @@ def draw_run(folder: RunFolder, events: Sequence[Mapping[str, Any]], parts: Part
     """
     with disk_errors(folder.plots):
         folder.plots.mkdir(exist_ok=True)
-    title = folder.path.resolve().name
+    title = _title(folder.path.resolve().name, events)
     drawn = []
     progress = draw_progress(events, title, ERROR_NAMES[parts.problem.task])
     if progress is not None:
@@ -132,6 +132,9 @@ def draw_progress(events: Iterable[Mapping[str, Any]], title: str, error_name: s
 def draw_trace(events: Iterable[Mapping[str, Any]], title: str) -> Figure | None:
     """lambda, gamma, rho, alpha, mu and the batch size against steps, as far as the optimizer has them.
 
+    A panel shows where nearly all values lie; the few beyond it are marked on its edge, where the farthest is written.
+    Steps at which the objective went up (rho is -inf) are marked too.
+
     Args:
         events: Events of a run.
         title: Name of the run.
@@ -140,7 +143,11 @@ def draw_trace(events: Iterable[Mapping[str, Any]], title: str) -> Figure | None
         The figure, or None if there are no steps.
     """
     steps = _of(events, "step")
-    present = [trace for trace in _TRACES if any(number(event.get(trace[0])) is not None for event in steps)]
+    present = [
+        trace
+        for trace in _TRACES
+        if any(number(e.get(trace[0])) is not None or (trace[0] == "rho" and e.get("increased")) for e in steps)
+    ]
     if not present:
         return None
     columns = min(len(present), 3)
@@ -154,11 +161,16 @@ def draw_trace(events: Iterable[Mapping[str, Any]], title: str) -> Figure | None
         name, label, log = present[position]
         points = {"marker": ".", "markersize": 4.0} if name == "rho" else {}
         _line(ax, steps, "step", name, color=TRAIN, linewidth=1.2, **points)
+        tidy(ax, log=log)
+        _mark_exceptions(ax)
         if name == "rho":
             for level in (0.25, 0.75):  # where Levenberg-Marquardt changes lambda
                 ax.axhline(level, color=BATCH, linewidth=0.9, linestyle=":")
+            worse = [float(event["step"]) for event in steps if event.get("increased")]
+            mark_edge(ax, worse, top=False, color=WORSE, label=r"$-\infty$: the objective went up")
+            if worse:
+                ax.legend(loc="best", fontsize=8, frameon=False)
         ax.set_title(label, fontsize=11)
-        tidy(ax, log=log)
         if position + columns >= len(present):
             ax.set_xlabel("step")
     figure.suptitle(title)
@@ -204,6 +216,35 @@ def draw_reconstructions(
     axes[1, 0].set_ylabel("reconstruction", fontsize=9)
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def _mark_exceptions(ax: Axes) -> None:
+    """Keep a few far values from flattening the rest: mark them on the edge, with the value of the farthest."""
+    above, below = clip_view(ax, log=ax.get_yscale() == "log")
+    for beyond, top in ((above, True), (below, False)):
+        if not beyond:
+            continue
+        mark_edge(ax, [x for x, _ in beyond], top=top, color=TEST)
+        x, y = (max if top else min)(beyond, key=lambda point: point[1])
+        ax.annotate(
+            f"{y:.3g}",
+            (x, 1.0 if top else 0.0),
+            xycoords=ax.get_xaxis_transform(),
+            xytext=(6.0, -3.0 if top else 3.0),
+            textcoords="offset points",
+            va="top" if top else "bottom",
+            fontsize=8,
+            color=TEST,
+        )
+
+
+def _title(run: str, events: Iterable[Mapping[str, Any]]) -> str:
+    """The run's folder, and what it is a run of, for pictures that have left their folder."""
+    start: Mapping[str, Any] = next((event for event in events if event.get("event") == "start"), {})
+    if "problem" not in start:
+        return run
+    method = start["optimizer"] if start.get("approx") is None else f"{start['optimizer']}/{start['approx']}"
+    return f"{run}: {start['problem']}, {method}, seed {start['seed']}"
 
 
 def _legend(figure: Figure, ax: Axes) -> None:

@@ -182,11 +182,12 @@ def draw_comparison(
                     kept = [(a, b) for a, b in points if a is not None and b is not None]
                     if kept:
                         ax.plot(*zip(*kept, strict=True), color=color, linestyle=line, marker="o", markersize=3.0)
-            tidy(ax, log=True)
             if row == len(parts) - 1:
                 ax.set_xlabel(x_label)
             if column == 0:
                 ax.set_ylabel(f"{'training' if part == 'train' else 'test'} {title}")
+    for ax in axes.flat:  # one scale for all: training and test rows are there to be compared
+        tidy(ax, log=True, like=list(axes.flat))
     handles = [Line2D([], [], color=_COLORS[i % len(_COLORS)], label=label) for i, label in enumerate(labels)]
     if _any(events, f"averaged_train_{name}"):
         handles.append(Line2D([], [], color="#444444", linestyle="--", label="averaged parameters"))
