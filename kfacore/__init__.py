@@ -10,7 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kfacore.errors import ConfigError, DataError, KfacError, NumericalError, PluginError, UnsupportedModelError
+    from kfacore.errors import (
+        ConfigError,
+        DataError,
+        KfacError,
+        NumericalError,
+        PluginError,
+        ResourceError,
+        UnsupportedModelError,
+    )
     from kfacore.optimizer import KFAC, KFACConfig
     from kfacore.preconditioner import Preconditioner
     from kfacore.roles.optimizer import StepReport
@@ -26,6 +34,7 @@ __all__ = [
     "NumericalError",
     "PluginError",
     "Preconditioner",
+    "ResourceError",
     "StepReport",
     "UnsupportedModelError",
 ]
