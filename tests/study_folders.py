@@ -51,7 +51,7 @@ def write_run(folder: Path, run: PlannedRun, **options: Any) -> None:
     events: list[dict[str, Any]] = [{"event": "start", "step": 0, "seconds": 0.0}]
     blowup = options.get("blowup")
     for step in range(steps + 1):
-        value = luck * error_at(step, floor, rate)
+        value = luck * error_at(step, floor, rate) + (options["offsets"][run.seed] if "offsets" in options else 0.0)
         if blowup is not None and step >= blowup:
             value *= 10.0 ** (step - blowup)
         if step:

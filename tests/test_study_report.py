@@ -182,6 +182,22 @@ def test_verdicts_by_the_test_are_corrected_for_all_comparisons(tmp_path):
     assert "it can confirm nothing here; 7 seeds would be enough" in limit
 
 
+def test_without_the_test_intervals_are_widened_for_the_number_of_comparisons(tmp_path):
+    """Mean 0.75, standard error 0.21: 0.75 - 3.18 * 0.21 > 0 (one comparison), 0.75 - 4.18 * 0.21 < 0 (two)."""
+    noisy = {"offsets": [1.0, 1.2, 0.3, 0.5], "averaged": False}
+    one = write_study(tmp_path / "one", {"base": {}, "noisy": noisy}, seeds=4, averaged=False)
+    assert cell(analyse(one, read_runs(one)), "noisy").verdict == "worse"
+    two = write_study(tmp_path / "two", {"base": {}, "noisy": noisy, "clear": {"floor": 9.0}}, seeds=4, averaged=False)
+    found = analyse(two, read_runs(two))
+    assert (cell(found, "noisy").verdict, cell(found, "clear").verdict) == ("maybe worse", "worse")
+    assert "Perhaps worse (not confirmed)" in page_of(two)
+
+
+def test_only_runs_that_could_still_come_there_are_censored(results):
+    ends = {run.state: run.spent("seconds") for cell in results.flat() for run in cell.runs}
+    assert ends == {"done": math.inf, "diverged": math.inf, "failed": pytest.approx(1.2)}  # 12 steps of 0.1 seconds
+
+
 def test_fewer_than_three_seeds_have_no_intervals_and_the_page_says_so(tmp_path):
     study = write_study(tmp_path, {"base": {}, "other": {"floor": 2.0}}, seeds=2)
     html = page_of(study)
@@ -257,6 +273,7 @@ def test_latex_is_balanced_and_escaped(report):
         for command in (r"\toprule", r"\midrule", r"\bottomrule", r"\end{tabular}"):
             assert command in text
         assert r"wild \& <b>" in text
+        assert not re.search(r"\\pm|[+-]\d", re.sub(r"\$[^$]*\$", "", "".join(body)))  # numbers are in math mode
         assert not re.search(r"[^\x00-\x7f]", text)
 
 
@@ -318,6 +335,13 @@ def test_page_makes_no_request_and_is_well_formed(html):
     anchors = {link[1:] for link in found.links if link.startswith("#")}
     assert anchors <= set(found.ids)
     assert set(re.findall(r"url\(#([^)]+)\)", html)) <= set(found.ids)
+
+
+def test_names_are_never_markup(tmp_path):
+    study = write_study(tmp_path, {"<i>": {}, '"<u>': {}}, problems=("<s>", "a<b"), seeds=1, name="<u>")
+    html = page_of(study)
+    assert not re.search(r"<[isu]>|a<b", html)
+    assert html.count("a&lt;b") > 3
 
 
 def test_page_says_the_answer_first(html):
