@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import configuration_keys
 import numpy as np
 import pytest
 import typer.main
@@ -22,11 +23,8 @@ from small_runs import KEYS, run
 
 import kfacore.errors
 from kfac_cli.main import app
-from kfacore.config.describe import describe
 from kfacore.config.presets import PRESETS
-from kfacore.config.resolve import SLOT_DEFAULTS, resolve
-from kfacore.config.run import SECTIONS, RunConfig
-from kfacore.plugin import SLOTS
+from kfacore.config.resolve import resolve
 from kfacore.registry import get_registry, reset_registry
 
 ROOT = Path(__file__).parent.parent
@@ -377,48 +375,20 @@ def _section(text: str, heading: str) -> str:
     return re.split(rf"^#{{1,{len(level)}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
 
 
-def shown(default: Any) -> str:
-    return "none" if default is None else f"`{json.dumps(default)}`"
+def test_the_keys_are_documented_and_exist() -> None:
+    """Every key of a run and of a component with its type, default and meaning, and no other."""
+    text = configuration_keys.DOCUMENT.read_text(encoding="utf-8")
+    assert configuration_keys.written(text) == text, "run: python tests/configuration_keys.py"
 
 
-def test_top_level_keys() -> None:
-    found = {row[0].strip("`"): row[2] for row in rows_of("configuration.md", under="## Keys of a run")}
-    plain = {key: field for key, field in RunConfig.model_fields.items() if key not in (*SLOTS, *SECTIONS)}
-    exist = {key: shown(field.default) for key, field in plain.items()}
-    exist |= {key.key: shown(key.default) for name, model in SECTIONS.items() for key in describe(model, f"{name}.")}
-    kinds = {slot: kind if isinstance(kind, str) else kind[0] for slot, kind in SLOT_DEFAULTS.items()}
-    exist |= {slot: f"`{kind}`" for slot, kind in kinds.items()} | {"likelihood": "the problem's"}
-    assert len(found) > 20
-    assert {key: value for key, value in found.items() if exist.get(key) != value} == {}
-
-
-DOCUMENTED_SLOTS = re.findall(
-    r"^### (\w+)$", (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8"), flags=re.MULTILINE
-)
-
-
-@pytest.mark.parametrize("slot", DOCUMENTED_SLOTS)
-def test_component_keys(slot: str) -> None:
-    exist = {
-        (component.name, f"{slot}.{key.key}", shown(key.default))
-        for component in get_registry().components(slot)
-        for key in describe(component.config)
-    }
-    documented = [
-        (component.strip(" `"), row[0].strip("`"), row[3])
-        for row in rows_of("configuration.md", under=f"### {slot}")
-        for component in row[1].split(",")
-    ]
-    assert [entry for entry in documented if entry not in exist] == []
-    text = _section((ROOT / "docs" / "configuration.md").read_text(encoding="utf-8"), f"### {slot}")
-    listed = re.search(r"^Components: (.+)\.$", text, flags=re.MULTILINE)
-    assert listed is not None
-    names = {component.name for component in get_registry().components(slot)}
-    assert [name for name in re.findall(r"`(.+?)`", listed[1]) if name not in names] == []
-
-
-def test_the_slots_of_a_run_are_documented() -> None:
-    assert set(DOCUMENTED_SLOTS) == {name for name in RunConfig.model_fields if name in SLOTS}
+def test_a_key_too_many_or_too_few_would_be_found() -> None:
+    text = configuration_keys.DOCUMENT.read_text(encoding="utf-8")
+    for key in ("budget.cases", "approx.max_parameters", "executor.workers", "damping.gamma_max", "steps"):
+        assert f"\n| `{key}` |" in text
+    rows = [row for row in text.split("\n") if "| `steps` |" not in row]
+    assert configuration_keys.written("\n".join(rows)) == text
+    more = text.replace("| `steps` |", "| `stepps` | int | 3 | none |\n| `steps` |")
+    assert configuration_keys.written(more) == text
 
 
 def test_presets_are_documented() -> None:

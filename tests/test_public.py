@@ -12,7 +12,7 @@ import kfacore.errors
 
 
 def test_every_public_name_loads() -> None:
-    assert kfacore.__all__ == sorted(kfacore.__all__)
+    assert len(set(kfacore.__all__)) == len(kfacore.__all__) > 8
     for name in kfacore.__all__:
         assert getattr(kfacore, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Kfac'"):

@@ -1,0 +1,100 @@
+"""The tables of docs/configuration.md, from the config models. ``python tests/configuration_keys.py`` writes them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import create_model
+
+from kfacore.config.describe import KeyHelp, describe
+from kfacore.config.resolve import SLOT_DEFAULTS
+from kfacore.config.run import SECTIONS, RunConfig
+from kfacore.config.slots import Model
+from kfacore.plugin import SLOTS, Component
+from kfacore.registry import get_registry
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "configuration.md"
+
+RUN, COMPONENTS = "## Keys of a run", "## Keys of the components"
+
+NOTES = {
+    "sink": "A run may have several, each a `[[sink]]` table in a file. Plots, reports and studies need `jsonl`.",
+    "executor": "The executor belongs to a study: its keys stand in the study's file, under `[executor]`.",
+}
+
+
+def run_table() -> str:
+    """The keys of a run: slots, single keys, sections."""
+    plain = {name: field for name, field in RunConfig.model_fields.items() if name not in {*SLOTS, *SECTIONS}}
+    fields: dict[str, Any] = {name: (field.annotation, field) for name, field in plain.items()}
+    keys = {key.key: key for key in describe(create_model("Plain", __base__=Model, **fields))}
+    rows = []
+    for name, field in RunConfig.model_fields.items():
+        if name in SLOTS:
+            kind = SLOT_DEFAULTS.get(name)
+            kind = kind[0] if isinstance(kind, list) else kind
+            default = f"`{kind}`" if kind else "the problem's"
+            text = (field.description or "").removesuffix(".")
+            rows.append([f"`{name}`", "list of slots" if name == "sink" else "slot", default, text])
+        elif name in SECTIONS:
+            rows += [_cells(key) for key in describe(SECTIONS[name], f"{name}.")]
+        else:
+            rows.append(_cells(keys[name]))
+    return _table(["key", "type", "default", "meaning"], rows)
+
+
+def component_tables() -> str:
+    """The keys of kfacore's own components, by slot; a key that several share has one row."""
+    return "\n".join(part for slot in SLOTS for part in _slot(slot)).rstrip("\n") + "\n"
+
+
+def _slot(slot: str) -> Iterator[str]:
+    registry = get_registry()
+    own = [part for part in registry.components(slot) if registry.origin(part).distribution == "kfacore"]
+    yield f"### {slot}\n"
+    yield f"Components: {', '.join(f'`{component.name}`' for component in own)}.\n"
+    if slot in NOTES:
+        yield f"{NOTES[slot]}\n"
+    rows = list(_rows(slot, own))
+    if rows:
+        yield _table(["key", "of", "type", "default", "meaning"], rows)
+
+
+def _rows(slot: str, components: Iterable[Component]) -> Iterator[list[str]]:
+    owners: dict[tuple[str, ...], list[str]] = {}
+    for component in components:
+        for key in describe(component.config):
+            owners.setdefault(tuple(_cells(key, f"{slot}.")), []).append(component.name)
+    for (key_name, kind, default, text), names in owners.items():
+        yield [key_name, ", ".join(f"`{name}`" for name in names), kind, default, text]
+
+
+def _cells(key: KeyHelp, prefix: str = "") -> list[str]:
+    kind = re.sub(r"'([^']*)'", r"\1", key.type).replace(" | ", " or ").replace(str(2**63), "2^63")
+    default = "none" if key.default is None else f"`{json.dumps(key.default)}`"
+    text = key.help if key.help.endswith("...") else key.help.removesuffix(".")
+    return [f"`{prefix}{key.key}`", kind, default, text.replace("``", "`").replace("|", "\\|")]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("| --- ", "|---").replace("|--- |", "|---|")
+
+
+def written(text: str) -> str:
+    """A document with the tables under its two headings made anew."""
+    for heading, table in ((RUN, run_table()), (COMPONENTS, component_tables())):
+        before, found, rest = text.partition(f"\n{heading}\n")
+        if not found:
+            raise ValueError(f"the document has no heading '{heading}'")
+        after = re.split(r"^(?=## )", rest, maxsplit=1, flags=re.MULTILINE)[1:]
+        text = f"{before}\n{heading}\n\n{table}" + "".join(f"\n{part}" for part in after)
+    return text
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(written(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
