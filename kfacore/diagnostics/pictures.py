@@ -197,7 +197,7 @@ def _brightest(matrix: Tensor) -> float:
     return float(values.kthvalue(rank).values)
 
 
-def _shrunk(matrix: Tensor, most: int = 500) -> Tensor:
+def _shrunk(matrix: Tensor, most: int = 400) -> Tensor:
     """Means over small squares, so that a picture stays small and thin lines do not vanish between pixels."""
     factor = -(-matrix.shape[0] // most)
     if factor == 1:
