@@ -130,7 +130,7 @@ def build_parts(config: RunConfig, registry: Registry, init: Path | None = None)
 
 
 def manifest(config: RunConfig, registry: Registry, parts: Parts, started: str) -> dict[str, Any]:
-    """Everything besides the configuration that the run's numbers depend on; nothing that names the machine."""
+    """Everything besides the configuration that the run's numbers depend on; the data's source may be a path."""
     return {
         "format": 1,
         "started": started,
