@@ -9,7 +9,8 @@ from small_runs import run, small_config
 from torch import nn
 
 from kfacore.diagnostics.exact import ExactModel
-from kfacore.diagnostics.inspection import dense_report, inspect_subject, stretch
+from kfacore.diagnostics.inspection import inspect_subject, stretch
+from kfacore.diagnostics.matrices import dense_report
 from kfacore.diagnostics.subject import Subject, subject_at_start, subject_of_run, training_cases
 from kfacore.errors import ConfigError, DataError, UnsupportedModelError
 from kfacore.layers import LayerInfo

@@ -16,7 +16,8 @@ import torch
 
 from kfacore.diagnostics.dense import block_average
 from kfacore.diagnostics.exact import ExactModel
-from kfacore.diagnostics.inspection import DenseReport, Inspection, dense_report, inspect_subject
+from kfacore.diagnostics.inspection import Inspection, inspect_subject
+from kfacore.diagnostics.matrices import DenseReport, dense_report
 from kfacore.diagnostics.pictures import draw_fisher, draw_inverse, draw_quality, draw_rows, layer_names
 from kfacore.diagnostics.subject import Subject, training_cases
 from kfacore.errors import ConfigError, NumericalError, nearest

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from kfacore.diagnostics.inspection import DenseReport
+    from kfacore.diagnostics.matrices import DenseReport
     from kfacore.diagnostics.quality import UpdateQuality
 
 __all__ = ["Panel", "draw_fisher", "draw_inverse", "draw_matrices", "draw_quality", "draw_rows", "layer_names"]
