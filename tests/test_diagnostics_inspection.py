@@ -8,11 +8,12 @@ from dense import Float, net, randn
 from small_runs import run, small_config
 from torch import nn
 
+from kfacore.diagnostics import inspection
 from kfacore.diagnostics.exact import ExactModel
 from kfacore.diagnostics.inspection import inspect_subject, stretch
 from kfacore.diagnostics.matrices import dense_report
 from kfacore.diagnostics.subject import Subject, subject_at_start, subject_of_run, training_cases
-from kfacore.errors import ConfigError, DataError, UnsupportedModelError
+from kfacore.errors import ConfigError, DataError, NumericalError, UnsupportedModelError
 from kfacore.layers import LayerInfo
 from kfacore.registry import get_registry
 from kfacore.training.checkpoint import load_checkpoint
@@ -74,10 +75,41 @@ def test_the_tridiagonal_inverse_is_nearer_than_the_block_diagonal_one():
 
 
 def test_singular_factors_are_reported_rather_than_inverted():
-    found = inspect_subject(subject("categorical"), get_registry(), approximations("blockdiag"))
-    reason = found.dense.refused["blockdiag^-1 / F-tilde^-1, undamped"]
+    found = inspect_subject(subject("categorical"), get_registry(), approximations("blockdiag"), gammas=[0.1])
+    reason = found.dense.refused["undamped inverses"]
     assert "has no inverse" in reason
     assert "blockdiag^-1 / F-tilde^-1, undamped" not in found.dense.errors
+    [report] = found.invariance
+    assert report.notices  # so that nobody takes the undamped distance for a failure of Theorem 1
+
+
+def test_one_approximation_that_cannot_step_without_damping_does_not_stop_the_others():
+    blockdiag = get_registry().build("approx", "blockdiag")
+
+    class Picky(type(blockdiag)):
+        def factorise(self, moments):
+            made = super().factorise(moments)
+
+            class Made:
+                def damped(self, gamma, *, pi=True):
+                    if float(gamma) == 0.0:
+                        raise NumericalError("0: not without damping")
+                    return made.damped(gamma, pi=pi)
+
+            return Made()
+
+    both = {"picky": Picky(blockdiag.config), "blockdiag": blockdiag}
+    found = inspect_subject(subject(), get_registry(), both, gammas=[0.1])
+    assert [report.approx for report in found.invariance] == ["blockdiag"]
+    assert "not without damping" in found.skipped["invariance of picky"]
+    assert "not without damping" in found.dense.refused["picky^-1 / F-tilde^-1, undamped"]
+
+
+def test_dear_approximations_are_measured_at_three_gammas(monkeypatch):
+    monkeypatch.setattr(inspection, "_DEAR", -1.0)
+    found = inspect_subject(subject(), get_registry(), approximations("blockdiag"), parts=("quality",))
+    assert [row.gamma for row in found.quality] == pytest.approx([0.01, 0.1, 1.0])
+    assert "CPU time" in found.skipped["other gammas of blockdiag"]
 
 
 def test_what_does_not_apply_is_left_out_with_its_reason():

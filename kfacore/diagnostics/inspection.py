@@ -183,9 +183,7 @@ def inspect_subject(
         clock.lap("dense")
     if "invariance" in parts:
         say("invariance: a random reparameterisation")
-        result.invariance, reason = _invariance(subject, usable)
-        if reason is not None:
-            result.skipped["invariance"] = reason
+        _invariance(result, usable)
         clock.lap("invariance")
     return result
 
@@ -319,35 +317,44 @@ def _natural(
     return natural_gradient(exact, gradient, preconditioner=helper, tolerance=tolerance, max_iterations=most)
 
 
-def _invariance(
-    subject: Subject, approximations: Mapping[str, Approximation]
-) -> tuple[list[InvarianceReport], str | None]:
+def _invariance(result: Inspection, approximations: Mapping[str, Approximation]) -> None:
     """Theorem 1 for each approximation, or why it could not be measured."""
-    exact = subject.exact
+    exact = result.subject.exact
     if exact.parameters > _INVARIANCE_LIMIT:
-        return [], f"the model has {exact.parameters:,} parameters; measured for up to {_INVARIANCE_LIMIT:,}"
-    reports = []
+        result.skipped["invariance"] = (
+            f"the model has {exact.parameters:,} parameters; measured for up to {_INVARIANCE_LIMIT:,}"
+        )
+        return
     try:
-        other = TransformedChain(exact.model, random_transform(exact.model, subject.generator("transform")))
-        for name, approx in approximations.items():
-            # Every step must refresh, or the reused inverse is of other parameters in both nets alike.
-            fresh = type(approx)(approx.config.model_copy(update={"refresh_every": 1}))
-            paths = []
-            for gamma in (None, subject.gamma):
-                options: dict[str, Any] = {
-                    "likelihood": exact.likelihood,
-                    "approx": fresh,
-                    "estimator": {"kind": "exact", "tau1": 1.0},
-                    "damping": {"kind": "fixed", "lambda0": 0.0, "gamma": gamma, "pi": subject.pi},
-                    "momentum": "none",
-                    "weight_decay": 0.0,
-                }
-                paths += [
-                    function_path(model, exact.inputs, exact.targets, _PATH, **options)
-                    for model in (exact.model, other)
-                ]
-            undamped, damped = agreement(paths[0], paths[1]), agreement(paths[2], paths[3])
-            reports.append(InvarianceReport(name, undamped, damped, paths[0].notices))
+        other = TransformedChain(exact.model, random_transform(exact.model, result.subject.generator("transform")))
     except KfacError as error:
-        return reports, str(error)
-    return reports, None
+        result.skipped["invariance"] = str(error)
+        return
+    for name, approx in approximations.items():
+        try:
+            result.invariance.append(_invariance_of(result.subject, name, approx, other))
+        except KfacError as error:
+            result.skipped[f"invariance of {name}"] = str(error)
+
+
+def _invariance_of(subject: Subject, name: str, approx: Approximation, other: TransformedChain) -> InvarianceReport:
+    """The same steps in both nets, without damping and with it."""
+    exact = subject.exact
+    # Every step must refresh: Theorem 1 is about the inverse at the parameters of the step.
+    fresh = type(approx)(approx.config.model_copy(update={"refresh_every": 1}))
+    found: list[Agreement] = []
+    notices: tuple[str, ...] = ()
+    for gamma in (None, subject.gamma):
+        options: dict[str, Any] = {
+            "likelihood": exact.likelihood,
+            "approx": fresh,
+            "estimator": {"kind": "exact", "tau1": 1.0},
+            "damping": {"kind": "fixed", "lambda0": 0.0, "gamma": gamma, "pi": subject.pi},
+            "momentum": "none",
+            "weight_decay": 0.0,
+        }
+        path, twin = (function_path(m, exact.inputs, exact.targets, _PATH, **options) for m in (exact.model, other))
+        found.append(agreement(path, twin))
+        if gamma is None:
+            notices = path.notices
+    return InvarianceReport(name, found[0], found[1], notices)

@@ -82,7 +82,7 @@ def dense_report(
 
     The errors' names: ``"F-tilde / F"``; for each approximation ``"NAME / F-tilde"``, ``"NAME^-1 / F-tilde^-1"`` and
     ``"NAME^-1 / F^-1"``, all damped, F by adding what factored Tikhonov damping adds to F-tilde; and
-    ``"NAME^-1 / F-tilde^-1, undamped"``, which is refused where F-tilde has no inverse.
+    ``"NAME^-1 / F-tilde^-1, undamped"``, left out where F-tilde has no inverse.
 
     Args:
         layers: The layers.
@@ -102,21 +102,20 @@ def dense_report(
     report.errors["F-tilde / F"] = compare(F_tilde, F, sizes)
     exact_inverse = inverse_of(F + damped - F_tilde, "the damped Fisher")
     report.errors["F-tilde^-1 / F^-1"] = compare(report.F_tilde_inverse, exact_inverse, sizes)
-    undamped: Tensor | str
+    undamped: Tensor | None = None
     try:
         undamped = inverse_of(F_tilde, "F-tilde without damping")
     except ConfigError as error:
-        undamped = str(error)
+        report.refused["undamped inverses"] = str(error)
     for name, approx in approximations.items():
         [(_, inverse)] = inverses(approx, layers, samples, [gamma], pi=pi)
         report.matrices[name], report.inverses[name] = inverse.dense(inverse=False), inverse.dense()
         report.errors[f"{name} / F-tilde"] = compare(report.matrices[name], damped, sizes)
         report.errors[f"{name}^-1 / F-tilde^-1"] = compare(report.inverses[name], report.F_tilde_inverse, sizes)
         report.errors[f"{name}^-1 / F^-1"] = compare(report.inverses[name], exact_inverse, sizes)
-        title = f"{name}^-1 / F-tilde^-1, undamped"
-        if isinstance(undamped, str):
-            report.refused[title] = undamped
+        if undamped is None:
             continue
+        title = f"{name}^-1 / F-tilde^-1, undamped"
         try:
             [(_, free)] = inverses(approx, layers, samples, [0.0], pi=pi)
             report.errors[title] = compare(free.dense(), undamped, sizes)
