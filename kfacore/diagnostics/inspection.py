@@ -37,7 +37,7 @@ _LARGE = 100_000
 """Parameters above which inverses are dear: fewer gammas, fewer iterations."""
 
 _SEARCH = (1e-8, 2000)
-_LARGE_SEARCH = (1e-3, 80)
+_LARGE_SEARCH = (1e-3, 200)
 """Tolerance and most iterations of conjugate gradients, for small nets and for large ones, whose time is bounded."""
 
 _DEAR = 15.0
@@ -169,7 +169,7 @@ def inspect_subject(
     result = Inspection(subject, statistics, natural, seconds=clock.laps)
     clock.lap("natural gradient")
     if "quality" in parts:
-        grid = list(gammas) if gammas is not None else gamma_grid(subject.gamma, *((1, 1) if large else (3, 2)))
+        grid = list(gammas) if gammas is not None else gamma_grid(subject.gamma, *((2, 2) if large else (3, 2)))
         for name, approx in approximations.items():
             say(f"{name}: quality of its update at {len(grid)} gammas")
             _quality(result, gradient, samples, name, approx, grid)
