@@ -40,7 +40,7 @@ problem = {{ kind = "npz", file = {json.dumps(str(folder / "data.npz"))}, sizes 
 likelihood = "bernoulli"
 batch = {{ start = 20, target_step = 15 }}
 averaging.start = 4
-eval.every = 4
+eval = {{ every = 4, early = false }}
 checkpoint.every = 3
 {body}
 """,
