@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 train: install
-	$(BIN)/kfac train --problem curves --approx tridiag --steps 100
+	$(BIN)/kfac train --problem curves --approx tridiag --steps 300
 
 lint: install
 	$(BIN)/ruff check .

@@ -43,6 +43,7 @@ def test_a_figure_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         ([0.0, 4.0], "linear"),
         ([0.0, 0.0], "linear"),
         ([-1.0, 1.0, 9.0], "linear"),
+        ([-1.0, *[1.0, 9.0] * 10], "log"),
     ],
 )
 def test_the_scale_follows_the_positive_values(values: list[float], scale: str) -> None:
@@ -66,6 +67,13 @@ def test_zeros_leave_a_logarithmic_view_through_the_bottom() -> None:
     assert ax.get_ylim()[0] == pytest.approx(0.25)
     marks = ax.get_lines()[-1]
     assert (list(marks.get_xdata()), list(marks.get_ydata())) == ([2.0, 4.0], [0.0, 0.0])
+
+
+def test_so_do_a_few_negative_values() -> None:
+    ax = axes([*([1.0, 9.0] * 10), -2.0])
+    tidy(ax, log=True)
+    assert list(ax.get_lines()[-1].get_xdata()) == [20.0]
+    assert clip_view(ax, log=True) == ([], [])
 
 
 def test_few_labels_of_a_short_logarithmic_axis_are_numbers() -> None:

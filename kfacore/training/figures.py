@@ -41,8 +41,8 @@ def save_figure(figure: Figure, path: Path) -> Path:
 def tidy(ax: Axes, *, log: bool, like: Sequence[Axes] = ()) -> None:
     """One look for all axes: a logarithmic scale where the positive values span enough, a light grid.
 
-    A logarithmic axis has no place for 0 (an error of a classifier may be 0) and lines that come to it leave through
-    the bottom, with a mark where they would be.
+    A logarithmic axis has no place for 0 (an error of a classifier may be 0), nor for the few negative values that some
+    quantities have (a learning rate): lines that come to them leave through the bottom, with a mark where they do.
 
     Args:
         ax: The axes, with their lines drawn.
@@ -51,7 +51,8 @@ def tidy(ax: Axes, *, log: bool, like: Sequence[Axes] = ()) -> None:
     """
     values = [y for other in (ax, *like) for y in _heights(other)]
     positive = [y for y in values if y > 0.0]
-    if log and positive and min(values) >= 0.0 and max(positive) > 3.0 * min(positive):
+    few_negative = sum(y < 0.0 for y in values) <= _FEW * len(values)
+    if log and positive and few_negative and max(positive) > 3.0 * min(positive):
         from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
         ax.set_yscale("log")
@@ -60,9 +61,9 @@ def tidy(ax: Axes, *, log: bool, like: Sequence[Axes] = ()) -> None:
             ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             ax.yaxis.set_major_formatter(ScalarFormatter())
             ax.yaxis.set_minor_formatter(NullFormatter())
-        if min(values) == 0.0:
+        if min(values) <= 0.0:
             ax.set_ylim(bottom=0.5 * min(positive))
-            mark_edge(ax, [x for x, y in _points(ax) if y == 0.0], top=False, color="#444444")
+            mark_edge(ax, [x for x, y in _points(ax) if y <= 0.0], top=False, color="#444444")
     ax.grid(visible=True, which="major", color="#e4e8eb", linewidth=0.8)
     ax.set_axisbelow(True)
     for side in ("top", "right"):
@@ -128,6 +129,9 @@ _FEWEST = 20
 """Values below which nothing is called an exception."""
 
 _TAIL = 0.02
+
+_FEW = 0.05
+"""Share of negative values that a logarithmic scale may leave out."""
 
 
 def _points(ax: Axes) -> list[tuple[float, float]]:
