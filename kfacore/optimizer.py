@@ -6,7 +6,7 @@ Source: Martens & Grosse (2015), Algorithm 2; where the authors' program differs
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from kfacore.nest import cases_of, tensors_of
 from kfacore.preconditioner import Preconditioner
 from kfacore.quadratic import fisher_gram, model_value, on_planes, symmetric_gram
 from kfacore.registry import get_registry
-from kfacore.roles.approx import Approximation, Inverse
+from kfacore.roles.approx import Approximation, Inverse, Notice
 from kfacore.roles.damping import Damping
 from kfacore.roles.estimator import Estimator
 from kfacore.roles.likelihood import Likelihood
@@ -198,9 +198,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         preconditioner.update(self.estimator.collect(batch, targets, self.likelihood, self.generator))
         grad = self._gradient(batch, targets)
 
-        found, notices = preconditioner.candidates(k, gammas, pi=self.damping.config.pi)
-        refreshed = bool(found)
-        candidates = found or [(self.damping.gamma, preconditioner.in_use)]
+        candidates, notices, refreshed = self._inverses(preconditioner, gammas, k)
         proposals = self._propose([inverse for _, inverse in candidates], grad)
         M, b = self._model(batch, proposals, grad)
         x = self.momentum.coefficients(M, b)
@@ -325,6 +323,13 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         grad = batch.gradient(vectors, self._grad)
         torch._foreach_add_(grad.parts, self._parameters(), alpha=self.weight_decay)
         return grad
+
+    def _inverses(
+        self, preconditioner: Preconditioner, gammas: list[Tensor], k: int
+    ) -> tuple[Sequence[tuple[Tensor, Inverse]], list[Notice], bool]:
+        """The inverses to compare in this step, with their gammas: new ones, or the one in use."""
+        found, notices = preconditioner.candidates(k, gammas, pi=self.damping.config.pi)
+        return found or [(self.damping.gamma, preconditioner.in_use)], notices, bool(found)
 
     def _propose(self, inverses: list[Inverse], grad: BlockVector) -> list[BlockVector]:
         """Delta = -F-hat^-1 grad for each inverse; the buffer of the first is kept for the next step."""
