@@ -6,6 +6,7 @@ without an error (method, section 9). Nothing here returns a result that was not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -119,13 +120,14 @@ def _retry(base: Tensor, shift: Tensor, layer: str, factor: str) -> tuple[Spd, T
     )
 
 
-def eigh_psd(M: Tensor, layer: str, factor: str) -> tuple[Tensor, Tensor, list[Notice]]:
+def eigh_psd(M: Tensor, layer: str, factor: str, above: float = -math.inf) -> tuple[Tensor, Tensor, list[Notice]]:
     """Eigenvalues (ascending) and eigenvectors of a symmetric positive semi-definite matrix, checked.
 
     Args:
         M: (d, d), symmetric up to rounding.
         layer: Name of the layer, for notices.
         factor: Name of the matrix, for notices.
+        above: Leave out eigenvalues that are not larger; how many are is learned in the one wait of the check.
 
     Raises:
         NumericalError: M is not finite, or the eigenproblem failed in double precision too; names the layer.
@@ -145,10 +147,13 @@ def eigh_psd(M: Tensor, layer: str, factor: str) -> tuple[Tensor, Tensor, list[N
         slack = 100 * torch.finfo(M.dtype).eps * M.shape[0] ** 0.5 * values.abs().amax()
         again = vectors @ (values * (vectors.T @ probe.to(dtype)))
         kept = (values.sum(dtype=torch.float64) - trace).abs() <= slack
-        if bool(kept & ((again - image).norm() <= slack * probe.norm()) & torch.isfinite(vectors).all()):
+        fine = kept & ((again - image).norm() <= slack * probe.norm()) & torch.isfinite(vectors).all()
+        count = int(torch.where(fine, (values > above).sum(), -1))
+        if count >= 0:
             if dtype != M.dtype:
                 notices.append(Notice(layer, f"eigenproblem of {factor} failed in {_short(M)}; used double precision"))
-            return values.to(M.dtype), vectors.to(M.dtype), notices
+            first = M.shape[0] - count
+            return values[first:].to(M.dtype), vectors[:, first:].to(M.dtype), notices
     raise NumericalError(
         f"{layer}: the eigenproblem of {factor} failed in double precision; "
         "raise the damping, or use approx = 'blockdiag', which needs no eigenvectors"

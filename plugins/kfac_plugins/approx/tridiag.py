@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kfac_plugins.approx import BlockTridiagonalConfig
-from kfac_plugins.approx.canonical import Canonical, canonical
+from kfac_plugins.approx.canonical import Canonical, Side, canonical
 from kfacore.kronecker import DampedFactors, damp, symmetric
 from kfacore.layers import LayerInfo
 from kfacore.moments import InputCross, InputFactor, Moments, OutputCross, OutputFactor
@@ -51,7 +51,6 @@ class BlockTridiagonalInverse(Inverse):
         self.layers = layers
         self.notices = notices
         self._factors, self._A, self._G = factors, A, G
-        self._psi_A, self._psi_G = [_psi(pair) for pair in A], [_psi(pair) for pair in G]
         self._gains = [_gain(a, g) for a, g in zip(A, G, strict=True)]
 
     def solve(self, blocks: Sequence[Tensor]) -> list[Tensor]:
@@ -85,11 +84,11 @@ class BlockTridiagonalInverse(Inverse):
 
     def _mean(self, i: int, V: Tensor) -> Tensor:
         """PsiG_i V_{i+1} PsiA_i^T."""
-        return _between(self._psi_G[i], V, _transposed(self._psi_A[i]))
+        return _between(self._G[i].psi, V, _transposed(self._A[i].psi))
 
     def _mean_adjoint(self, i: int, V: Tensor) -> Tensor:
         """PsiG_i^T V_i PsiA_i."""
-        return _between(_transposed(self._psi_G[i]), V, self._psi_A[i])
+        return _between(_transposed(self._G[i].psi), V, self._A[i].psi)
 
     def _conditional_solve(self, i: int, V: Tensor) -> Tensor:
         """Sigma_i^-1 V = Gd^-1 V Ad^-1 + K_G [(K_G^T V K_A) / (1 - s_G s_A^T)] K_A^T, K scaled by r."""
@@ -123,17 +122,11 @@ def _gain(A: Canonical, G: Canonical) -> Tensor:
     return torch.where(denominator == 0, torch.ones_like(denominator), denominator).reciprocal_()
 
 
-def _psi(pair: Canonical) -> list[Tensor]:
-    """Psi = P Q^T as the factors that are cheaper to apply: both, or their product once and for all."""
-    (d, k), d_next = pair.P.shape, pair.Q.shape[0]
-    return [pair.P, pair.Q.T] if k * (d + d_next) < d * d_next else [pair.P @ pair.Q.T]
+def _transposed(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(factor.T for factor in reversed(factors))
 
 
-def _transposed(factors: list[Tensor]) -> list[Tensor]:
-    return [factor.T for factor in reversed(factors)]
-
-
-def _between(left: list[Tensor], V: Tensor, right: list[Tensor]) -> Tensor:
+def _between(left: tuple[Tensor, ...], V: Tensor, right: tuple[Tensor, ...]) -> Tensor:
     """Left V right; zero if no correlation was kept."""
     if any(0 in factor.shape for factor in (*left, *right)):
         return V.new_zeros(left[0].shape[0], right[-1].shape[1])
@@ -153,11 +146,11 @@ class BlockTridiagonalFactorisation(Factorisation):
         """Damp, invert, and find the canonical correlations of adjacent layers."""
         factors, lower_A, lower_G, notices = damp(self._layers, self._A, self._G, gamma, pi=pi)
         found: dict[str, list[Canonical]] = {"A": [], "G": []}
-        for side, cross, lower in (("A", self._Ax, lower_A), ("G", self._Gx, lower_G)):
-            for i, X in enumerate(cross):
-                name = self._layers[i].name
-                pair, more = canonical(X, lower[i], lower[i + 1], self._tolerance, name, f"{side}x")
-                found[side].append(pair)
+        for name, cross, damped, lower in (("A", self._Ax, factors.A, lower_A), ("G", self._Gx, factors.G, lower_G)):
+            sides = [Side(L, factor.inverse) for L, factor in zip(lower, damped, strict=True)]
+            for layer, X, here, following in zip(self._layers[:-1], cross, sides[:-1], sides[1:], strict=True):
+                pair, more = canonical(X, here, following, self._tolerance, layer.name, f"{name}x")
+                found[name].append(pair)
                 notices += tuple(more)
         return BlockTridiagonalInverse(self._layers, factors, found["A"], found["G"], notices)
 
@@ -176,5 +169,5 @@ class BlockTridiagonal(Approximation):
 
     def load_inverse(self, state: Mapping[str, Any], layers: Sequence[LayerInfo]) -> BlockTridiagonalInverse:
         """From the damped factors and the canonical coordinates."""
-        A, G = ([Canonical(**pair) for pair in state[side]] for side in "AG")
+        A, G = ([Canonical.from_state(pair) for pair in state[side]] for side in "AG")
         return BlockTridiagonalInverse(layers, DampedFactors.from_state(state["factors"]), A, G)
