@@ -38,9 +38,9 @@ class DampedFactors:
     A: list[Spd]
     G: list[Spd]
 
-    def solve(self, i: int, V: Tensor) -> Tensor:
-        """Gd_i^-1 V Ad_i^-1."""
-        return self.G[i].inverse @ V @ self.A[i].inverse
+    def solve(self, i: int, V: Tensor, out: Tensor | None = None) -> Tensor:
+        """Gd_i^-1 V Ad_i^-1, in ``out`` if given."""
+        return torch.mm(self.G[i].inverse @ V, self.A[i].inverse, out=out)
 
     def multiply(self, i: int, V: Tensor) -> Tensor:
         """Gd_i V Ad_i."""
@@ -61,7 +61,13 @@ class DampedFactors:
 
 
 def damp(
-    layers: Sequence[LayerInfo], A: Sequence[Tensor], G: Sequence[Tensor], gamma: Tensor, *, pi: bool
+    layers: Sequence[LayerInfo],
+    A: Sequence[Tensor],
+    G: Sequence[Tensor],
+    gamma: Tensor,
+    *,
+    pi: bool,
+    keep_lower: bool = True,
 ) -> tuple[DampedFactors, list[Tensor], list[Tensor], tuple[Notice, ...]]:
     """Damp and invert the factors of all layers.
 
@@ -71,9 +77,10 @@ def damp(
         G: Symmetric output factors.
         gamma: Strength, a scalar on the device.
         pi: Split gamma by trace norms; otherwise add it to both factors as it is.
+        keep_lower: Whether the Cholesky factors are wanted.
 
     Returns:
-        The damped factors, the Cholesky factors of Ad and of Gd, and notices.
+        The damped factors, the Cholesky factors of Ad and of Gd if wanted, and notices.
 
     Raises:
         NumericalError: A factor could not be factorised; names the layer.
@@ -84,6 +91,6 @@ def damp(
         shifts_A.append(split * gamma)
         shifts_G.append(gamma / split)
     names = [(layer.name, side) for side in "AG" for layer in layers]
-    factors, lower, notices = factor_spd([*A, *G], [*shifts_A, *shifts_G], names)
+    factors, lower, notices = factor_spd([*A, *G], [*shifts_A, *shifts_G], names, keep_lower=keep_lower)
     count = len(layers)
     return DampedFactors(factors[:count], factors[count:]), lower[:count], lower[count:], tuple(notices)

@@ -53,7 +53,7 @@ class Spd:
 
 
 def factor_spd(
-    bases: Sequence[Tensor], shifts: Sequence[Tensor], names: Sequence[tuple[str, str]]
+    bases: Sequence[Tensor], shifts: Sequence[Tensor], names: Sequence[tuple[str, str]], *, keep_lower: bool = True
 ) -> tuple[list[Spd], list[Tensor], list[Notice]]:
     """Inverses and Cholesky factors of many damped factors, with one wait for the device in all.
 
@@ -61,10 +61,11 @@ def factor_spd(
         bases: Symmetric positive semi-definite X.
         shifts: What to add to each diagonal, scalars.
         names: (layer, factor) of each, for notices.
+        keep_lower: Whether the caller wants L; otherwise its memory becomes the inverse's, and none is returned.
 
     Returns:
-        The damped factors, L of each (L L^T = X + shift I), and a notice for each that needed double precision or
-        jitter.
+        The damped factors, L of each (L L^T = X + shift I) if wanted, and a notice for each that needed double
+        precision or jitter.
 
     Raises:
         NumericalError: Some factor is not finite or could not be factorised with any jitter; names the layer.
@@ -73,25 +74,30 @@ def factor_spd(
     lower: list[Tensor] = []
     checks: list[Tensor] = []
     for base, shift in zip(bases, shifts, strict=True):
-        result, L, info = _cholesky(base, shift.to(base.dtype))
+        result, L, info = _cholesky(base, shift.to(base.dtype), keep_lower)
         results.append(result)
-        lower.append(L)
+        if keep_lower:
+            lower.append(L)
         checks.append((info == 0) & torch.isfinite(result.inverse.diagonal().sum()))
     good = torch.stack(checks).tolist()
     notices: list[Notice] = []
     for i, fine in enumerate(good):
         if not fine:
-            results[i], lower[i], notice = _retry(bases[i], shifts[i], *names[i])
+            results[i], L, notice = _retry(bases[i], shifts[i], *names[i])
             notices.append(notice)
+            if keep_lower:
+                lower[i] = L
     return results, lower, notices
 
 
-def _cholesky(base: Tensor, shift: Tensor) -> tuple[Spd, Tensor, Tensor]:
+def _cholesky(base: Tensor, shift: Tensor, keep_lower: bool = True) -> tuple[Spd, Tensor, Tensor]:
     damped = base.clone()
     damped.diagonal().add_(shift)
-    L, info = torch.linalg.cholesky_ex(damped)
+    # In place, column by column as LAPACK wants it: touching fresh memory costs as much as a third of the arithmetic.
+    L, info = damped.mT, torch.empty((), dtype=torch.int32, device=base.device)
+    torch.linalg.cholesky_ex(L, out=(L, info))
     try:
-        inverse = torch.cholesky_inverse(L)
+        inverse = torch.cholesky_inverse(L) if keep_lower else torch.cholesky_inverse(L, out=L).mT
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but missing from the stubs
         inverse, info = torch.full_like(L, torch.nan), torch.ones_like(info)  # L has a zero on its diagonal
     return Spd(base, shift, inverse), L, info

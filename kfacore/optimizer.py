@@ -336,7 +336,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         proposals = [*self._proposals, *(self._vector() for _ in inverses[len(self._proposals) :])]
         self._proposals = proposals[:1]
         for inverse, proposal in zip(inverses, proposals, strict=True):
-            proposal.copy_blocks(inverse.solve(grad.blocks)).flat.neg_()
+            inverse.solve_into(grad.blocks, proposal.blocks)
+            proposal.flat.neg_()
         return proposals
 
     def _model(self, batch: Linearization, proposals: list[BlockVector], grad: BlockVector) -> tuple[Tensor, Tensor]:

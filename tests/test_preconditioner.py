@@ -199,10 +199,12 @@ def test_a_step_reports_eigenproblems_that_failed(monkeypatch: pytest.MonkeyPatc
 def fail_cholesky(monkeypatch: pytest.MonkeyPatch, broken: set[torch.dtype], up_to: float = torch.inf) -> None:
     real = torch.linalg.cholesky_ex
 
-    def cholesky_ex(M: Tensor) -> Any:
-        L, info = real(M)
-        fails = M.dtype in broken and float(M.diagonal().min()) <= up_to
-        return (L, torch.ones_like(info)) if fails else (L, info)
+    def cholesky_ex(M: Tensor, *, out: tuple[Tensor, Tensor]) -> Any:
+        fails = M.dtype in broken and float(M.diagonal().min()) <= up_to  # before it is written over
+        L, info = real(M, out=out)
+        if fails:
+            info.fill_(1)
+        return L, info
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", cholesky_ex)
 

@@ -53,6 +53,10 @@ class Inverse(ABC):
     def solve(self, blocks: Sequence[Tensor]) -> list[Tensor]:
         """F-hat^-1 v."""
 
+    def solve_into(self, blocks: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """F-hat^-1 v written over ``out``; worth an implementation where it saves the copy."""
+        torch._foreach_copy_(list(out), self.solve(blocks))
+
     @abstractmethod
     def multiply(self, blocks: Sequence[Tensor]) -> list[Tensor]:
         """F-hat v, the inverse of `solve`."""

@@ -33,6 +33,11 @@ class BlockDiagonalInverse(Inverse):
         """Gd^-1 V Ad^-1 a layer."""
         return [self._factors.solve(i, V) for i, V in enumerate(blocks)]
 
+    def solve_into(self, blocks: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """The last product of each layer lands where it is wanted."""
+        for i, (V, target) in enumerate(zip(blocks, out, strict=True)):
+            self._factors.solve(i, V, target)
+
     def multiply(self, blocks: Sequence[Tensor]) -> list[Tensor]:
         """Gd V Ad a layer."""
         return [self._factors.multiply(i, V) for i, V in enumerate(blocks)]
@@ -53,7 +58,7 @@ class BlockDiagonalFactorisation(Factorisation):
 
     def damped(self, gamma: Tensor, *, pi: bool = True) -> BlockDiagonalInverse:
         """Damp and invert."""
-        factors, _, _, notices = damp(self._layers, self._A, self._G, gamma, pi=pi)
+        factors, _, _, notices = damp(self._layers, self._A, self._G, gamma, pi=pi, keep_lower=False)
         return BlockDiagonalInverse(self._layers, factors, notices)
 
 

@@ -107,7 +107,7 @@ class ExactFactorisation(Factorisation):
             NumericalError: F is not finite (names the layer) or could not be factorised with any jitter.
         """
         self._check_finite()
-        (matrix,), _, notices = factor_spd([self._F], [gamma.square()], [("all layers", "F")])
+        (matrix,), _, notices = factor_spd([self._F], [gamma.square()], [("all layers", "F")], keep_lower=False)
         return ExactInverse(self._layers, matrix, notices)
 
     def _check_finite(self) -> None:
