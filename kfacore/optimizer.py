@@ -332,9 +332,9 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         return found or [(self.damping.gamma, preconditioner.in_use)], notices, bool(found)
 
     def _propose(self, inverses: list[Inverse], grad: BlockVector) -> list[BlockVector]:
-        """Delta = -F-hat^-1 grad for each inverse; the buffer of the first is kept for the next step."""
-        proposals = [*self._proposals, *(self._vector() for _ in inverses[len(self._proposals) :])]
-        self._proposals = proposals[:1]
+        """Delta = -F-hat^-1 grad for each inverse, in buffers that are kept: fresh memory is dear to touch."""
+        self._proposals += [self._vector() for _ in inverses[len(self._proposals) :]]
+        proposals = self._proposals[: len(inverses)]
         for inverse, proposal in zip(inverses, proposals, strict=True):
             inverse.solve_into(grad.blocks, proposal.blocks)
             proposal.flat.neg_()

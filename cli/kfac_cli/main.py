@@ -120,7 +120,8 @@ def main() -> None:
     """Run the command and leave with its exit code."""
     try:
         try:
-            code = app(standalone_mode=False)  # what the parser refuses is said here, like all other errors
+            # Not standalone: what the parser refuses is said here, like all other errors.
+            code = app(prog_name="kfac", standalone_mode=False)
         finally:
             sys.stdout.flush()  # a full disk or a closed pipe shows here rather than at exit, where nobody answers
         sys.exit(code or 0)
