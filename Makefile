@@ -27,7 +27,7 @@ test: lint
 	$(BIN)/pytest
 
 bench: install
-	$(BIN)/python -m benchmarks step
+	$(BIN)/python -m benchmarks all
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -5,11 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from benchmarks import launches, step
+from benchmarks import everything, launches, memory, phases, spike, step, tolerance, width
 
 BENCHMARKS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "all": (everything.main, "every benchmark that fits into ten minutes (make bench)"),
     "launches": (launches.main, "dispatched operations and waits of ordinary and refresh steps"),
+    "memory": (memory.main, "peak memory of training against Adam"),
+    "phases": (phases.main, "where a step's time goes"),
+    "spike": (spike.main, "the slowest step against the median one"),
     "step": (step.main, "cost of a K-FAC step against SGD with momentum on the same model and batch"),
+    "tolerance": (tolerance.main, "what truncating the tridiagonal inverse trades"),
+    "width": (width.main, "how the cost grows with the width of the layers"),
 }
 
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.contenders import APPROXIMATIONS, kfac
 from benchmarks.nets import NETS, build
-from kfacore import KFAC
+from benchmarks.report import Report
 
-__all__ = ["Launches", "main"]
+__all__ = ["Launches", "main", "measure"]
 
 _FREE = frozenset(
     {
@@ -69,27 +71,48 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def main(arguments: list[str]) -> int:
-    """Print operations a layer and waits of each kind of step."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks launches", description=__doc__)
-    parser.add_argument("--net", choices=sorted(NETS), default="mnist")
-    parser.add_argument("--detail", action="store_true", help="also list the operations of an ordinary step")
-    options = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    layers = len(NETS[options.net]) - 1
-    x = torch.rand(64, NETS[options.net][0], generator=torch.Generator().manual_seed(0)).to(device)
-    print(f"{options.net} net, {layers} layers, {device}")
-    print(f"{'':12}{'step':16}{'operations':>11}{'a layer':>9}{'waits':>7}")
-    for approx in ("blockdiag", "tridiag"):
-        optimizer = KFAC(build(options.net, device), likelihood="bernoulli", approx=approx)
+def measure(report: Report, net: str, device: torch.device) -> dict[str, Counter[str]]:
+    """Add one table to the report.
+
+    Returns:
+        The operations of an ordinary step by name, for each approximation.
+    """
+    layers = len(NETS[net]) - 1
+    x = torch.rand(64, NETS[net][0], generator=torch.Generator().manual_seed(0)).to(device)
+    rows, ordinary = [], {}
+    for name, approx in APPROXIMATIONS.items():
+        optimizer = kfac(build(net, device), approx)
         kinds = {4: "ordinary", 5: "adapts lambda", 20: "refreshes"}
         for step in range(1, 21):
             with Launches() as launches:
                 optimizer.step(x, x)
             if step in kinds:
                 total = sum(launches.operations.values())
-                print(f"{approx:12}{kinds[step]:16}{total:11}{total / layers:9.1f}{launches.waits:7}")
-            if step == 4 and options.detail:
-                for name, count in launches.operations.most_common():
-                    print(f"{'':12}  {name:30}{count:6}")
+                rows.append(
+                    {
+                        "": f"{name}, {kinds[step]}",
+                        "operations": total,
+                        "a layer": total / layers,
+                        "waits": launches.waits,
+                    }
+                )
+            if step == 4:
+                ordinary[name] = launches.operations
+    report.table(f"launches: {net} net, {layers} layers, {device}", rows)
+    return ordinary
+
+
+def main(arguments: list[str]) -> int:
+    """Print operations a layer and waits of each kind of step, and JSON with ``--json FILE``."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks launches", description=__doc__)
+    parser.add_argument("--net", choices=sorted(NETS), default="mnist")
+    parser.add_argument("--detail", action="store_true", help="also list the operations of an ordinary step")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    report = Report("launches")
+    ordinary = measure(report, options.net, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    for name, operations in ordinary.items() if options.detail else ():
+        rows = [{"operation": operation, "count": count} for operation, count in operations.most_common()]
+        report.table(f"{name}, ordinary step", rows)
+    report.save(options.json)
     return 0

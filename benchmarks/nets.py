@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from kfacore.models import autoencoder, sparse_init
 from kfacore.registry import get_registry
 
-__all__ = ["NETS", "build", "images"]
+__all__ = ["NETS", "build", "build_chain", "images"]
 
 NETS: dict[str, tuple[int, ...]] = {
     "mnist": (784, 1000, 500, 250, 30, 250, 500, 1000, 784),
@@ -18,8 +20,13 @@ NETS: dict[str, tuple[int, ...]] = {
 
 
 def build(net: str, device: torch.device) -> nn.Module:
-    """A sparsely initialised autoencoder."""
-    model = autoencoder(NETS[net])
+    """A sparsely initialised autoencoder of the paper."""
+    return build_chain(NETS[net], device)
+
+
+def build_chain(widths: Sequence[int], device: torch.device) -> nn.Module:
+    """A sparsely initialised autoencoder of any widths."""
+    model = autoencoder(widths)
     sparse_init(model, torch.Generator().manual_seed(0))
     return model.to(device)
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
         ResourceError,
         UnsupportedModelError,
     )
-    from kfacore.optimizer import KFAC, KFACConfig
+    from kfacore.optimizer import KFAC
+    from kfacore.options import KFACConfig
     from kfacore.preconditioner import Preconditioner
     from kfacore.roles.optimizer import StepReport
 
@@ -41,7 +42,7 @@ __all__ = [
 
 _HOMES = {
     "KFAC": "kfacore.optimizer",
-    "KFACConfig": "kfacore.optimizer",
+    "KFACConfig": "kfacore.options",
     "Preconditioner": "kfacore.preconditioner",
     "StepReport": "kfacore.roles.optimizer",
 }

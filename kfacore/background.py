@@ -8,8 +8,9 @@ of them is taken up at step k + D whatever the machine was doing, so that result
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from kfacore.errors import NumericalError
 from kfacore.nest import tensors_of
+from kfacore.pace import Pace
 from kfacore.roles.approx import Inverse, Notice
 
 __all__ = ["BackgroundRefresh", "Made"]
@@ -54,34 +56,62 @@ class Made:
 
 
 class BackgroundRefresh:
-    """One refresh at a time on a worker thread.
+    """One refresh at a time, each on a thread of its own.
 
-    On a CPU the worker has half the process's torch threads, at least one. On a GPU it works on a stream of its own.
+    On a CPU the thread has half the process's torch threads, at least one, and spreads its work evenly over the steps
+    that it has. On a GPU it works on a stream of its own.
 
     Args:
         device: Where the factors are.
+
+    Attributes:
+        due: The step that takes up the refresh under way, or None.
+        operations: What the last refresh cost, from which the next one's pace is set.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._worker: ThreadPoolExecutor | None = None
         self._result: Future[Made] | Made | None = None
         self.due: int | None = None
+        self.operations: float | None = None
+        self._pace = Pace()
 
-    def start(self, job: Callable[[], Made], due: int) -> None:
+    def start(self, job: Callable[[], Made], due: int, steps: int) -> None:
         """Begin; what the job reads must not change any more.
 
         Args:
             job: Makes the inverses.
             due: The step that takes them up.
+            steps: Steps until then.
         """
-        if self._worker is None:
-            threads = max(1, torch.get_num_threads() // 2)
-            self._worker = ThreadPoolExecutor(1, "kfac-refresh", torch.set_num_threads, (threads,))
         ready = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
-        self._result, self.due = self._worker.submit(self._run, job, ready), due
+        # Done one step early, so that nobody waits; unhindered as long as nothing is known of the cost.
+        self._pace = Pace(max(1, steps - 1), self.operations)
+        self._result, self.due = Future(), due
+        # Not from a pool: the interpreter waits for a pool's threads before anything tells them that it is ending.
+        threads = max(1, torch.get_num_threads() // 2)
+        Thread(target=self._run, args=(job, ready, self._pace, self._result, threads), name="kfac-refresh").start()
 
-    def _run(self, job: Callable[[], Made], ready: torch.cuda.Event | None) -> Made:
+    def advance(self) -> None:
+        """One more step has come: the worker may go on."""
+        self._pace.grant()
+
+    def _run(
+        self,
+        job: Callable[[], Made],
+        ready: torch.cuda.Event | None,
+        pace: Pace,
+        result: Future[Made],
+        threads: int,
+    ) -> None:
+        torch.set_num_threads(threads)  # of this thread
+        try:
+            with pace:
+                result.set_result(self._work(job, ready))
+        except BaseException as error:
+            result.set_exception(error)
+
+    def _work(self, job: Callable[[], Made], ready: torch.cuda.Event | None) -> Made:
         if ready is None:
             return job()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch has no types here
@@ -110,7 +140,12 @@ class BackgroundRefresh:
     def _wait(self) -> Made:
         if self._result is None:
             raise NumericalError("there is no refresh under way in the background")
-        return self._result if isinstance(self._result, Made) else self._result.result()
+        if isinstance(self._result, Made):
+            return self._result
+        self._pace.release()
+        made = self._result.result()
+        self.operations = self._pace.done
+        return made
 
     def state_dict(self) -> dict[str, Any] | None:
         """The refresh under way, finished for the purpose, and when it is due; None if there is none."""

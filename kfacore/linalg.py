@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 
 from kfacore.errors import NumericalError
+from kfacore.pace import worked
 from kfacore.roles.approx import Notice
 
 __all__ = ["Spd", "eigh_psd", "factor_spd", "pi_of"]
+
+_EIGENPROBLEM = 5
+"""Cost of an eigenproblem in those of a Cholesky factor and inverse, as measured; only the pace depends on it."""
 
 _JITTERS = (0.0, 1e-7, 1e-5, 1e-3, 1e-1)
 
@@ -79,6 +83,7 @@ def factor_spd(
         if keep_lower:
             lower.append(L)
         checks.append((info == 0) & torch.isfinite(result.inverse.diagonal().sum()))
+        worked(base.shape[0] ** 3)
     good = torch.stack(checks).tolist()
     notices: list[Notice] = []
     for i, fine in enumerate(good):
@@ -155,6 +160,7 @@ def eigh_psd(M: Tensor, layer: str, factor: str, above: float = -math.inf) -> tu
         kept = (values.sum(dtype=torch.float64) - trace).abs() <= slack
         fine = kept & ((again - image).norm() <= slack * probe.norm()) & torch.isfinite(vectors).all()
         count = int(torch.where(fine, (values > above).sum(), -1))
+        worked(_EIGENPROBLEM * M.shape[0] ** 3)
         if count >= 0:
             if dtype != M.dtype:
                 notices.append(Notice(layer, f"eigenproblem of {factor} failed in {_short(M)}; used double precision"))

@@ -12,18 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfacore.config.presets import PRESETS
-from kfacore.config.slots import (
-    ApproxConfig,
-    DampingConfig,
-    EstimatorConfig,
-    LikelihoodConfig,
-    Model,
-    MomentumConfig,
-)
-from kfacore.errors import ConfigError, DataError, NumericalError, UnsupportedModelError, nearest
+from kfacore.config.slots import ApproxConfig, DampingConfig, EstimatorConfig, LikelihoodConfig, MomentumConfig
+from kfacore.errors import ConfigError, DataError, NumericalError, UnsupportedModelError
 from kfacore.linearize import BlockVector, Linearization, Linearizer
 from kfacore.nest import cases_of, tensors_of
+from kfacore.options import KFACConfig, complete
 from kfacore.preconditioner import Preconditioner
 from kfacore.quadratic import fisher_gram, model_value, on_planes, symmetric_gram
 from kfacore.registry import get_registry
@@ -34,30 +27,7 @@ from kfacore.roles.likelihood import Likelihood
 from kfacore.roles.momentum import Momentum
 from kfacore.roles.optimizer import Optimizer, StepReport
 
-__all__ = ["KFAC", "KFACConfig"]
-
-_SLOTS = ("likelihood", "approx", "estimator", "damping", "momentum")
-
-
-class KFACConfig(Model):
-    """All options of `KFAC` in one object; a slot is a name, a table with ``kind``, or a config object."""
-
-    likelihood: str | dict[str, Any] | LikelihoodConfig
-    """The predictive distribution."""
-    approx: str | dict[str, Any] | ApproxConfig = "blockdiag"
-    """The approximation of the Fisher."""
-    estimator: str | dict[str, Any] | EstimatorConfig | None = None
-    """The statistics estimator; the preset's if left out."""
-    damping: str | dict[str, Any] | DampingConfig | None = None
-    """The damping strategy; the preset's if left out."""
-    momentum: str | dict[str, Any] | MomentumConfig | None = None
-    """The momentum rule; the preset's if left out."""
-    weight_decay: float = 1e-5
-    """eta of the objective h = loss + eta/2 ||theta||^2, biases included."""
-    preset: str = "default"
-    """Where slots that are left out come from: "default", "paper" or "heskes"."""
-    seed: int = 0
-    """Seed of the sampled targets."""
+__all__ = ["KFAC"]
 
 
 class KFAC(torch.optim.Optimizer, Optimizer):
@@ -107,13 +77,13 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             "preset": preset,
             "seed": seed,
         }
-        chosen = _options(config, {key: value for key, value in given.items() if value is not None})
+        registry = get_registry()
+        chosen = complete(registry, config, {key: value for key, value in given.items() if value is not None})
         eta = chosen["weight_decay"]
         if not (isinstance(eta, int | float) and math.isfinite(eta) and eta >= 0):
             raise ConfigError(f"weight_decay must be a number >= 0, found {eta!r}")
         if not isinstance(chosen["seed"], int) or isinstance(chosen["seed"], bool):
             raise ConfigError(f"seed must be an integer, found {chosen['seed']!r}")
-        registry = get_registry()
         self.likelihood = registry.build("likelihood", chosen["likelihood"])
         self.approx = registry.build("approx", chosen["approx"])
         self.estimator = registry.build("estimator", chosen["estimator"])
@@ -422,26 +392,6 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             self._prepare().load_state_dict(moved)
             assert self._delta is not None
             self._delta.flat.copy_(own["delta"])
-
-
-def _options(config: KFACConfig | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Every option with its value: given, or the config's, or the preset's."""
-    if config is not None:
-        if given:
-            raise ConfigError(f"give config or single options, not both; found config and {', '.join(given)}")
-        given = {key: getattr(config, key) for key in type(config).model_fields}
-    defaults = {key: field.default for key, field in KFACConfig.model_fields.items() if key != "likelihood"}
-    chosen = {**defaults, **{key: value for key, value in given.items() if value is not None}}
-    if "likelihood" not in chosen:
-        raise ConfigError("KFAC needs likelihood = 'bernoulli', 'categorical' or 'gaussian': what the outputs mean")
-    if chosen["preset"] not in PRESETS:
-        raise ConfigError(f"unknown preset '{chosen['preset']}': {nearest(chosen['preset'], PRESETS)}")
-    preset = PRESETS[chosen["preset"]]
-    standard = {"estimator": "monte-carlo", "damping": "levenberg-marquardt", "momentum": "quadratic-model"}
-    for slot, kind in standard.items():
-        if chosen[slot] is None:
-            chosen[slot] = preset.get(slot, kind)
-    return chosen
 
 
 def _to_device(nest: Any, device: torch.device) -> Any:

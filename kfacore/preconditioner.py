@@ -16,6 +16,7 @@ from kfacore.background import BackgroundRefresh, Made
 from kfacore.errors import ConfigError, NumericalError
 from kfacore.layers import LayerInfo
 from kfacore.moments import Moments
+from kfacore.pace import Pace
 from kfacore.roles.approx import Approximation, Inverse, Notice
 from kfacore.roles.estimator import LayerSamples
 
@@ -84,12 +85,14 @@ class Preconditioner:
         config = self.approx.config
         if config.refresh == "inline" or self.inverse is None or step <= _FIRST_REFRESHES:
             return self.refresh(gammas, pi=pi) if wanted else ([], [])
+        self._background.advance()
         found: tuple[Sequence[tuple[Tensor, Inverse]], list[Notice]] = ([], [])
         if self._background.due is not None and (wanted or self._background.due <= step):
             found = self._report(self._background.collect(self._load))
         if wanted:
             moments = self.moments.frozen()
-            self._background.start(lambda: self._make(moments, gammas, pi), step + config.refresh_delay)
+            delay = config.refresh_delay
+            self._background.start(lambda: self._make(moments, gammas, pi), step + delay, delay)
         return found
 
     def refresh(self, gammas: Sequence[Tensor], *, pi: bool) -> tuple[Sequence[tuple[Tensor, Inverse]], list[Notice]]:
@@ -102,7 +105,10 @@ class Preconditioner:
         Raises:
             NumericalError: All failed and there is no earlier inverse; the message names the layer.
         """
-        return self._report(self._make(self.moments, gammas, pi))
+        with Pace() as pace:
+            made = self._make(self.moments, gammas, pi)
+        self._background.operations = pace.done
+        return self._report(made)
 
     def _wanted(self, step: int, gammas: Sequence[Tensor]) -> bool:
         return self.due(step) or len(gammas) > 1

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from typing import Any
@@ -28,7 +31,7 @@ def build(approx: str, **options: Any) -> tuple[nn.Module, KFAC]:
     net = autoencoder((12, 9, 4, 9, 12))
     sparse_init(net, torch.Generator().manual_seed(0), connections=5)
     table = {"kind": approx, "refresh": "background", "refresh_every": 10, "refresh_delay": 4, **options}
-    damping = {"kind": "levenberg-marquardt", "lambda0": 1.0, "gamma_every": 10}
+    damping = {"kind": "levenberg-marquardt", "lambda0": 1.0, "gamma_rule": "compared", "gamma_every": 10}
     return net, KFAC(net, likelihood="bernoulli", approx=table, damping=damping)
 
 
@@ -64,14 +67,14 @@ def test_inverse_comes_from_the_moments_of_the_step_that_began_it(approx: str) -
 @pytest.mark.parametrize("approx", ["blockdiag", "tridiag"])
 def test_results_do_not_depend_on_timing(approx: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []
-    run = BackgroundRefresh._run
+    run = BackgroundRefresh._work
     for pause in (0.0, 0.05):
 
         def slow(self: Any, job: Any, ready: Any, pause: float = pause) -> Made:
             time.sleep(pause)
             return run(self, job, ready)
 
-        monkeypatch.setattr(BackgroundRefresh, "_run", slow)
+        monkeypatch.setattr(BackgroundRefresh, "_work", slow)
         net, optimizer = build(approx)
         for x in batches():
             optimizer.step(x, x)
@@ -104,13 +107,13 @@ def test_resumes_bit_for_bit(approx: str, cut: int) -> None:
 
 def test_work_is_done_on_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[str] = []
-    run = BackgroundRefresh._run
+    run = BackgroundRefresh._work
 
     def watch(self: Any, job: Any, ready: Any) -> Made:
         threads.append(threading.current_thread().name)
         return run(self, job, ready)
 
-    monkeypatch.setattr(BackgroundRefresh, "_run", watch)
+    monkeypatch.setattr(BackgroundRefresh, "_work", watch)
     _, optimizer = build("blockdiag")
     for x in batches()[:14]:
         optimizer.step(x, x)
@@ -144,7 +147,7 @@ def test_a_sooner_refresh_takes_up_the_one_under_way() -> None:
         net,
         likelihood="bernoulli",
         approx={"kind": "blockdiag", "refresh": "background", "refresh_every": 10, "refresh_delay": 6},
-        damping={"kind": "levenberg-marquardt", "lambda0": 1.0, "gamma_every": 4},
+        damping={"kind": "levenberg-marquardt", "lambda0": 1.0, "gamma_rule": "compared", "gamma_every": 4},
     )
     reports = [optimizer.step(x, x) for x in batches()[:20]]
     # Wanted at 4, 8, 10, 12, 16, 20: each is taken up when the next is wanted, or 6 steps later.
@@ -168,3 +171,24 @@ def test_what_was_made_survives_its_state() -> None:
     made = Made([], [Notice("2", "factor A needed jitter")], "4: factor G failed")
     again = Made.from_state(made.state_dict(), lambda state: state)
     assert (list(again.pairs), list(again.notices), again.failure) == ([], list(made.notices), made.failure)
+
+
+def test_a_process_may_end_while_a_refresh_rests() -> None:
+    """The worker notices that no step will come, instead of keeping the process alive for ever."""
+    script = """
+        import torch
+        from kfacore import KFAC
+        from kfacore.models import autoencoder, sparse_init
+        net = autoencoder((12, 9, 4, 9, 12))
+        sparse_init(net, torch.Generator().manual_seed(0), connections=5)
+        approx = {"kind": "tridiag", "refresh": "background", "refresh_every": 10, "refresh_delay": 9}
+        optimizer = KFAC(net, likelihood="bernoulli", approx=approx)
+        x = torch.ones(8, 12)
+        for _ in range(11):
+            optimizer.step(x, x)
+        print("left")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "left"), done.stderr

@@ -44,11 +44,24 @@ def test_everything_has_a_default(registry) -> None:
 def test_paper_is_the_authors_program(registry) -> None:
     config = resolve(registry, preset="paper")
     assert (config.damping.kind, config.damping.lambda0, config.damping.pi) == ("levenberg-marquardt", 150.0, True)
-    assert (config.damping.lambda_every, config.damping.gamma_every) == (5, 20)
+    assert (config.damping.lambda_every, config.damping.gamma_every, config.damping.rate) == (5, 20, 0.95)
+    assert (config.damping.gamma_rule, config.approx.tolerance) == ("compared", 0.0)
     assert (config.estimator.kind, config.estimator.tau1, config.estimator.decay) == ("monte-carlo", 0.125, 0.95)
     assert (config.momentum.kind, config.momentum.tau2, config.approx.refresh_every) == ("quadratic-model", 1.0, 20)
     assert config.batch == BatchConfig(schedule="exponential", start=1000, target_step=500)
     assert (config.averaging.start, config.averaging.decay, config.weight_decay) == (200, 0.99, 1e-5)
+
+
+def test_a_preset_leaves_out_what_the_chosen_kind_does_not_have(registry, monkeypatch) -> None:
+    """Wherever the kind was chosen; what the user writes is never left out."""
+    assert resolve(registry).approx.tolerance == PRESETS["default"]["approx"]["tolerance"]
+    assert resolve(registry, sets=["approx=blockdiag"]).approx.kind == "blockdiag"
+    run_defaults = {"likelihood": {"kind": "bernoulli"}, "approx": "blockdiag"}
+    monkeypatch.setattr(registry.find("problem", "curves").config, "run_defaults", run_defaults)
+    assert resolve(registry).approx.kind == "blockdiag"
+    assert resolve(registry, sets=["approx=tridiag"]).approx.tolerance == PRESETS["default"]["approx"]["tolerance"]
+    with pytest.raises(ConfigError, match=r"--set approx.tolerance=0.1: unknown key 'tolerance' in approx"):
+        resolve(registry, sets=["approx.tolerance=0.1"])
 
 
 def test_heskes(registry) -> None:

@@ -63,6 +63,24 @@ def test_lambda_follows_rho(rho: float, power: int, every: int) -> None:
     assert float(damping.gamma) == math.sqrt(150.0 + ETA)
 
 
+def test_lambda_moves_at_the_chosen_rate() -> None:
+    damping = started(lambda0=1.0, rate=0.8, lambda_every=3)
+    damping.adapt(scalar(1.0))
+    assert float(damping.lam) == pytest.approx(0.8**3, rel=1e-15)
+
+
+def test_tied_gamma_follows_lambda() -> None:
+    """gamma = sqrt(lambda + eta) of this moment, never several, and clamped by nothing."""
+    damping = started(lambda0=4.0, gamma_rule="tied", lambda_every=1)
+    for k in range(1, 41):
+        (gamma,) = damping.candidates(k)
+        assert float(gamma) == pytest.approx(math.sqrt(float(damping.lam) + ETA), rel=1e-15)
+        damping.adapt(scalar(1.9))
+    assert float(damping.gamma) == math.sqrt(4.0 + ETA)  # of the last refresh, until one is taken up
+    damping.choose(damping.candidates(41)[0])
+    assert float(damping.gamma) == pytest.approx(math.sqrt(4.0 * 0.95**40 + ETA), rel=1e-14)
+
+
 def test_lambda_adapts_every_t1_steps() -> None:
     damping = started(lambda_every=5)
     assert [k for k in range(1, 21) if damping.adapts(k)] == [5, 10, 15, 20]

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from kfac_plugins.approx import BlockTridiagonalConfig
 from kfac_plugins.approx.tridiag import BlockTridiagonal
-from kfac_plugins.damping import FixedDampingConfig
+from kfac_plugins.damping import FixedDampingConfig, LevenbergMarquardtConfig
 from kfac_plugins.estimators import ExactConfig
 from kfac_plugins.likelihoods.categorical import Categorical
 from kfac_plugins.momentum.none import NoMomentum
 from kfacore import KFAC, KFACConfig
+from kfacore.config.presets import PRESETS
 from kfacore.errors import ConfigError, DataError, NumericalError, UnsupportedModelError
 from kfacore.roles import StepReport
 
@@ -104,6 +105,25 @@ def test_presets_fill_what_is_left_out() -> None:
     assert mixed.momentum.config.kind == "none"
     assert float(mixed.damping.lam) == 150.0
     assert default.weight_decay == 1e-5
+
+
+def test_presets_fill_what_a_named_slot_leaves_out() -> None:
+    """As in `kfac train`: a name or table keeps the preset's values for its kind, a config object is complete."""
+
+    def build(**options: Any) -> KFAC:
+        return KFAC(dense.net(SIZES), likelihood="gaussian", **options)
+
+    ours = PRESETS["default"]["damping"]["lambda0"]
+    assert build(damping="levenberg-marquardt").damping.config.lambda0 == ours
+    tied = build(damping={"kind": "levenberg-marquardt", "lambda0": 2.0}).damping.config
+    assert (tied.lambda0, tied.gamma_rule) == (2.0, "tied")
+    assert build(damping=LevenbergMarquardtConfig()).damping.config.lambda0 == 150.0
+    assert build(damping="fixed").damping.config.gamma is None
+    assert build(damping="fixed", preset="heskes").damping.config.gamma == 0.1
+    assert build(damping="levenberg-marquardt", preset="heskes").damping.config.lambda0 == 150.0
+    assert build(approx="tridiag").approx.config.tolerance == PRESETS["default"]["approx"]["tolerance"]
+    assert build(approx="tridiag", preset="paper").approx.config.tolerance == 0.0
+    assert build(approx="blockdiag").approx.config.kind == "blockdiag"
 
 
 @pytest.mark.parametrize(
@@ -257,9 +277,8 @@ def test_rho_is_minus_infinity_where_the_objective_went_up() -> None:
 def test_the_best_of_three_gammas_is_kept() -> None:
     """The candidate with the smallest model value, with its inverse and its step."""
     model = dense.net(SIZES)
-    optimizer = KFAC(
-        model, likelihood="gaussian", damping={"kind": "levenberg-marquardt", "lambda0": 0.5, "gamma_every": 4}
-    )
+    damping = {"kind": "levenberg-marquardt", "lambda0": 0.5, "gamma_rule": "compared", "gamma_every": 4}
+    optimizer = KFAC(model, likelihood="gaussian", damping=damping)
     train(optimizer, 3)
     gammas = [float(g) for g in optimizer.damping.candidates(4)]
     values: list[Tensor] = []

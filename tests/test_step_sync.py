@@ -207,8 +207,11 @@ def test_a_changing_batch_size_never_waits(device: str) -> None:
         ("tridiag", {"tolist": 1, "_local_scalar_dense": 4}),  # ... and each eigenproblem: 2 sides, 2 pairs of layers
     ],
 )
-def test_what_other_steps_wait_for(device: str, approx: str, refresh: dict[str, int]) -> None:
-    optimizer, batches = optimizer_and_data(device, approx=approx)
+@pytest.mark.parametrize("rule", ["compared", "tied"])
+def test_what_other_steps_wait_for(device: str, approx: str, refresh: dict[str, int], rule: str) -> None:
+    optimizer, batches = optimizer_and_data(
+        device, approx=approx, damping={"kind": "levenberg-marquardt", "gamma_rule": rule}
+    )
     waits = []
     for x, y in batches:
         with watch() as seen:
@@ -223,7 +226,8 @@ def test_what_other_steps_wait_for(device: str, approx: str, refresh: dict[str, 
 
     assert waits[1] == waits[2] == total(looks, refresh)
     assert waits[4] == waits[9] == total(looks, adaptation)
-    assert waits[19] == waits[39] == total(looks, refresh, refresh, refresh, choice, adaptation)
+    compared = [refresh, refresh, choice] if rule == "compared" else []
+    assert waits[19] == waits[39] == total(looks, refresh, *compared, adaptation)
     assert waits[3] == waits[5] == waits[38] == {}
 
 

@@ -46,6 +46,9 @@ SLOT_DEFAULTS: dict[str, Any] = {
 }
 """The component of each slot when nobody names one; the likelihood is the problem's."""
 
+_PRESET = "preset"
+"""How the origin of a preset's values begins."""
+
 
 def resolve(
     registry: Registry,
@@ -110,7 +113,7 @@ def resolve_layers(registry: Registry, user: Sequence[Layer]) -> RunConfig:
         where = top.origin_of(("preset",)) if top is not None else "the built-in default"
         raise ConfigError(f"{where}: unknown preset '{name}', {nearest(str(name), PRESETS)}")
     defaults = table_layer({**SLOT_DEFAULTS, "preset": name}, "the built-in default", user=False)
-    chosen = table_layer(PRESETS[name], f"preset '{name}'", user=False)
+    chosen = table_layer(PRESETS[name], f"{_PRESET} '{name}'", user=False)
     problem = _component(registry, "problem", [defaults, chosen, *user])
     return _compose(registry, [defaults, _suggestions(problem), chosen, *user])
 
@@ -144,7 +147,17 @@ def _compose(registry: Registry, layers: Sequence[Layer]) -> RunConfig:
                 origins[location] = layer.origin_of(location)
                 (written.add if layer.user else written.discard)(location)
             deep_update(tree, {key: value})
+    _drop_foreign(registry, tree, origins)
     return _validate(registry, tree, origins, optimizer)
+
+
+def _drop_foreign(registry: Registry, tree: dict[str, Any], origins: Mapping[tuple[int | str, ...], str]) -> None:
+    """A preset may have keys for several kinds of a slot: leave out those that the chosen kind does not have."""
+    for slot in PART_SLOTS:
+        table = tree.get(slot, {})
+        fields = registry.find(slot, table["kind"]).config.model_fields if table else {}
+        for key in [key for key in table if key not in fields and origin_of(origins, (slot, key)).startswith(_PRESET)]:
+            del table[key]
 
 
 def _enter_slot(

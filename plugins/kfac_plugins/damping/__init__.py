@@ -24,6 +24,10 @@ class LevenbergMarquardtConfig(DampingConfig):
     """First lambda; the authors' value for the autoencoders."""
     lambda_every: Period = 5
     """Steps between adaptations of lambda (T_1)."""
+    rate: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+    """What lambda is multiplied with a step while the model is good; w1 = rate^T_1."""
+    gamma_rule: Literal["compared", "tied"] = "compared"
+    """Where gamma comes from: comparing three every T_2 steps, or always sqrt(lambda + weight decay)."""
     gamma_every: Period = 20
     """Steps between comparisons of three gammas (T_2)."""
     gamma_min: Annotated[float, Field(ge=0.0)] | None = None

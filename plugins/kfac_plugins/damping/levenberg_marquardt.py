@@ -6,6 +6,9 @@ lambda follows the reduction ratio rho = (h(theta + delta) - h(theta)) / M(delta
 
 and gamma is chosen every T_2 steps among {w2 gamma, gamma, gamma / w2}, w2 = sqrt(19/20)^T_2, by the value of the
 quadratic model. The clamp of the candidates is the authors' program's; the paper has none.
+
+Tied, gamma is sqrt(lambda + eta) at every refresh: the paper's first value, kept up, which Ba et al. (2017, section
+A.2) use throughout. It needs one inverse where the comparison needs three.
 """
 
 from __future__ import annotations
@@ -33,12 +36,15 @@ class LevenbergMarquardt(Damping):
         """lambda_0, gamma_0 = sqrt(lambda_0 + eta)."""
         c = self.config
         self.lam = torch.tensor(c.lambda0, dtype=torch.float64, device=device)
+        self._eta = weight_decay
         self.gamma = torch.tensor(math.sqrt(c.lambda0 + weight_decay), dtype=torch.float64, device=device)
         self._lowest = math.sqrt(weight_decay) if c.gamma_min is None else c.gamma_min
 
     def candidates(self, step: int) -> list[Tensor]:
         """Three gammas every T_2 steps; only the new ones are clamped, so a gamma above the clamp can come down."""
         c = self.config
+        if c.gamma_rule == "tied":
+            return [(self.lam + self._eta).sqrt()]
         if step % c.gamma_every:
             return [self.gamma]
         w2 = math.sqrt(_DECAY) ** c.gamma_every
@@ -52,7 +58,7 @@ class LevenbergMarquardt(Damping):
 
     def adapt(self, rho: Tensor) -> None:
         """The Levenberg-Marquardt rule, on the device; NaN counts as a failure of the model."""
-        w1 = _DECAY**self.config.lambda_every
+        w1 = self.config.rate**self.config.lambda_every
         # Chosen among tensors of lambda's dtype: between plain numbers torch.where answers in its default dtype.
         kept = torch.where(rho >= 0.25, self.lam, self.lam / w1)
         self.lam = torch.where(rho > 0.75, self.lam * w1, kept)

@@ -1,0 +1,38 @@
+"""All benchmarks that fit into ten minutes: what `make bench` runs. Times to a target are a study of their own."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks import launches, memory, phases, spike, step, tolerance, width
+from benchmarks.contenders import APPROXIMATIONS
+from benchmarks.report import Report
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str]) -> int:
+    """Print every table, and JSON with ``--json FILE``."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks all", description=__doc__)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    every, report = list(APPROXIMATIONS), Report("all")
+    step.measure(report, "mnist", 1000, device, approximations=every)
+    step.measure(report, "mnist", 4000, device, approximations=every, turns=20, adam=False)
+    step.measure(report, "mnist", 250, device, approximations=every, turns=20, adam=False)
+    step.measure(report, "curves", 1000, device, approximations=every, turns=20)
+    step.measure(report, "mnist", 1000, device, approximations=every[:2], turns=20, gamma="compared", adam=False)
+    for period in (1, 5):
+        step.measure(report, "mnist", 1000, device, approximations=every, turns=10, refresh_every=period, adam=False)
+    spike.measure(report, "mnist", 1000, device, 200, ["background"])
+    phases.measure(report, "mnist", 1000, device, 20)
+    tolerance.measure(report, "mnist", device)
+    memory.measure(report, "mnist", 1000)
+    width.measure(report, [512, 1024], 1000, device, every)
+    launches.measure(report, "mnist", device)
+    report.save(options.json)
+    return 0
