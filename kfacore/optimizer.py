@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from kfacore.config.slots import ApproxConfig, DampingConfig, EstimatorConfig, LikelihoodConfig, MomentumConfig
-from kfacore.errors import ConfigError, DataError, NumericalError, UnsupportedModelError
+from kfacore.errors import ConfigError, UnsupportedModelError
+from kfacore.guards import check_form, require_finite
 from kfacore.linearize import BlockVector, Linearization, Linearizer
-from kfacore.nest import cases_of, tensors_of
+from kfacore.nest import cases_of
 from kfacore.options import KFACConfig, complete
 from kfacore.preconditioner import Preconditioner
 from kfacore.quadratic import fisher_gram, model_value, on_planes, symmetric_gram
@@ -47,6 +48,9 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         weight_decay: eta >= 0.
         preset: Where slots that are left out come from.
         seed: Seed of the sampled targets.
+        autocast: ``"bfloat16"`` for mixed precision: forward and backward passes run under torch's autocast, factors,
+            solves and the quadratic model keep the parameters' dtype. Steps that adapt lambda run wholly in it,
+            because rho is a small difference of two objectives. An autocast around `step` means the same.
 
     Raises:
         ConfigError: An option is wrong.
@@ -66,6 +70,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         weight_decay: float | None = None,
         preset: str | None = None,
         seed: int | None = None,
+        autocast: str | None = None,
     ) -> None:
         given = {
             "likelihood": likelihood,
@@ -76,6 +81,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             "weight_decay": weight_decay,
             "preset": preset,
             "seed": seed,
+            "autocast": autocast,
         }
         registry = get_registry()
         chosen = complete(registry, config, {key: value for key, value in given.items() if value is not None})
@@ -84,6 +90,9 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             raise ConfigError(f"weight_decay must be a number >= 0, found {eta!r}")
         if not isinstance(chosen["seed"], int) or isinstance(chosen["seed"], bool):
             raise ConfigError(f"seed must be an integer, found {chosen['seed']!r}")
+        if chosen["autocast"] not in (None, "bfloat16"):
+            raise ConfigError(f"autocast must be 'bfloat16' or left out, found {chosen['autocast']!r}")
+        self._low = torch.bfloat16 if chosen["autocast"] else None
         self.likelihood = registry.build("likelihood", chosen["likelihood"])
         self.approx = registry.build("approx", chosen["approx"])
         self.estimator = registry.build("estimator", chosen["estimator"])
@@ -116,7 +125,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         seed: int,
     ) -> KFAC:
         """Build it for `kfac train`."""
-        return cls(model, likelihood=likelihood, weight_decay=weight_decay, seed=seed, **parts)
+        autocast = config.autocast
+        return cls(model, likelihood=likelihood, weight_decay=weight_decay, seed=seed, autocast=autocast, **parts)
 
     @property
     def model(self) -> nn.Module:
@@ -155,14 +165,25 @@ class KFAC(torch.optim.Optimizer, Optimizer):
                 are seen in steps that refresh or adapt, the others do not wait for the device; the parameters are
                 then what they were before the step.
         """
+        device = self.param_groups[0]["params"][0].device.type
+        if not torch.is_autocast_enabled(device):
+            return self._step(inputs, targets, self._low)
+        low = torch.get_autocast_dtype(device)
+        if low != torch.bfloat16:
+            raise ConfigError(f"KFAC steps under autocast to bfloat16, found {low}: it would need the loss scaled")
+        with torch.autocast(device, enabled=False):
+            return self._step(inputs, targets, low)
+
+    def _step(self, inputs: Any, targets: Tensor, low: torch.dtype | None) -> StepReport:
         k = self.steps + 1
         m = cases_of(inputs)
-        batch = self.linearizer(inputs, self.estimator.cases(m))
+        adapts = self.damping.adapts(k)
+        batch = self.linearizer(inputs, self.estimator.cases(m), None if adapts else low)
         targets = self._check_targets(targets, m, batch.statistics_outputs())
         loss, objective, error = self._objective(batch, targets)
 
         preconditioner = self._prepare()
-        gammas, adapts = self.damping.candidates(k), self.damping.adapts(k)
+        gammas = self.damping.candidates(k)
         if adapts or preconditioner.waits(k, gammas):  # this step waits for the device anyway
             self._require_finite("objective", objective, inputs, targets)
         preconditioner.update(self.estimator.collect(batch, targets, self.likelihood, self.generator))
@@ -205,21 +226,13 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             notices=tuple(str(notice) for notice in notices),
         )
 
-    def _check_targets(self, targets: Any, cases: int, z: Tensor) -> Tensor:
+    def _check_targets(self, targets: Tensor, cases: int, z: Tensor) -> Tensor:
         """Wholly for the first mini-batch; later only what the host knows without asking the device.
 
         Returns:
             The targets, floating-point ones in the outputs' dtype.
         """
-        if not isinstance(targets, Tensor) or targets.dim() == 0:
-            found = "a number" if isinstance(targets, Tensor) else f"a {type(targets).__name__}"
-            raise DataError(f"targets: a tensor with one target a case is needed, found {found}")
-        if len(targets) != cases:
-            raise DataError(f"targets: found {len(targets)} targets for {cases} cases of inputs")
-        if targets.device != z.device:
-            raise DataError(
-                f"targets: they are on {targets.device}, the model's outputs on {z.device}; move them there"
-            )
+        check_form(targets, cases, z.device)
         like = targets.shape[1:], targets.dtype
         if like != self._targets_like:
             self.likelihood.check_targets(targets, z.shape[1], "targets")
@@ -227,28 +240,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         return targets.to(z.dtype) if targets.is_floating_point() else targets
 
     def _require_finite(self, what: str, value: Tensor, inputs: Any, targets: Tensor) -> None:
-        """Refuse to go on from NaN or infinity, and say where it came from. Waits for the device.
-
-        Raises:
-            DataError: The mini-batch has NaN or infinity.
-            NumericalError: It has not, so the parameters have diverged.
-        """
-        # The inputs as well: an infinite one may saturate its units and leave every loss finite.
-        finite = [torch.isfinite(value), *(torch.isfinite(x).all() for x in tensors_of(inputs))]
-        if bool(torch.stack(finite).all()):
-            return
-        for name, tensor in (*(("inputs", x) for x in tensors_of(inputs)), ("targets", targets)):
-            bad = ~torch.isfinite(tensor).reshape(len(tensor), -1).all(1)
-            if bool(bad.any()):
-                raise DataError(
-                    f"{name}: {int(bad.sum())} of {len(bad)} cases of the mini-batch of step {self.steps + 1} hold NaN "
-                    f"or infinity, the first is case {int(bad.nonzero()[0, 0])}; remove or repair them"
-                )
-        raise NumericalError(
-            f"step {self.steps + 1}: the {what} is not finite (lambda {float(self.damping.lam):g}, gamma "
-            f"{float(self.damping.gamma):g}); the parameters have diverged, or an earlier mini-batch held NaN or "
-            "infinity. Check the data, or start with a larger damping.lambda0"
-        )
+        damping = self.damping.lam, self.damping.gamma
+        require_finite(what, value, inputs, targets, step=self.steps + 1, damping=damping)
 
     def _objective(self, batch: Linearization, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """loss, h = loss + eta/2 ||theta||^2, and the reported error, at the parameters of the forward pass."""

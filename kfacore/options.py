@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from kfacore.config.presets import PRESETS
 from kfacore.config.slots import (
@@ -42,6 +42,9 @@ class KFACConfig(Model):
     """Where slots that are left out come from: "default", "paper" or "heskes"."""
     seed: int = 0
     """Seed of the sampled targets."""
+    autocast: Literal["bfloat16"] | None = None
+    """Mixed precision: dtype of the forward and backward passes; factors, solves and the quadratic model keep the
+    parameters' dtype."""
 
 
 def complete(registry: Registry, config: KFACConfig | None, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,17 @@ r"""A mini-batch as a linear map of the parameters: outputs, gradient, g_i, and 
 One forward pass serves everything. It runs in two chunks, the cases of the statistics and the rest, so that the
 sampled backward pass costs its share of the cases only. J v is forward-mode differentiation through the model with
 the layers' products already known: a layer's output is taken from the forward pass, only its tangent is computed.
+
+In mixed precision the forward and backward passes run under torch's autocast. What leaves here (outputs, abar, g, the
+gradient, J v) is in the parameters' dtype, and J v is computed in it: M has to tell directions apart that are nearly
+parallel.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import pairwise
@@ -39,11 +43,12 @@ class Call:
     s: Tensor
     edge: GradientEdge
     version: int
+    dtype: torch.dtype
 
     @cached_property
     def rows(self) -> Tensor:
         """abar, (n, d_in): formed once for the statistics, the gradient and J v."""
-        return self.layer.rule.inputs(self.layer.info, self.x)
+        return self.layer.rule.inputs(self.layer.info, self.x.to(self.dtype))
 
     @property
     def overwritten(self) -> bool:
@@ -70,14 +75,16 @@ class Linearizer:
         model: Any module whose trainable parameters lie in supported layers.
         structure: ``"chain"`` if the model must be a chain of layers, else ``"any"``.
 
+    A compiled model runs uncompiled here: torch supports neither hooks on its layers nor forward-mode through it.
+
     Raises:
         UnsupportedModelError: Some module cannot be preconditioned; the message names it.
     """
 
     def __init__(self, model: nn.Module, structure: str = "any") -> None:
-        self.model = model
+        self.model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile keeps the module under
         self.structure = structure
-        self.layers = find_layers(model)
+        self.layers = find_layers(self.model)
         self.ordered = False
         self._checked: tuple[bool, ...] | None = None
 
@@ -95,12 +102,15 @@ class Linearizer:
         self.layers = [known[name] for name in names]
         self.ordered = True
 
-    def __call__(self, inputs: Any, statistics_cases: int | None = None) -> Linearization:
+    def __call__(
+        self, inputs: Any, statistics_cases: int | None = None, low: torch.dtype | None = None
+    ) -> Linearization:
         """Run the forward pass.
 
         Args:
             inputs: Any nest of tensors whose first dimension is the case.
             statistics_cases: How many of the first cases the estimator will use; all if left out.
+            low: Run forward and backward passes under autocast to this dtype.
 
         Raises:
             UnsupportedModelError: A layer was used twice or not at all, the layers' order changed, cases are mixed,
@@ -109,37 +119,43 @@ class Linearizer:
         m = cases_of(inputs)
         n = m if statistics_cases is None else statistics_cases
         bounds = [0, n, m] if n < m else [0, m]
-        chunks = [self._forward(slice_cases(inputs, a, b)) for a, b in pairwise(bounds)]
+        chunks = [self._forward(slice_cases(inputs, a, b), low) for a, b in pairwise(bounds)]
         linearization = Linearization(self, inputs, chunks)
         modes = tuple(module.training for module in self.model.modules())
         if self._checked != modes:  # for the first time, or some module was switched between train and eval
-            check_cases(self.model, inputs)
-            check_gradient(self.layers, chunks[0])
+            first = chunks[0] if low is None else self._forward(slice_cases(inputs, 0, n), None)
+            with _uncompiled(self.model):
+                check_cases(self.model, inputs)
+            check_gradient(self.layers, first)
             if self.structure == "chain":
-                check_chain(self.layers, chunks[0])
+                check_chain(self.layers, first)
             self._checked = modes if m > 1 else None  # one case cannot show that cases are mixed
         return linearization
 
-    def _forward(self, inputs: Any) -> Chunk:
+    def _forward(self, inputs: Any, low: torch.dtype | None) -> Chunk:
         calls: list[Call] = []
+        like = self.layers[0].parameters[0]
 
         def check(layer: Layer) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                layer.rule.check_input(layer.info, module, _input(args, kwargs))
+                x = _input(args, kwargs)
+                if isinstance(x, Tensor) and x.dtype == low:  # autocast will convert the weights
+                    x = x.new_empty((), dtype=like.dtype).expand(x.shape)
+                layer.rule.check_input(layer.info, module, x)
 
             return hook
 
         def record(layer: Layer) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
                 x = cast("Tensor", _input(args, kwargs)).detach()
-                calls.append(Call(layer, x, output.detach(), get_gradient_edge(output), output._version))
+                calls.append(Call(layer, x, output.detach(), get_gradient_edge(output), output._version, like.dtype))
 
             return hook
 
         handles = [layer.module.register_forward_pre_hook(check(layer), with_kwargs=True) for layer in self.layers]
         handles += [layer.module.register_forward_hook(record(layer), with_kwargs=True) for layer in self.layers]
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), _uncompiled(self.model), _autocast(like.device.type, low):
                 z = self.model(inputs)
         finally:
             for handle in handles:
@@ -163,15 +179,16 @@ class Linearization:
         self._model = linearizer.model
         self._inputs = inputs
         self._chunks = chunks
+        self._dtype = self.layers[0].parameters[0].dtype
         self.cases = sum(chunk.z.shape[0] for chunk in chunks)
 
     def outputs(self) -> list[Tensor]:
         """z of each chunk, (n_c, o), detached, in the order of the cases."""
-        return [chunk.z.detach() for chunk in self._chunks]
+        return [chunk.z.detach().to(self._dtype) for chunk in self._chunks]
 
     def statistics_outputs(self) -> Tensor:
         """z of the estimator's cases, (n, o), detached."""
-        return self._chunks[0].z.detach()
+        return self._chunks[0].z.detach().to(self._dtype)
 
     def backpropagate(
         self,
@@ -186,7 +203,7 @@ class Linearization:
             abar and g of each layer.
         """
         chunk = self._chunks[0]
-        passes = [_layer_gradients(chunk, v, retain=True) for v in vectors.unbind(0)]
+        passes = [[g.to(self._dtype) for g in _layer_gradients(chunk, v, retain=True)] for v in vectors.unbind(0)]
         return [
             LayerSamples(
                 call.rows, passes[0][i].unsqueeze(0) if len(passes) == 1 else torch.stack([g[i] for g in passes])
@@ -227,7 +244,7 @@ class Linearization:
         n = self.cases if cases is None else cases
         k = len(directions)
         _load_forward_mode()
-        with torch.no_grad(), fwd.dual_level(), self._tangents(directions, n):
+        with torch.no_grad(), _uncompiled(self._model), fwd.dual_level(), self._tangents(directions, n):
             try:
                 z = self._model(repeat_cases(slice_cases(self._inputs, 0, n), k))
             except NotImplementedError as error:
@@ -256,6 +273,17 @@ class Linearization:
                 del module.__dict__["forward"]
 
 
+def _autocast(device: str, low: torch.dtype | None) -> AbstractContextManager[Any]:
+    # No cache: inside an autocast of the caller's it would outlive the step, and the weights it was made of.
+    return nullcontext() if low is None else torch.autocast(device, low, cache_enabled=False)
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Run what is compiled inside the model as it was written."""
+    inside = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+    return torch.compiler.set_stance("force_eager") if inside else nullcontext()
+
+
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a layer was called with, by position or by keyword."""
     return args[0] if args else next(iter(kwargs.values()), None)
@@ -263,7 +291,7 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _layer_gradients(chunk: Chunk, v: Tensor, *, retain: bool) -> Sequence[Tensor]:
     """g of each layer for output vectors v."""
-    return torch.autograd.grad(chunk.z, [call.edge for call in chunk.calls], v, retain_graph=retain)
+    return torch.autograd.grad(chunk.z, [call.edge for call in chunk.calls], v.to(chunk.z.dtype), retain_graph=retain)
 
 
 def _tangent_forward(layer: Layer, calls: list[Call], blocks: list[Tensor], n: int) -> Callable[[Tensor], Tensor]:
@@ -272,7 +300,7 @@ def _tangent_forward(layer: Layer, calls: list[Call], blocks: list[Tensor], n: i
 
     def forward(input: Tensor) -> Tensor:  # the name nn.Linear.forward has, for keyword calls
         x, dx = _unpack(input)
-        s = _first([call.s for call in calls], n, k) if known else layer.rule.primal(layer.module, x)
+        s = _first([call.s for call in calls], n, k).to(calls[0].dtype) if known else layer.rule.primal(layer.module, x)
         tangent = layer.rule.tangent(layer.module, _first([call.rows for call in calls], n), dx, blocks)
         return cast("Tensor", fwd.make_dual(s, tangent))  # type: ignore[no-untyped-call]  # torch has no types here
 

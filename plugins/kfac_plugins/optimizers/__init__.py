@@ -18,6 +18,8 @@ class KfacOptimizerConfig(OptimizerConfig):
     """K-FAC; its options are those of the slots estimator, approx, damping and momentum."""
 
     kind: Literal["kfac"] = "kfac"
+    autocast: Literal["bfloat16"] | None = None
+    """Mixed precision: dtype of the forward and backward passes; the algebra keeps the run's dtype."""
 
 
 class NesterovConfig(OptimizerConfig):
