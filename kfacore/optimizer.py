@@ -23,7 +23,7 @@ from kfacore.quadratic import fisher_gram, model_value, on_planes, symmetric_gra
 from kfacore.registry import get_registry
 from kfacore.roles.approx import Approximation, Inverse, Notice
 from kfacore.roles.damping import Damping
-from kfacore.roles.estimator import Estimator
+from kfacore.roles.estimator import Estimator, mean_diagonal
 from kfacore.roles.likelihood import Likelihood
 from kfacore.roles.momentum import Momentum
 from kfacore.roles.optimizer import Optimizer, StepReport
@@ -186,7 +186,11 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         gammas = self.damping.candidates(k)
         if adapts or preconditioner.waits(k, gammas):  # this step waits for the device anyway
             self._require_finite("objective", objective, inputs, targets)
-        preconditioner.update(self.estimator.collect(batch, targets, self.likelihood, self.generator))
+        samples = self.estimator.collect(batch, targets, self.likelihood, self.generator)
+        preconditioner.update(samples)
+        if k == 1:
+            self.damping.observe(mean_diagonal(samples))
+            gammas = self.damping.candidates(k)
         grad = self._gradient(batch, targets)
 
         candidates, notices, refreshed = self._inverses(preconditioner, gammas, k)

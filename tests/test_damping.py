@@ -63,6 +63,24 @@ def test_lambda_follows_rho(rho: float, power: int, every: int) -> None:
     assert float(damping.gamma) == math.sqrt(150.0 + ETA)
 
 
+def test_automatic_lambda_follows_the_curvature() -> None:
+    """A constant share of the mean diagonal of the Fisher; a given lambda is left alone."""
+    damping = started(lambda0="auto", gamma_rule="tied")
+    share = float(damping.lam)
+    damping.observe(scalar(0.02))
+    assert float(damping.lam) == pytest.approx(0.02 * share, rel=1e-15)
+    assert float(damping.gamma) == pytest.approx(math.sqrt(0.02 * share + ETA), rel=1e-15)
+    assert float(damping.candidates(1)[0]) == pytest.approx(float(damping.gamma), rel=1e-15)
+    assert damping.lam.dtype == damping.gamma.dtype == Float
+    for nothing in (0.0, math.nan):
+        damping = started(lambda0="auto")
+        damping.observe(scalar(nothing))
+        assert float(damping.lam) == share
+    given = started(lambda0=2.0)
+    given.observe(scalar(0.02))
+    assert float(given.lam) == 2.0
+
+
 def test_lambda_moves_at_the_chosen_rate() -> None:
     damping = started(lambda0=1.0, rate=0.8, lambda_every=3)
     damping.adapt(scalar(1.0))

@@ -16,6 +16,7 @@ from kfac_plugins.likelihoods.categorical import Categorical
 from kfac_plugins.likelihoods.gaussian import Gaussian
 from kfacore.linearize import Linearizer
 from kfacore.roles import Estimator, LayerSamples, Likelihood
+from kfacore.roles.estimator import mean_diagonal
 
 LIKELIHOODS = {"bernoulli": Bernoulli, "categorical": Categorical, "gaussian": Gaussian}
 SIZES = (3, 4, 3)
@@ -49,6 +50,15 @@ def test_exact_is_the_fisher(likelihood: str) -> None:
     v = per_case_gradients(found)
     F = torch.einsum("knp,knq->pq", v, v) / len(x)
     assert dense.relative(F, dense.fisher(model, likelihood, x)) < 1e-10
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_mean_diagonal_is_that_of_the_fisher(likelihood: str) -> None:
+    """tr F / P, whatever the number of passes."""
+    model, x = dense.net(SIZES), dense.randn(8, 3)
+    samples = collect(Exact(ExactConfig(tau1=1.0)), model, x, targets(likelihood, 8), LIKELIHOODS[likelihood]())
+    F = dense.fisher(model, likelihood, x)
+    assert float(mean_diagonal(samples)) == pytest.approx(float(F.diagonal().mean()), rel=1e-12)
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)

@@ -305,6 +305,22 @@ def test_the_best_of_three_gammas_is_kept() -> None:
     assert len(found) == len(step)
 
 
+def test_automatic_lambda_comes_from_the_first_batch() -> None:
+    """In the first step's report and model already; later batches, and a restored state, do not set it again."""
+    damping = {"kind": "levenberg-marquardt", "lambda0": "auto", "lambda_every": 1000}
+    optimizer = KFAC(dense.net(SIZES), likelihood="gaussian", estimator="exact", damping=damping)
+    share = float(optimizer.damping.lam)
+    reports = train(optimizer, 4)
+    assert optimizer.preconditioner is not None
+    (first,) = {float(report.lam) for report in reports}
+    x, _ = data(seed=0)
+    F = dense.fisher(dense.net(SIZES), "gaussian", x[: optimizer.estimator.cases(len(x))])
+    assert first == pytest.approx(share * float(F.diagonal().mean()), rel=1e-10)
+    again = KFAC(dense.net(SIZES), likelihood="gaussian", estimator="exact", damping=damping)
+    again.load_state_dict(optimizer.state_dict())
+    assert float(train(again, 1, start=4)[0].lam) == first
+
+
 def test_refreshes_every_t3() -> None:
     optimizer = KFAC(dense.net(SIZES), likelihood="gaussian", approx={"kind": "blockdiag", "refresh_every": 6})
     refreshed = [r.step for r in train(optimizer, 19) if r.refreshed]

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from kfacore.diagnostics.exact import ExactModel
 from kfacore.errors import ConfigError, DataError
+from kfacore.linearize import Linearizer
 from kfacore.roles import Problem
+from kfacore.roles.estimator import mean_diagonal
+from kfacore.roles.likelihood import Likelihood
 from kfacore.training.batches import derive_seed
 from kfacore.training.checkpoint import Checkpoint, load_checkpoint
 from kfacore.training.run import RunFolder
@@ -132,7 +135,7 @@ def _subject(
     data = problem.load()
     likelihood = registry.build("likelihood", config.likelihood)
     inputs, targets = training_cases(data.train.inputs, data.train.targets, cases, config.seed)
-    found_lam, found_gamma = _damping(config, registry, checkpoint)
+    found_lam, found_gamma = _damping(config, registry, checkpoint, model, likelihood, inputs, targets)
     lam = found_lam if lam is None else lam
     exact = ExactModel(model, likelihood, inputs, targets, weight_decay=config.weight_decay, lam=lam)
     gamma = found_gamma if gamma is None else gamma
@@ -149,7 +152,15 @@ def _subject(
     )
 
 
-def _damping(config: RunConfig, registry: Registry, checkpoint: Checkpoint | None) -> tuple[float, float]:
+def _damping(
+    config: RunConfig,
+    registry: Registry,
+    checkpoint: Checkpoint | None,
+    model: nn.Module,
+    likelihood: Likelihood,
+    inputs: Tensor,
+    targets: Tensor,
+) -> tuple[float, float]:
     """Lambda and gamma of the checkpoint, or the first ones of the configured damping."""
     # Optimizers without curvature have no damping of their own: the default one's first values serve.
     damping = registry.build("damping", config.damping if config.damping is not None else "levenberg-marquardt")
@@ -157,4 +168,9 @@ def _damping(config: RunConfig, registry: Registry, checkpoint: Checkpoint | Non
     saved = None if checkpoint is None else checkpoint.optimizer.get("kfac")
     if saved is not None:
         damping.load_state_dict(saved["damping"])
+    else:
+        estimator = registry.build("estimator", config.estimator if config.estimator is not None else "monte-carlo")
+        batch = Linearizer(model)(inputs, estimator.cases(len(inputs)))
+        generator = torch.Generator().manual_seed(config.seed)
+        damping.observe(mean_diagonal(estimator.collect(batch, targets, likelihood, generator)))
     return float(damping.lam), float(damping.gamma)

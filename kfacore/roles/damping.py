@@ -32,6 +32,13 @@ class Damping(Part):
     def start(self, weight_decay: float, device: torch.device) -> None:
         """Set `lam` and `gamma` to their first values; eta is the objective's weight decay."""
 
+    def observe(self, curvature: Tensor) -> None:  # optional: most strategies are told where to start
+        """Called once, with the statistics of the first step and before its candidates.
+
+        Args:
+            curvature: Mean diagonal entry of the Fisher, (), float64.
+        """
+
     def candidates(self, step: int) -> list[Tensor]:
         """The gammas to compare in this step; a step with several always refreshes."""
         return [self.gamma]

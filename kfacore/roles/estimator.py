@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from kfacore.roles.likelihood import Likelihood
 if TYPE_CHECKING:
     from kfacore.linearize import Linearization
 
-__all__ = ["Estimator", "LayerSamples"]
+__all__ = ["Estimator", "LayerSamples", "mean_diagonal"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,25 @@ class LayerSamples:
     def cases(self) -> int:
         """Number of cases, n."""
         return int(self.inputs.shape[0])
+
+
+def mean_diagonal(samples: Sequence[LayerSamples]) -> Tensor:
+    r"""Mean diagonal entry of the Fisher, tr F / P: what lambda is to be compared with.
+
+    tr F is the mean over cases of sum_i |abar_i|^2 |g_i|^2, because a case's gradient by block i is g_i abar_i^T.
+
+    Args:
+        samples: What an estimator saw, one a layer.
+
+    Returns:
+        (), float64.
+    """
+    traces, parameters = [], 0
+    for s in samples:
+        per_case = s.inputs.square().sum(1) * s.gradients.square().sum((0, 2))
+        traces.append(per_case.mean(dtype=torch.float64))
+        parameters += s.inputs.shape[1] * s.gradients.shape[2]
+    return torch.stack(traces).sum() / parameters
 
 
 class Estimator(Part):

@@ -7,6 +7,9 @@ lambda follows the reduction ratio rho = (h(theta + delta) - h(theta)) / M(delta
 and gamma is chosen every T_2 steps among {w2 gamma, gamma, gamma / w2}, w2 = sqrt(19/20)^T_2, by the value of the
 quadratic model. The clamp of the candidates is the authors' program's; the paper has none.
 
+With lambda_0 = "auto", lambda starts at 0.15 times the mean diagonal entry of the Fisher on the first mini-batch, so
+that it follows the scale of the objective: h and F times c need lambda times c. The factor was measured, see docs.
+
 Tied, gamma is sqrt(lambda + eta) at every refresh: the paper's first value, kept up, which Ba et al. (2017, section
 A.2) use throughout. It needs one inverse where the comparison needs three.
 """
@@ -25,6 +28,9 @@ __all__ = ["LevenbergMarquardt"]
 
 _DECAY = 19.0 / 20.0
 
+_AUTOMATIC = 0.15
+"""lambda_0 = "auto", in units of the mean diagonal entry of the Fisher."""
+
 
 class LevenbergMarquardt(Damping):
     """lambda by rho, gamma by comparison."""
@@ -33,12 +39,19 @@ class LevenbergMarquardt(Damping):
     config: LevenbergMarquardtConfig
 
     def start(self, weight_decay: float, device: torch.device) -> None:
-        """lambda_0, gamma_0 = sqrt(lambda_0 + eta)."""
+        """lambda_0, gamma_0 = sqrt(lambda_0 + eta); if automatic, as for a mean curvature of 1 until it is known."""
         c = self.config
-        self.lam = torch.tensor(c.lambda0, dtype=torch.float64, device=device)
+        first = _AUTOMATIC if c.lambda0 == "auto" else c.lambda0
+        self.lam = torch.tensor(first, dtype=torch.float64, device=device)
         self._eta = weight_decay
-        self.gamma = torch.tensor(math.sqrt(c.lambda0 + weight_decay), dtype=torch.float64, device=device)
+        self.gamma = torch.tensor(math.sqrt(first + weight_decay), dtype=torch.float64, device=device)
         self._lowest = math.sqrt(weight_decay) if c.gamma_min is None else c.gamma_min
+
+    def observe(self, curvature: Tensor) -> None:
+        """Set lambda by the mean diagonal of the Fisher, if automatic; a curvature of zero or NaN says nothing."""
+        if self.config.lambda0 == "auto":
+            self.lam = _AUTOMATIC * torch.where(curvature > 0, curvature, torch.ones_like(curvature))
+            self.gamma = (self.lam + self._eta).sqrt()
 
     def candidates(self, step: int) -> list[Tensor]:
         """Three gammas every T_2 steps; only the new ones are clamped, so a gamma above the clamp can come down."""
