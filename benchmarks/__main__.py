@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from benchmarks import everything, launches, memory, phases, spike, step, tolerance, width
+from benchmarks import everything, launches, memory, phases, spike, step, target, tolerance, width
 
 BENCHMARKS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "all": (everything.main, "every benchmark that fits into ten minutes (make bench)"),
@@ -14,6 +14,7 @@ BENCHMARKS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "phases": (phases.main, "where a step's time goes"),
     "spike": (spike.main, "the slowest step against the median one"),
     "step": (step.main, "cost of a K-FAC step against SGD with momentum on the same model and batch"),
+    "target": (target.main, "seconds, steps and cases to a training error; takes as long as training"),
     "tolerance": (tolerance.main, "what truncating the tridiagonal inverse trades"),
     "width": (width.main, "how the cost grows with the width of the layers"),
 }

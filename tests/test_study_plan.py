@@ -28,6 +28,18 @@ def names_of(plan: Any) -> list[str]:
     return [variant.name for variant in plan.study.variants]
 
 
+READY = sorted((Path(__file__).parent.parent / "studies").glob("*.toml"))
+
+
+@pytest.mark.parametrize("file", READY, ids=lambda file: file.stem)
+def test_ready_studies_can_be_planned(tmp_path, file: Path) -> None:
+    """Every key and name in them exists, and each is called what its file is called."""
+    plan = plan_study(get_registry(), read_study(file), tmp_path / "out", origin=file.name)
+    assert plan.study.name == file.stem
+    assert plan.study.reference in names_of(plan)
+    assert len({run.hash for run in plan.study.runs}) == len(plan.study.runs) > 0
+
+
 class TestVariants:
     def test_a_grid_has_all_combinations_the_last_axis_fastest(self, tmp_path) -> None:
         plan = plan_of(tmp_path, '[axes]\napprox = ["tridiag", "blockdiag"]\ndamping.lambda0 = [0.1, 1]\n')
