@@ -17,8 +17,8 @@ from kfacore.errors import ConfigError, ResourceError
 from kfacore.registry import get_registry
 from kfacore.roles import Ended, Executor
 from kfacore.studies.config import read_study
+from kfacore.studies.folder import plan_into
 from kfacore.studies.plan import Study
-from kfacore.studies.runner import plan_into
 from kfacore.studies.state import read_journal, read_state, state_folder
 from kfacore.training.files import write_json
 

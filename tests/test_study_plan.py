@@ -11,10 +11,10 @@ from kfacore.config.resolve import resolve
 from kfacore.errors import ConfigError, DataError
 from kfacore.registry import get_registry
 from kfacore.studies.config import StudyConfig, read_study, study_schema
+from kfacore.studies.folder import plan_into
 from kfacore.studies.identity import relevant, run_hash
 from kfacore.studies.plan import load_study
 from kfacore.studies.planner import UNLIMITED_STEPS, plan_study
-from kfacore.studies.runner import plan_into
 
 
 def plan_of(tmp_path: Path, text: str, **options: Any) -> Any:

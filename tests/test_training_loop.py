@@ -18,7 +18,8 @@ from kfacore.errors import ConfigError, DataError, NumericalError, ResourceError
 from kfacore.registry import get_registry
 from kfacore.roles import StepReport
 from kfacore.training.checkpoint import load_checkpoint
-from kfacore.training.loop import read_scalars, train
+from kfacore.training.loop import train
+from kfacore.training.results import read_scalars
 from kfacore.training.resume import resume_config
 from kfacore.training.signals import Interrupted, Terminated
 

@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kfacore.training.loop import RunResult, train
+    from kfacore.training.loop import train
     from kfacore.training.report import RunSummary, compare
+    from kfacore.training.results import RunResult
     from kfacore.training.resume import resume_config
     from kfacore.training.run import RunFolder
     from kfacore.training.signals import Interrupted
@@ -20,7 +21,7 @@ __all__ = ["Interrupted", "RunFolder", "RunResult", "RunSummary", "compare", "re
 _HOMES = {
     "Interrupted": "signals",
     "RunFolder": "run",
-    "RunResult": "loop",
+    "RunResult": "results",
     "RunSummary": "report",
     "compare": "report",
     "resume_config": "resume",

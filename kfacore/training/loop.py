@@ -7,22 +7,21 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from kfacore.errors import ConfigError, DataError, NumericalError, ResourceError
-from kfacore.roles import Sink, StepReport
+from kfacore.roles import Sink
 from kfacore.training.batches import BatchSampler, BatchSchedule
 from kfacore.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from kfacore.training.evaluate import evaluate_all, evaluation_due
 from kfacore.training.files import disk_errors
 from kfacore.training.notices import NoticeLog
 from kfacore.training.plots import draw_run
+from kfacore.training.results import RunResult, read_scalars
 from kfacore.training.run import RunFolder, default_folder
 from kfacore.training.setup import Parts, build_parts, manifest, method_of
 from kfacore.training.signals import StopSignals, resume_command
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from kfacore.config.run import RunConfig
     from kfacore.registry import Registry
 
-__all__ = ["Event", "Listener", "RunResult", "read_scalars", "train"]
+__all__ = ["Event", "Listener", "train"]
 
 logger = logging.getLogger("kfacore.training")
 
@@ -40,27 +39,6 @@ Event = Mapping[str, Any]
 
 Listener = Callable[[Event], None]
 """Is told every event, after the sinks."""
-
-_SCALARS = ("loss", "objective", "error", "lam", "gamma", "rho", "alpha", "mu")
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """How a run ended.
-
-    Attributes:
-        run: The run folder.
-        step: Steps taken in all.
-        seconds: Training seconds in all, without evaluation and checkpoints.
-        measures: The last evaluation: ``train_loss``, ``train_error``, ``test_...``, ``averaged_...``.
-        plots: The pictures drawn.
-    """
-
-    run: Path
-    step: int
-    seconds: float
-    measures: Mapping[str, float | None]
-    plots: tuple[Path, ...]
 
 
 def train(
@@ -111,27 +89,6 @@ def train(
                 return run.go(stop)
         finally:
             folder.unlock()
-
-
-def read_scalars(report: StepReport) -> dict[str, float | None]:
-    """The scalars of a report as Python numbers, in one transfer from each device they live on (usually one in all).
-
-    Args:
-        report: The report of a step.
-
-    Returns:
-        Loss, objective, error, lam, gamma, rho, alpha and mu; None where the report has none.
-    """
-    values: dict[str, float | None] = dict.fromkeys(_SCALARS)
-    homes: dict[torch.device, list[tuple[str, Tensor]]] = {}
-    for name in _SCALARS:
-        value = getattr(report, name)
-        if value is not None:
-            homes.setdefault(value.device, []).append((name, value.detach().reshape(()).to(torch.float64)))
-    for scalars in homes.values():
-        numbers = torch.stack([value for _, value in scalars]).tolist()
-        values.update(zip((name for name, _ in scalars), numbers, strict=True))
-    return values
 
 
 def _now() -> str:

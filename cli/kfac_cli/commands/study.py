@@ -63,7 +63,8 @@ def register(app: typer.Typer) -> None:
         Ctrl-C saves the runs under way and prints the command that goes on; a second one stops at once.
         """
         from kfacore.studies.config import read_study
-        from kfacore.studies.runner import plan_into, run_study
+        from kfacore.studies.folder import plan_into
+        from kfacore.studies.runner import run_study
 
         given = [*(sets or []), *([f"executor.workers={workers}"] if workers is not None else [])]
         config = read_study(file, sets=given, executor=executor)

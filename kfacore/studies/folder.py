@@ -1,0 +1,63 @@
+"""The folder of a study before anything runs: whose it is, and what it already knows of the plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kfacore.errors import ConfigError
+from kfacore.studies.plan import load_study
+from kfacore.studies.planner import Plan, plan_study
+from kfacore.studies.tuning import read_choices
+
+if TYPE_CHECKING:
+    from kfacore.registry import Registry
+    from kfacore.studies.config import StudyConfig
+
+__all__ = ["check_folder", "plan_into"]
+
+
+def plan_into(
+    registry: Registry, config: StudyConfig, folder: Path, *, origin: str = "study", data_dir: str | None = None
+) -> Plan:
+    """The plan of a study with what its folder already knows: choices of tuning, states of runs. Writes nothing.
+
+    Args:
+        registry: Where the components are.
+        config: The study file.
+        folder: The study folder, which need not exist yet.
+        origin: The file's name, for messages.
+        data_dir: Folder of the data files of all problems.
+
+    Raises:
+        ConfigError: Something is wrong with the file, or the folder holds another study.
+        DataError: A file in the folder is damaged.
+    """
+    check_folder(folder, config.name)
+    plan = plan_study(registry, config, folder, origin=origin, data_dir=data_dir)
+    choices = read_choices(folder, plan.tunings)
+    if choices:
+        plan = plan_study(registry, config, folder, origin=origin, data_dir=data_dir, choices=choices)
+    return replace(plan, study=plan.study.refreshed())
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Make sure that a folder is free for a study, or holds this one.
+
+    Raises:
+        ConfigError: It holds another study, a run, other files, or is a file.
+        DataError: Its ``study.json`` is damaged.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder} is a file; name a folder for the study")
+    if not folder.is_dir():
+        return
+    if (folder / "study.json").exists():
+        other = load_study(folder).name
+        if other != name:
+            raise ConfigError(f"--out {folder} holds the study '{other}', not '{name}'; choose another folder")
+    elif (folder / "config.json").exists():
+        raise ConfigError(f"--out {folder} holds a run of kfac train; choose another folder for the study")
+    elif not (folder / "state").exists() and any(folder.iterdir()):
+        raise ConfigError(f"--out {folder} holds other files and no study; choose an empty folder, or a new one")

@@ -1,0 +1,133 @@
+"""The benchmarks' own arithmetic: counted operations are those that a step dispatches, and every benchmark starts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import launches, tolerance
+from benchmarks.__main__ import BENCHMARKS
+from benchmarks.__main__ import main as command
+from benchmarks.contenders import kfac
+from benchmarks.interleave import Timing
+from benchmarks.limit import kfac_operations, sgd_operations
+from benchmarks.nets import build_chain
+from benchmarks.report import Report
+
+WIDTHS = (12, 9, 4, 9, 12)
+CASES = 64
+NEVER = 10**12
+CPU = torch.device("cpu")
+
+
+class Products(TorchDispatchMode):
+    """Adds up the operations of dispatched matrix products, in place or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name in ("mm", "addmm"):
+            left, right = args[-2:]
+            self.operations += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def images() -> torch.Tensor:
+    return (torch.rand(CASES, WIDTHS[0], generator=torch.Generator().manual_seed(0)) > 0.5).float()
+
+
+def test_operations_of_sgd_are_those_dispatched() -> None:
+    model, x = build_chain(WIDTHS, CPU), images()
+    with Products() as counter:
+        nn.functional.binary_cross_entropy_with_logits(model(x), x).backward()
+    # P counts biases as columns of the weights; they are added, not multiplied.
+    weights = [a * b for a, b in pairwise(WIDTHS)]
+    assert counter.operations == 6 * CASES * sum(weights) - 2 * CASES * weights[0]
+    assert sgd_operations(WIDTHS, CASES) == pytest.approx(counter.operations, rel=0.2)
+
+
+def test_operations_of_a_block_diagonal_step_are_those_dispatched() -> None:
+    """An ordinary step, up to the biases' columns in products with plain weights."""
+    optimizer, x = kfac(build_chain(WIDTHS, CPU), {"kind": "blockdiag"}), images()
+    for _ in range(3):
+        optimizer.step(x, x)
+    with Products() as counter:
+        optimizer.step(x, x)
+    expected = kfac_operations(WIDTHS, CASES, "blockdiag", lambda_every=NEVER, refresh_every=NEVER)
+    assert counter.operations == pytest.approx(expected, rel=0.1)
+
+
+def test_refreshes_and_adaptations_cost_their_share() -> None:
+    def each(**periods: int) -> float:
+        return kfac_operations(WIDTHS, CASES, "tridiag", **{"lambda_every": NEVER, "refresh_every": NEVER, **periods})
+
+    assert each(lambda_every=5) - each() == pytest.approx((each(lambda_every=1) - each()) / 5, rel=1e-6)
+    assert each(refresh_every=20) - each() == pytest.approx((each(refresh_every=1) - each()) / 20, rel=1e-6)
+    assert each() > kfac_operations(WIDTHS, CASES, "blockdiag", lambda_every=NEVER, refresh_every=NEVER)
+
+
+def test_timings_are_of_all_turns() -> None:
+    timing = Timing()
+    timing.seconds = [1.0, 1.0, 1.0, 5.0]
+    assert (timing.mean, timing.median, timing.slowest) == (2.0, 1.0, 5.0)
+
+
+def test_a_report_is_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("name", seed=3)
+    report.table("title", [{"": "a", "x": 1234.5, "y": None}, {"": "long name", "x": 0.12345, "y": 12}])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "title"
+    assert lines[2].split() == ["a", "1234", "-"]
+    assert lines[3].split() == ["long", "name", "0.123", "12"]
+    assert len({len(line) for line in lines[1:4]}) == 1
+    report.save(tmp_path / "r.json")
+    saved = json.loads((tmp_path / "r.json").read_text())
+    assert saved["tables"][0]["rows"][1] == {"": "long name", "x": 0.12345, "y": 12}
+    assert saved["settings"]["seed"] == 3
+
+
+def test_every_benchmark_is_listed_and_has_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks"])
+    assert command() == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == list(BENCHMARKS)
+    for name, (run, _) in BENCHMARKS.items():
+        with pytest.raises(SystemExit) as left:
+            run(["--help"])
+        assert left.value.code == 0
+        assert f"benchmarks {name}" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "stepp"])
+    assert command() == 2
+
+
+def test_an_ordinary_step_is_within_its_launches() -> None:
+    """At most 40 operations a layer, 60 for the tridiagonal form, and no wait (on the net that the limits are for)."""
+    report = Report("launches")
+    launches.measure(report, "mnist", CPU)
+    rows = {row[""]: row for row in report.tables[0]["rows"]}
+    for name, limit in (("blockdiag", 40), ("tridiag", 60), ("tridiag, tolerance 0", 60)):
+        assert rows[f"{name}, ordinary"]["a layer"] <= limit
+        assert rows[f"{name}, ordinary"]["waits"] == 0
+
+
+def test_kept_correlations_are_a_share() -> None:
+    optimizer, x = kfac(build_chain(WIDTHS, CPU), {"kind": "tridiag", "tolerance": 0.1}), images()
+    optimizer.step(x, x)
+    assert optimizer.preconditioner is not None
+    for side in "AG":
+        assert 0.0 <= tolerance._kept(optimizer.preconditioner.in_use, side) < 1.0
