@@ -14,7 +14,7 @@ from kfac_plugins.problems import curve_images
 from kfac_plugins.problems.curve_images import draw_curves
 from kfacore.data import sha256_of_arrays
 from kfacore.registry import get_registry
-from kfacore.testing import ComponentSuite, OptimizerSuite, ProblemSuite, SinkSuite
+from kfacore.testing import ComponentSuite, ExecutorSuite, OptimizerSuite, ProblemSuite, SinkSuite
 
 
 class TestKfac(OptimizerSuite):
@@ -139,14 +139,15 @@ class TestNpzRegression(ProblemSuite):
         return {"file": str(folder / "mine.npz"), "sizes": [6]}
 
 
-class TestLocal(ComponentSuite):
-    slot = "executor"
+class TestLocal(ExecutorSuite):
     name = "local"
 
 
-class TestSlurm(ComponentSuite):
-    slot = "executor"
+# submitit leaves the controller's Popen of a finished job to the garbage collector.
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+class TestSlurm(ExecutorSuite):
     name = "slurm"
+    options: ClassVar[dict[str, Any]] = {"cluster": "local"}
 
 
 def test_no_built_in_is_left_out() -> None:

@@ -21,6 +21,7 @@ from kfacore.testing.base import ComponentSuite, devices
 from kfacore.testing.cases import ApproxCase
 from kfacore.testing.damping import DampingSuite
 from kfacore.testing.estimator import EstimatorSuite
+from kfacore.testing.executor import ExecutorSuite
 from kfacore.testing.likelihood import LikelihoodSuite
 from kfacore.testing.momentum import MomentumSuite
 from kfacore.testing.optimizer import OptimizerSuite
@@ -33,6 +34,7 @@ __all__ = [
     "ComponentSuite",
     "DampingSuite",
     "EstimatorSuite",
+    "ExecutorSuite",
     "LikelihoodSuite",
     "MomentumSuite",
     "OptimizerSuite",
