@@ -3,26 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 from small_runs import run, settings, write_data
-
-from kfac_cli.main import main
-
-
-@pytest.fixture
-def kfac(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kfac", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return caught.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

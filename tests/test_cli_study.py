@@ -13,25 +13,8 @@ from pathlib import Path
 import pytest
 from small_studies import write_study
 
-from kfac_cli.main import main
 from kfac_cli.study_live import StudyLive
 from kfacore.studies.plan import load_study
-
-
-@pytest.fixture
-def kfac(capsys, monkeypatch, tmp_path):
-    """Run the command in this process: ``(exit code, stdout, stderr)``."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kfac", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return caught.value.code or 0, captured.out, captured.err
-
-    return call
-
 
 BODY = """
 [[variants]]

@@ -10,22 +10,7 @@ import numpy as np
 import pytest
 from small_runs import EVAL_KEYS, events_of, settings, write_data
 
-from kfac_cli.main import main
 from kfacore.training.checkpoint import load_checkpoint
-
-
-@pytest.fixture
-def kfac(capsys, monkeypatch):
-    """Run the command in this process: ``(exit code, stdout, stderr)``."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kfac", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return caught.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

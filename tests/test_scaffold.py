@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 import kfacore
-from kfac_cli.main import main
 from kfacore.errors import ConfigError
 from kfacore.registry import get_registry
 from kfacore.scaffold import plugin as scaffold
@@ -27,20 +26,6 @@ FILES = (
     "pyproject.toml",
     "tests/test_kfac_two_words.py",
 )
-
-
-@pytest.fixture
-def kfac(capsys, monkeypatch):
-    """Run the command in this process: ``(exit code, stdout, stderr)``."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kfac", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return caught.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 def test_it_is_found_and_passes_its_suite_as_generated(tmp_path: Path) -> None:
