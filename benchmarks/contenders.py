@@ -58,11 +58,11 @@ def torch_step(model: nn.Module, batches: Callable[[int], Tensor], name: str) ->
 def kfac(
     model: nn.Module, approx: dict[str, Any], *, gamma: str = "tied", refresh_every: int = 20, refresh: str = "inline"
 ) -> KFAC:
-    """The default preset, everything adaptive: tau_1 = 1/8, tau_2 = 1/4, T_1 = 5, T_2 = 20."""
+    """The default preset in its steady state: tau_1 = 1/8, tau_2 = 1/4, T_1 = 5, a refresh every T_3 steps."""
     return KFAC(
         model,
         likelihood="bernoulli",
-        approx={**approx, "refresh_every": refresh_every, "refresh": refresh},
+        approx={**approx, "refresh_every": refresh_every, "refresh_growth": None, "refresh": refresh},
         estimator={"kind": "monte-carlo", "tau1": 0.125},
         damping={"kind": "levenberg-marquardt", "gamma_rule": gamma},
         momentum={"kind": "quadratic-model", "tau2": 0.25},

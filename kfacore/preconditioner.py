@@ -53,14 +53,28 @@ class Preconditioner:
         self.inverse: Inverse | None = None
         self.counts: Counter[str] = Counter()
         self._background = BackgroundRefresh(like.device)
+        self._walked = _FIRST_REFRESHES
 
     def update(self, samples: Sequence[LayerSamples]) -> None:
         """Take in what the estimator saw in a mini-batch."""
         self.moments.update(samples, self.decay)
 
     def due(self, step: int) -> bool:
-        """Whether the inverse is refreshed in this step: the first three, and every T_3."""
-        return self.inverse is None or step <= _FIRST_REFRESHES or step % self.approx.config.refresh_every == 0
+        """Whether the inverse is refreshed in this step: the first three, and every T_3 or sooner.
+
+        With a growth g the refresh after step s comes at s + min(T_3, max(1, floor(g s))): the parameters move most
+        in the first steps, and the averages, whose weights are 1/k there, with them.
+        """
+        if self.inverse is None or step <= _FIRST_REFRESHES:
+            return True
+        period, growth = self.approx.config.refresh_every, self.approx.config.refresh_growth
+        if growth is None:
+            return step % period == 0
+        if self._walked > step:  # asked about an earlier step than before
+            self._walked = _FIRST_REFRESHES
+        while self._walked < step:
+            self._walked += min(period, max(1, int(growth * self._walked)))
+        return self._walked == step
 
     def waits(self, step: int, gammas: Sequence[Tensor]) -> bool:
         """Whether `candidates` waits for the device in this step: it refreshes, or takes up a refresh."""

@@ -30,7 +30,14 @@ def batches() -> Tensor:
 def build(approx: str, **options: Any) -> tuple[nn.Module, KFAC]:
     net = autoencoder((12, 9, 4, 9, 12))
     sparse_init(net, torch.Generator().manual_seed(0), connections=5)
-    table = {"kind": approx, "refresh": "background", "refresh_every": 10, "refresh_delay": 4, **options}
+    table = {
+        "kind": approx,
+        "refresh": "background",
+        "refresh_every": 10,
+        "refresh_growth": None,
+        "refresh_delay": 4,
+        **options,
+    }
     damping = {"kind": "levenberg-marquardt", "lambda0": 1.0, "gamma_rule": "compared", "gamma_every": 10}
     return net, KFAC(net, likelihood="bernoulli", approx=table, damping=damping)
 
@@ -146,7 +153,13 @@ def test_a_sooner_refresh_takes_up_the_one_under_way() -> None:
     optimizer = KFAC(
         net,
         likelihood="bernoulli",
-        approx={"kind": "blockdiag", "refresh": "background", "refresh_every": 10, "refresh_delay": 6},
+        approx={
+            "kind": "blockdiag",
+            "refresh": "background",
+            "refresh_every": 10,
+            "refresh_growth": None,
+            "refresh_delay": 6,
+        },
         damping={"kind": "levenberg-marquardt", "lambda0": 1.0, "gamma_rule": "compared", "gamma_every": 4},
     )
     reports = [optimizer.step(x, x) for x in batches()[:20]]
@@ -182,7 +195,7 @@ def test_a_process_may_end_while_a_refresh_rests() -> None:
         net = autoencoder((12, 9, 4, 9, 12))
         sparse_init(net, torch.Generator().manual_seed(0), connections=5)
         approx = {"kind": "tridiag", "refresh": "background", "refresh_every": 10, "refresh_delay": 9}
-        optimizer = KFAC(net, likelihood="bernoulli", approx=approx)
+        optimizer = KFAC(net, likelihood="bernoulli", approx=approx, preset="paper")
         x = torch.ones(8, 12)
         for _ in range(11):
             optimizer.step(x, x)

@@ -51,6 +51,6 @@ def test_every_null_has_its_word(schema: dict[str, Any]) -> None:
     assert {"const": "none"} in schema["properties"]["threads"]["anyOf"]
     damping = schema["$defs"]["LevenbergMarquardtConfig"]["properties"]
     assert {"const": "none"} in damping["gamma_max"]["anyOf"]
-    assert "anyOf" not in damping["lambda0"]
+    assert "anyOf" not in damping["lambda_every"]
     text = json.dumps(schema)
     assert text.count('{"type": "null"}') == text.count('{"const": "none"}') > 5

@@ -65,7 +65,7 @@ def test_lambda_follows_rho(rho: float, power: int, every: int) -> None:
 
 def test_automatic_lambda_follows_the_curvature() -> None:
     """A constant share of the mean diagonal of the Fisher; a given lambda is left alone."""
-    damping = started(lambda0="auto", gamma_rule="tied")
+    damping = started(lambda0=None, gamma_rule="tied")
     share = float(damping.lam)
     damping.observe(scalar(0.02))
     assert float(damping.lam) == pytest.approx(0.02 * share, rel=1e-15)
@@ -73,7 +73,7 @@ def test_automatic_lambda_follows_the_curvature() -> None:
     assert float(damping.candidates(1)[0]) == pytest.approx(float(damping.gamma), rel=1e-15)
     assert damping.lam.dtype == damping.gamma.dtype == Float
     for nothing in (0.0, math.nan):
-        damping = started(lambda0="auto")
+        damping = started(lambda0=None)
         damping.observe(scalar(nothing))
         assert float(damping.lam) == share
     given = started(lambda0=2.0)

@@ -45,6 +45,19 @@ def test_first_three_steps_and_every_t3_refresh() -> None:
     assert [k for k in range(1, 41) if preconditioner.due(k)] == [1, 2, 3, 10, 20, 30, 40]
 
 
+def test_early_refreshes_come_when_the_step_number_has_grown() -> None:
+    """s + max(1, floor(g s)) until that is T_3; the same whatever was asked before."""
+    preconditioner = make(BlockDiagonal(BlockDiagonalConfig(refresh_every=10, refresh_growth=0.25)))
+    preconditioner.update(samples())
+    ((_, inverse),), _ = preconditioner.refresh([gamma(0.1)], pi=True)
+    preconditioner.use(inverse)
+    wanted = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22, 27, 33, 41, 51, 61]
+    assert [k for k in range(1, 65) if preconditioner.due(k)] == wanted
+    assert preconditioner.due(61)
+    assert not preconditioner.due(13)
+    assert preconditioner.due(12)
+
+
 def test_solve_uses_the_inverse_in_use_and_none_other() -> None:
     preconditioner = make()
     preconditioner.update(samples())

@@ -265,7 +265,7 @@ def test_rho_is_minus_infinity_where_the_objective_went_up() -> None:
         model,
         likelihood="gaussian",
         momentum={"kind": "fixed", "lr": 1e3},
-        damping={"kind": "levenberg-marquardt", "lambda0": 1.0, "lambda_every": 1},
+        damping={"kind": "levenberg-marquardt", "lambda0": 1.0, "lambda_every": 1, "rate": 0.95},
     )
     before = dense.theta(model)
     report = optimizer.step(*data())
@@ -307,7 +307,7 @@ def test_the_best_of_three_gammas_is_kept() -> None:
 
 def test_automatic_lambda_comes_from_the_first_batch() -> None:
     """In the first step's report and model already; later batches, and a restored state, do not set it again."""
-    damping = {"kind": "levenberg-marquardt", "lambda0": "auto", "lambda_every": 1000}
+    damping = {"kind": "levenberg-marquardt", "lambda0": None, "lambda_every": 1000}
     optimizer = KFAC(dense.net(SIZES), likelihood="gaussian", estimator="exact", damping=damping)
     share = float(optimizer.damping.lam)
     reports = train(optimizer, 4)
@@ -322,7 +322,8 @@ def test_automatic_lambda_comes_from_the_first_batch() -> None:
 
 
 def test_refreshes_every_t3() -> None:
-    optimizer = KFAC(dense.net(SIZES), likelihood="gaussian", approx={"kind": "blockdiag", "refresh_every": 6})
+    approx = {"kind": "blockdiag", "refresh_every": 6, "refresh_growth": None}
+    optimizer = KFAC(dense.net(SIZES), likelihood="gaussian", approx=approx)
     refreshed = [r.step for r in train(optimizer, 19) if r.refreshed]
     assert refreshed == [1, 2, 3, 6, 12, 18]
 
@@ -511,7 +512,8 @@ def test_data_that_is_not_finite_in_steps_that_look(value: float, case: int, ste
 
 
 def test_not_a_number_in_an_ordinary_step_is_found_at_the_next_look() -> None:
-    optimizer = KFAC(dense.net(SIZES), likelihood="gaussian")
+    approx = {"kind": "blockdiag", "refresh_growth": None}
+    optimizer = KFAC(dense.net(SIZES), likelihood="gaussian", approx=approx)
     train(optimizer, 6)
     x, y = data()
     x[0, 0] = math.nan

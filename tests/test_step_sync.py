@@ -146,6 +146,9 @@ def optimizer_and_data(
         x = torch.randn(64, 6, generator=generator, device=device).to(dtype)
         y = PROBLEMS[likelihood](64, generator, device)
         batches.append((x, y.to(dtype) if y.is_floating_point() else y))
+    if "preset" not in options:  # no early refreshes, so that the first steps have ordinary ones among them
+        approx = options.get("approx", "blockdiag")
+        options["approx"] = {"refresh_growth": None, **(approx if isinstance(approx, dict) else {"kind": approx})}
     return KFAC(model, likelihood=likelihood, **options), batches
 
 

@@ -15,23 +15,31 @@ DEFAULT_PRESET = "default"
 """The preset of a run that names none."""
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The best this project knows. lambda_0 = 150 costs the published runs their first hundred steps (method,
-    # section 9). Of 0.1, 0.03, 0.01, 0.003, 0.001 and 0.0003 the lower the better on curves; 0.003 is best on mnist and
-    # the classifier, and on faces it has caught up with 0.1 after 40 steps. gamma = sqrt(lambda + eta) trains as well
-    # as a comparison of three, and needs one inverse where that needs three. A quarter of the mini-batch is enough for
-    # the quadratic model, as in the paper's text. A tolerance of 0.02 leaves the tridiagonal update where it is
-    # (cosine 0.9996) and costs hardly more than the diagonal one.
+    # The best this project knows; docs/performance.md has the measurements. lambda_0 = 150 costs the published runs
+    # their first hundred steps (method, section 9): a share of the first batch's curvature is near 0.003 on the paper's
+    # problems, the best of 0.1 to 0.0003, and follows the scale of others. A lambda that falls faster repairs a bad
+    # start.
+    # gamma = sqrt(lambda + eta) trains as well as a comparison of three, and needs one inverse where that needs three.
+    # Early on the inverse ages fast: a refresh with every fifth more steps reaches the same error in two thirds of the
+    # steps. A quarter of the mini-batch is enough for the quadratic model, as in the paper's text. A tolerance of 0.02
+    # leaves the tridiagonal update where it is (cosine 0.9996) and costs hardly more than the diagonal one.
     "default": {
-        "approx": {"tolerance": 0.02},
-        "damping": {"kind": "levenberg-marquardt", "lambda0": 0.003, "gamma_rule": "tied"},
+        "approx": {"refresh_growth": 0.2, "tolerance": 0.02},
+        "damping": {"kind": "levenberg-marquardt", "lambda0": None, "rate": 0.9, "gamma_rule": "tied"},
         "momentum": {"kind": "quadratic-model", "tau2": 0.25},
     },
     # Martens & Grosse (2015) to the letter of the authors' program (method, sections 2 to 5). Everything is stated,
     # so that a problem's suggestions cannot change it.
     "paper": {
         "estimator": {"kind": "monte-carlo", "tau1": 0.125, "decay": 0.95},
-        "approx": {"refresh_every": 20, "tolerance": 0.0},
-        "damping": {"kind": "levenberg-marquardt", "lambda0": 150.0, "gamma_rule": "compared", "pi": True},
+        "approx": {"refresh_every": 20, "refresh_growth": None, "tolerance": 0.0},
+        "damping": {
+            "kind": "levenberg-marquardt",
+            "lambda0": 150.0,
+            "rate": 0.95,
+            "gamma_rule": "compared",
+            "pi": True,
+        },
         "momentum": {"kind": "quadratic-model", "tau2": 1.0},
         "weight_decay": 1e-5,
         "batch": {"schedule": "exponential", "start": 1000, "target_step": 500},

@@ -133,13 +133,17 @@ def _compose(registry: Registry, layers: Sequence[Layer]) -> RunConfig:
     tree: dict[str, Any] = {}
     origins: dict[tuple[int | str, ...], str] = {}
     written: set[tuple[int | str, ...]] = set()
+    bound: set[tuple[int | str, ...]] = set()
     for layer in layers:
         for key, value in layer.values.items():
             if key in unused:
                 _refuse_unused(key, layer, optimizer)
                 continue
             if key in SLOTS and key != "sink":
-                _enter_slot(registry, key, tree, layer, origins, written)
+                _enter_slot(registry, key, tree, layer, origins, written, bound)
+                chooses = not layer.user and "kind" in value
+                for name in value:
+                    (bound.add if chooses else bound.discard)((key, name))
             if isinstance(value, list):  # replaces the list of lower layers, whose origins must not answer for it
                 for location in [known for known in origins if known[0] == key]:
                     del origins[location]
@@ -167,8 +171,12 @@ def _enter_slot(
     layer: Layer,
     origins: dict[tuple[int | str, ...], str],
     written: set[tuple[int | str, ...]],
+    bound: set[tuple[int | str, ...]],
 ) -> None:
-    """Before a layer's table is laid over a slot: if it changes the kind, drop what the new kind does not have."""
+    """Before a layer's table is laid over a slot: if it changes the kind, drop what the new kind does not have.
+
+    And what was meant for the old kind: values that a preset or problem gave together with it, which are ``bound``.
+    """
     kind = layer.values[slot].get("kind")
     current = tree.get(slot)
     if "kind" not in layer.values[slot]:
@@ -187,6 +195,9 @@ def _enter_slot(
                 f"{origin_of(origins, (slot, key))}: unknown key '{key}' in {slot} ('{kind}'), {nearest(key, known)}"
             )
         del current[key]
+    for key in [key for key in current if key != "kind" and (slot, key) in bound]:
+        del current[key]
+        bound.discard((slot, key))
 
 
 def _validate(

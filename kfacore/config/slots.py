@@ -86,6 +86,9 @@ class ApproxConfig(SlotConfig):
 
     refresh_every: Annotated[int, Field(ge=1)] = 20
     """Steps between two refreshes of the approximate inverse (T_3); the first three steps always refresh."""
+    refresh_growth: Annotated[float, Field(gt=0.0)] | None = None
+    """Early refreshes: the next one comes when the step number has grown by this share, at the latest after
+    refresh_every; none keeps to multiples of refresh_every."""
     refresh: Literal["inline", "background"] = "inline"
     """Compute a new inverse in its step, or on a worker while steps go on with the old one."""
     refresh_delay: Annotated[int, Field(ge=1)] = 10

@@ -214,10 +214,11 @@ def function_path(model: nn.Module, inputs: Any, targets: Tensor, steps: int, **
         inputs: The cases.
         targets: Their targets.
         steps: Number of steps.
-        **options: Options of `KFAC`. Without damping: ``damping={"kind": "fixed", "lambda0": 0.0}, weight_decay=0.0``.
+        **options: Options of `KFAC`, whose preset is "paper" if none is given: nothing truncated. Without damping:
+            ``damping={"kind": "fixed", "lambda0": 0.0}, weight_decay=0.0``.
     """
     model = copy.deepcopy(model)
-    optimizer = KFAC(model, **options)
+    optimizer = KFAC(model, **{"preset": "paper", **options})
     outputs: list[Tensor] = []
     notices: dict[str, None] = {}
     for step in range(steps + 1):

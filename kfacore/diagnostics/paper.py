@@ -116,6 +116,7 @@ def trained_classifier(
     optimizer = KFAC(
         model,
         likelihood=likelihood,
+        preset="paper",
         approx="tridiag",
         estimator={"kind": "monte-carlo", "tau1": 1.0},
         damping={"kind": "levenberg-marquardt", "lambda0": _LAMBDA0},

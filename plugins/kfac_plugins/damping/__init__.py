@@ -20,8 +20,8 @@ class LevenbergMarquardtConfig(DampingConfig):
     kind: Literal["levenberg-marquardt"] = "levenberg-marquardt"
     """Name of the implementation."""
 
-    lambda0: Positive | Literal["auto"] = 150.0
-    """First lambda, the authors' value for the autoencoders; auto takes a share of the first batch's curvature."""
+    lambda0: Positive | None = 150.0
+    """First lambda, the authors' value for the autoencoders; none takes a share of the first batch's curvature."""
     lambda_every: Period = 5
     """Steps between adaptations of lambda (T_1)."""
     rate: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95

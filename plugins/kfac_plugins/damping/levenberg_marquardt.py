@@ -7,7 +7,7 @@ lambda follows the reduction ratio rho = (h(theta + delta) - h(theta)) / M(delta
 and gamma is chosen every T_2 steps among {w2 gamma, gamma, gamma / w2}, w2 = sqrt(19/20)^T_2, by the value of the
 quadratic model. The clamp of the candidates is the authors' program's; the paper has none.
 
-With lambda_0 = "auto", lambda starts at 0.15 times the mean diagonal entry of the Fisher on the first mini-batch, so
+Without a lambda_0, lambda starts at 0.15 times the mean diagonal entry of the Fisher on the first mini-batch, so
 that it follows the scale of the objective: h and F times c need lambda times c. The factor was measured, see docs.
 
 Tied, gamma is sqrt(lambda + eta) at every refresh: the paper's first value, kept up, which Ba et al. (2017, section
@@ -29,7 +29,7 @@ __all__ = ["LevenbergMarquardt"]
 _DECAY = 19.0 / 20.0
 
 _AUTOMATIC = 0.15
-"""lambda_0 = "auto", in units of the mean diagonal entry of the Fisher."""
+"""The automatic lambda_0, in units of the mean diagonal entry of the Fisher."""
 
 
 class LevenbergMarquardt(Damping):
@@ -41,7 +41,7 @@ class LevenbergMarquardt(Damping):
     def start(self, weight_decay: float, device: torch.device) -> None:
         """lambda_0, gamma_0 = sqrt(lambda_0 + eta); if automatic, as for a mean curvature of 1 until it is known."""
         c = self.config
-        first = _AUTOMATIC if c.lambda0 == "auto" else c.lambda0
+        first = _AUTOMATIC if c.lambda0 is None else c.lambda0
         self.lam = torch.tensor(first, dtype=torch.float64, device=device)
         self._eta = weight_decay
         self.gamma = torch.tensor(math.sqrt(first + weight_decay), dtype=torch.float64, device=device)
@@ -49,7 +49,7 @@ class LevenbergMarquardt(Damping):
 
     def observe(self, curvature: Tensor) -> None:
         """Set lambda by the mean diagonal of the Fisher, if automatic; a curvature of zero or NaN says nothing."""
-        if self.config.lambda0 == "auto":
+        if self.config.lambda0 is None:
             self.lam = _AUTOMATIC * torch.where(curvature > 0, curvature, torch.ones_like(curvature))
             self.gamma = (self.lam + self._eta).sqrt()
 
