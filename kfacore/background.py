@@ -152,7 +152,8 @@ class BackgroundRefresh:
         return None if self.due is None else {"due": self.due, "made": self._wait().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any] | None, load: Callable[[Any], Inverse]) -> None:
-        """Take up a refresh that was under way."""
+        """Take up a refresh that was under way, in place of an own one."""
+        self._pace.release()
         self._result, self.due = None, None
         if state is not None:
             self._result, self.due = Made.from_state(state["made"], load), state["due"]

@@ -8,12 +8,16 @@ rests until it is enough. Only the moment at which something is computed depends
 from __future__ import annotations
 
 import threading
+import time
 from types import TracebackType
 
 __all__ = ["Pace", "worked"]
 
 _LOOK = 0.2
 """Seconds after which a resting thread looks whether the process is about to end."""
+
+_PATIENCE = 60.0
+"""Seconds of rest after which a thread goes on unasked: its optimizer may have been thrown away."""
 
 _local = threading.local()
 
@@ -51,8 +55,10 @@ class Pace:
         """Count what was done, and rest until the steps have granted that much."""
         with self._condition:
             self.done += operations
+            limit = time.monotonic() + _PATIENCE
             while not self._condition.wait_for(self._may_go_on, _LOOK):
-                if not threading.main_thread().is_alive():  # no step will come any more, and the process waits for us
+                # No step will come any more: the process waits for this thread, or nobody trains.
+                if not threading.main_thread().is_alive() or time.monotonic() > limit:
                     self._share = None
 
     def _may_go_on(self) -> bool:

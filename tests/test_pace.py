@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from kfacore.pace import Pace, worked
 
 
@@ -60,6 +62,15 @@ def test_release_holds_nothing_back() -> None:
     thread.join(10.0)
     assert not thread.is_alive()
     assert len(seen) == 12
+
+
+def test_a_thread_that_nobody_asks_goes_on_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimizer may be thrown away between two steps; its thread must not rest for ever."""
+    monkeypatch.setattr("kfacore.pace._PATIENCE", 0.0)
+    _, seen, _, thread = _spread(4, 3)
+    thread.join(10.0)
+    assert not thread.is_alive()
+    assert len(seen) == 3
 
 
 def test_nothing_is_held_back_without_a_total() -> None:
