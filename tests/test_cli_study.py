@@ -118,7 +118,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopping: 1 runs finish their step and are saved" in err
-    assert "Go on with: kfac study run tiny.toml --out o" in err
+    assert "Go on with:\nkfac study run tiny.toml --out o\n" in err
     study = load_study(tmp_path / "o")
     assert study.counts()["pending"] == 1
     assert (study.runs[0].path / "checkpoint.pt").exists()

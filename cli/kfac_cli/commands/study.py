@@ -152,7 +152,7 @@ def _finish(result: StudyResult, folder: Path) -> None:
     typer.echo(f"study {result.study.name}: {counts_text(result.study.counts())}, in {folder}", err=True)
     if result.stopped is not None:
         command = f"kfac study run {' '.join(map(shlex.quote, sys.argv[3:]))}"
-        typer.echo(f"stopped by {result.stopped.name}; everything is saved. Go on with: {command}", err=True)
+        typer.echo(f"stopped by {result.stopped.name}; everything is saved. Go on with:\n{command}", err=True)
         raise typer.Exit(143 if result.stopped == signal.SIGTERM else 130)
     for run in result.failures:
         where = f"{run.variant} ({run.problem}, seed {run.seed}, {run.hash})"
