@@ -72,7 +72,7 @@ def test_list_says_where_others_come_from_and_what_is_broken(install_plugin) -> 
 
 def test_show_lists_keys_with_type_default_and_help() -> None:
     shown = ask("show", "damping/levenberg-marquardt")
-    assert "damping.lambda0  (float > 0.0, default 150.0)" in shown
+    assert "damping.lambda0  (float > 0.0 | none, default 150.0)" in shown
     assert "damping.lambda_every  (int >= 1, default 5)\n      Steps between" in shown
     assert "damping.pi  (bool, default true)" in shown
     assert "kfac_plugins.damping" in shown

@@ -17,15 +17,14 @@ DEFAULT_PRESET = "default"
 PRESETS: dict[str, dict[str, Any]] = {
     # The best this project knows; docs/performance.md has the measurements. lambda_0 = 150 costs the published runs
     # their first hundred steps (method, section 9): a share of the first batch's curvature is near 0.003 on the paper's
-    # problems, the best of 0.1 to 0.0003, and follows the scale of others. A lambda that falls faster repairs a bad
-    # start.
+    # problems, the best of 0.1 to 0.0003, and follows the scale of others.
     # gamma = sqrt(lambda + eta) trains as well as a comparison of three, and needs one inverse where that needs three.
     # Early on the inverse ages fast: a refresh with every fifth more steps reaches the same error in two thirds of the
     # steps. A quarter of the mini-batch is enough for the quadratic model, as in the paper's text. A tolerance of 0.02
     # leaves the tridiagonal update where it is (cosine 0.9996) and costs hardly more than the diagonal one.
     "default": {
         "approx": {"refresh_growth": 0.2, "tolerance": 0.02},
-        "damping": {"kind": "levenberg-marquardt", "lambda0": None, "rate": 0.9, "gamma_rule": "tied"},
+        "damping": {"kind": "levenberg-marquardt", "lambda0": None, "gamma_rule": "tied"},
         "momentum": {"kind": "quadratic-model", "tau2": 0.25},
     },
     # Martens & Grosse (2015) to the letter of the authors' program (method, sections 2 to 5). Everything is stated,
