@@ -168,8 +168,13 @@ def test_a_problem_at_its_initialisation(tmp_path):
     found = subject_at_start(config, get_registry(), cases=40)
     assert found.exact.cases == 40
     assert found.step == 0
-    assert found.exact.lam == config.damping.lambda0
-    assert found.gamma == pytest.approx((config.damping.lambda0 + config.weight_decay) ** 0.5)
+    # The default's lambda is a share of the curvature, as in a run's first step; a given one is what it is.
+    assert config.damping.lambda0 is None
+    assert 0.0 < found.exact.lam < 1.0
+    assert found.gamma == pytest.approx((found.exact.lam + config.weight_decay) ** 0.5)
+    damping = config.damping.model_copy(update={"lambda0": 0.3})
+    given = subject_at_start(config.model_copy(update={"damping": damping}), get_registry(), cases=40)
+    assert given.exact.lam == 0.3
     again = subject_at_start(config, get_registry(), cases=40, lam=0.5, gamma=0.2)
     assert (again.exact.lam, again.gamma) == (0.5, 0.2)
     assert torch.equal(again.exact.inputs, found.exact.inputs)
