@@ -8,7 +8,7 @@ from collections.abc import Callable
 from benchmarks import everything, launches, memory, phases, spike, step, target, tolerance, width
 
 BENCHMARKS: dict[str, tuple[Callable[[list[str]], int], str]] = {
-    "all": (everything.main, "every benchmark that fits into ten minutes (make bench)"),
+    "all": (everything.main, "every benchmark that is quick enough for `make bench`"),
     "launches": (launches.main, "dispatched operations and waits of ordinary and refresh steps"),
     "memory": (memory.main, "peak memory of training against Adam"),
     "phases": (phases.main, "where a step's time goes"),

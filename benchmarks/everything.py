@@ -1,4 +1,4 @@
-"""All benchmarks that fit into ten minutes: what `make bench` runs. Times to a target are a study of their own."""
+"""All benchmarks but the times to a target: what `make bench` runs. Times to a target are a study of their own."""
 
 from __future__ import annotations
 

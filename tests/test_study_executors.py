@@ -17,7 +17,7 @@ from kfacore.errors import ConfigError, ResourceError
 from kfacore.registry import get_registry
 from kfacore.roles import Ended, Executor
 from kfacore.studies.config import read_study
-from kfacore.studies.folder import plan_into
+from kfacore.studies.folder import plan_into, write_planned
 from kfacore.studies.plan import Study
 from kfacore.studies.state import read_journal, read_state, state_folder
 from kfacore.training.files import write_json
@@ -29,9 +29,7 @@ def prepared(tmp_path: Path, **options: Any) -> Study:
     study.write()
     study.write_index()
     for run in study.runs:
-        folder = state_folder(study.folder, run.hash)
-        folder.mkdir(parents=True)
-        write_json(folder / "planned.json", {"study": study.name, "config": dict(run.config)})
+        write_planned(study, run)
     return study
 
 

@@ -1,4 +1,4 @@
-"""The folder of a study before anything runs: whose it is, and what it already knows of the plan."""
+"""The folder of a study around its runs: whose it is, what it knows of the plan, what a run's process finds there."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kfacore.errors import ConfigError
-from kfacore.studies.plan import load_study
+from kfacore.studies.plan import PlannedRun, Study, load_study
 from kfacore.studies.planner import Plan, plan_study
+from kfacore.studies.state import state_folder
 from kfacore.studies.tuning import read_choices
+from kfacore.training.files import disk_errors, write_json
 
 if TYPE_CHECKING:
     from kfacore.registry import Registry
     from kfacore.studies.config import StudyConfig
 
-__all__ = ["check_folder", "plan_into"]
+__all__ = ["check_folder", "plan_into", "write_planned"]
 
 
 def plan_into(
@@ -61,3 +63,18 @@ def check_folder(folder: Path, name: str) -> None:
         raise ConfigError(f"--out {folder} holds a run of kfac train; choose another folder for the study")
     elif not (folder / "state").exists() and any(folder.iterdir()):
         raise ConfigError(f"--out {folder} holds other files and no study; choose an empty folder, or a new one")
+
+
+def write_planned(study: Study, run: PlannedRun) -> None:
+    """Write down what the process that executes a run needs to know."""
+    file = state_folder(study.folder, run.hash) / "planned.json"
+    content = {
+        "study": study.name,
+        "variant": run.variant,
+        "problem": run.problem,
+        "seed": run.seed,
+        "config": dict(run.config),
+    }
+    with disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, content)

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfacore.studies.claims import STALE_SECONDS, Claim, ClaimWatch, read_holder
-from kfacore.studies.folder import plan_into
+from kfacore.studies.folder import plan_into, write_planned
 from kfacore.studies.plan import PlannedRun, Study
 from kfacore.studies.planner import Plan
 from kfacore.studies.state import BUSY, STOPPED, RunState, clear_outcome, read_state, state_folder, write_outcome
 from kfacore.studies.tuning import choose, write_choice
-from kfacore.training.files import disk_errors, write_json
 from kfacore.training.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -207,7 +206,7 @@ class _Runner:
                 continue
             if state.state == "running" and not self._take_over(name):
                 continue
-            self._prepare(run)
+            write_planned(self.plan.study, run)
             self.executor.submit(name)
             self.mine.add(name)
             self._emit("started", **_names(run), shared=len(self.mine) > 1)
@@ -226,21 +225,6 @@ class _Runner:
             return False
         claim.release()
         return True
-
-    def _prepare(self, run: PlannedRun) -> None:
-        """Write down what the run's process needs to know."""
-        study = self.plan.study
-        file = state_folder(self.folder, run.hash) / "planned.json"
-        content = {
-            "study": study.name,
-            "variant": run.variant,
-            "problem": run.problem,
-            "seed": run.seed,
-            "config": dict(run.config),
-        }
-        with disk_errors(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, content)
 
     def _settle(self, name: str, code: int | None, reason: str, *, again: bool) -> None:
         """Look at how a process of ours has ended; if it could not say, say it for it."""

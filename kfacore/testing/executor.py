@@ -15,11 +15,10 @@ import numpy as np
 from kfacore.registry import get_registry
 from kfacore.roles.executor import Ended, Executor
 from kfacore.studies.config import read_study
-from kfacore.studies.folder import plan_into
+from kfacore.studies.folder import plan_into, write_planned
 from kfacore.studies.plan import Study
-from kfacore.studies.state import read_journal, read_state, state_folder
+from kfacore.studies.state import read_journal, read_state
 from kfacore.testing.base import ComponentSuite
-from kfacore.training.files import write_json
 
 __all__ = ["ExecutorSuite"]
 
@@ -47,9 +46,7 @@ class ExecutorSuite(ComponentSuite):
         study.write()
         study.write_index()
         for run in study.runs:
-            state = state_folder(study.folder, run.hash)
-            state.mkdir(parents=True)
-            write_json(state / "planned.json", {"study": study.name, "config": dict(run.config)})
+            write_planned(study, run)
         return study
 
     @contextmanager
