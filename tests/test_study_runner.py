@@ -16,6 +16,7 @@ from kfacore.errors import ResourceError
 from kfacore.registry import get_registry
 from kfacore.studies.claims import Claim
 from kfacore.studies.config import read_study
+from kfacore.studies.folder import plan_into
 from kfacore.studies.plan import load_study
 from kfacore.studies.runner import StudyResult, run_study
 from kfacore.studies.state import RunState, read_journal, read_state, state_folder, write_outcome
@@ -392,6 +393,9 @@ def test_tuning_comes_first_and_the_best_one_is_taken(tmp_path, inline) -> None:
     inline.calls.clear()
     assert go(tmp_path, file)[0].complete
     assert inline.calls == []
+    (tuning,) = plan_into(get_registry(), read_study(file), tmp_path / "out").tunings
+    assert [run.state for run in tuning.runs] == [read_state(tmp_path / "out", run.hash).state for run in tuning.runs]
+    assert {run.state for run in tuning.runs} == {"done", "diverged"}, "a dry run shows what is left"
 
 
 def test_a_variant_whose_tuning_failed_is_lost_and_said(tmp_path, inline) -> None:

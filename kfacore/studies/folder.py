@@ -41,7 +41,9 @@ def plan_into(
     choices = read_choices(folder, plan.tunings)
     if choices:
         plan = plan_study(registry, config, folder, origin=origin, data_dir=data_dir, choices=choices)
-    return replace(plan, study=plan.study.refreshed())
+    study = plan.study.refreshed()
+    tunings = tuple(replace(tuning, runs=study.as_found(tuning.runs)) for tuning in plan.tunings)
+    return replace(plan, study=study, tunings=tunings)
 
 
 def check_folder(folder: Path, name: str) -> None:

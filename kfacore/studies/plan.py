@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from kfacore.errors import ConfigError, DataError
-from kfacore.studies.state import RunState, State, read_state
+from kfacore.studies.state import State, read_state
 from kfacore.training.files import disk_errors, write_json
 
 __all__ = ["FORMAT", "STATES", "PlannedRun", "Study", "Target", "Variant", "load_study"]
@@ -143,16 +143,14 @@ class Study:
 
     def refreshed(self) -> Study:
         """The same study with the states that its runs have now."""
-        states: dict[str, RunState] = {}
-        for run in self.runs:
-            if run.hash not in states:
-                states[run.hash] = read_state(self.folder, run.hash)
-        return replace(
-            self,
-            runs=tuple(
-                replace(run, state=states[run.hash].state, reason=states[run.hash].reason, path=self.path_of(run.hash))
-                for run in self.runs
-            ),
+        return replace(self, runs=self.as_found(self.runs))
+
+    def as_found(self, runs: Sequence[PlannedRun]) -> tuple[PlannedRun, ...]:
+        """Runs of this study's folder, for tuning or not, with the states that they have now."""
+        states = {name: read_state(self.folder, name) for name in {run.hash for run in runs}}
+        return tuple(
+            replace(run, state=states[run.hash].state, reason=states[run.hash].reason, path=self.path_of(run.hash))
+            for run in runs
         )
 
     def path_of(self, name: str) -> Path:
