@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kfac_plugins.likelihoods.categorical import Categorical
+from kfac_plugins.optimizers import NesterovConfig
 from kfac_plugins.optimizers.gradient import GradientOptimizer
-from kfacore.roles import StepReport
+from kfac_plugins.optimizers.nesterov import Nesterov
 
 ETA = 0.3
 
 
-class Plain(GradientOptimizer):
-    """The base with the least that makes it an optimizer."""
-
-    @classmethod
-    def for_run(cls, config: Any, **parts: Any) -> Plain:
-        raise NotImplementedError
-
-    def step(self, inputs: Any, targets: Tensor) -> StepReport:
-        raise NotImplementedError
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError
+def optimizer_of(model: nn.Module) -> GradientOptimizer:
+    """The measuring is the base's, whichever of its optimizers has it."""
+    return Nesterov(model, Categorical(), NesterovConfig(), ETA)
 
 
 def build() -> tuple[nn.Module, Tensor, Tensor]:
@@ -45,7 +33,7 @@ def test_objective_and_gradient_are_those_of_the_formula() -> None:
     objective = loss + 0.5 * ETA * sum(parameter.square().sum() for parameter in twin.parameters())
     objective.backward()
     before = copy.deepcopy(model.state_dict())
-    measured = Plain(model, Categorical(), ETA).measure(x, y)
+    measured = optimizer_of(model).measure(x, y)
     torch.testing.assert_close(measured.loss, loss.detach(), rtol=1e-12, atol=0.0)
     torch.testing.assert_close(measured.objective, objective.detach(), rtol=1e-12, atol=0.0)
     torch.testing.assert_close(measured.gradients, [p.grad for p in twin.parameters()], rtol=1e-10, atol=1e-14)
@@ -60,7 +48,7 @@ def test_objective_and_gradient_are_those_of_the_formula() -> None:
 def test_frozen_parameters_have_no_part_in_it() -> None:
     model, x, y = build()
     model[0].weight.requires_grad_(False)
-    optimizer = Plain(model, Categorical(), ETA)
+    optimizer = optimizer_of(model)
     assert [id(p) for p in optimizer.parameters] == [id(p) for p in model.parameters() if p.requires_grad]
     measured = optimizer.measure(x, y)
     assert len(measured.gradients) == 3
