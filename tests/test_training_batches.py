@@ -94,3 +94,44 @@ def test_seeds_differ_by_purpose_and_index():
     assert len(seeds) == 400
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(0, "model") == derive_seed(0, "model")
+
+
+def _passes(schedule, seed=0):
+    inputs = torch.zeros(schedule.cases, 1)
+    return BatchSampler(Split(inputs, inputs), schedule, seed, "epochs")
+
+
+def test_a_pass_holds_every_case_once():
+    sampler = _passes(BatchSchedule("constant", 50, 10, 1))
+    for epoch in range(3):
+        drawn = torch.cat([sampler.indices(5 * epoch + k) for k in range(1, 6)])
+        assert sorted(drawn.tolist()) == list(range(50))
+
+
+def test_a_growing_batch_that_no_longer_fits_begins_a_new_pass():
+    schedule = BatchSchedule("exponential", 1000, 100, 12)
+    sampler, left, passes = _passes(schedule), 0, 0
+    for step in range(1, 15):
+        size = schedule.size(step)
+        if size > left:
+            left, seen, passes = schedule.cases, set(), passes + 1
+        indices = sampler.indices(step).tolist()
+        assert len(indices) == len(set(indices)) == size
+        assert not seen & set(indices)
+        seen |= set(indices)
+        left -= size
+    assert passes == 8  # 100 to 231 cases, 284 and 351, 432 and 533, then a pass for each batch
+    assert sampler.place(14) == (passes - 1, 0)
+
+
+def test_passes_depend_on_seed_and_step_alone():
+    schedule = BatchSchedule("exponential", 200, 20, 30)
+    one = _passes(schedule)
+    batches = [one.indices(k) for k in range(1, 31)]
+    for k in (30, 7, 8, 1):
+        assert torch.equal(_passes(schedule).indices(k), batches[k - 1])
+        assert torch.equal(one.indices(k), batches[k - 1])
+    assert not torch.equal(_passes(schedule, seed=1).indices(1), batches[0])
+    first, second = (set(_passes(BatchSchedule("constant", 200, 200, 1)).indices(k).tolist()) for k in (1, 2))
+    assert first == second
+    assert not torch.equal(_passes(BatchSchedule("constant", 200, 200, 1)).indices(1), batches[-1])

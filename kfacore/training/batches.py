@@ -1,9 +1,11 @@
 """Mini-batches: how large the k-th one is, and which cases it holds.
 
-Batch k depends on the seed, on k and on its size alone. Resuming a run therefore needs no sampler state, and two runs
+Batch k depends on the seed, on k and on the schedule alone. Resuming a run therefore needs no sampler state, and two runs
 with one seed see the same cases in the same order whatever optimizer they use, which pairs the variants of a study.
 
-Source: Martens & Grosse 2015, section 13 (exponential schedule); method, section 2, step 1.
+Sources: Martens & Grosse 2015, section 13 (exponential schedule); method, section 2, step 1. For passes without
+replacement: Bottou, "Curiously fast convergence of some stochastic gradient descent algorithms", 2009; Gurbuzbalaban,
+Ozdaglar & Parrilo, "Why random reshuffling beats stochastic gradient descent", Mathematical Programming 186, 2021.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 from kfacore.errors import ConfigError
 from kfacore.roles.problem import Split
 
-__all__ = ["BatchSampler", "BatchSchedule", "derive_seed"]
+__all__ = ["BatchSampler", "BatchSchedule", "Sampling", "derive_seed"]
 
 
 def derive_seed(seed: int, purpose: str, index: int = 0) -> int:
@@ -83,33 +85,67 @@ class BatchSchedule:
         return min(int(self.start * growth * (1.0 + 1e-12)), self.cases)
 
 
+Sampling = Literal["independent", "epochs"]
+"""How the cases of one mini-batch depend on those before."""
+
+
 class BatchSampler:
     """Draws mini-batches without replacement from data that lives on the device.
+
+    Independent: batch k is the first m_k entries of a permutation drawn for (seed, k).
+    Epochs: batches are consecutive pieces of one permutation of all cases, and when fewer than m_k are left of it, of a
+    new one. Over a pass every case counts once, so most of the gradient's noise cancels over as many steps.
 
     Args:
         split: The training cases, on the device.
         schedule: Sizes.
         seed: The run's seed.
+        sampling: Which of the two.
     """
 
-    def __init__(self, split: Split, schedule: BatchSchedule, seed: int) -> None:
+    def __init__(
+        self, split: Split, schedule: BatchSchedule, seed: int, sampling: Sampling = "independent"
+    ) -> None:
         self.split = split
         self.schedule = schedule
         self.seed = seed
+        self.sampling: Sampling = sampling
         self._generator = torch.Generator()
+        self._places: list[tuple[int, int]] = []
+        self._drawn: tuple[int, Tensor] | None = None
+
+    def place(self, step: int) -> tuple[int, int]:
+        """Number of the permutation that batch k is a piece of, and the position of its first case there.
+
+        Args:
+            step: k, from 1.
+        """
+        if self.sampling == "independent":
+            return step, 0
+        places, schedule = self._places, self.schedule
+        while len(places) < step:
+            k = len(places) + 1
+            epoch, start = places[-1] if places else (0, 0)
+            start += schedule.size(k - 1) if places else 0
+            whole = start + schedule.size(k) <= schedule.cases
+            places.append((epoch, start) if whole else (epoch + 1, 0))
+        return places[step - 1]
 
     def indices(self, step: int) -> Tensor:
-        """The cases of batch k, distinct, in random order: the first m_k entries of a permutation drawn for (seed, k).
+        """The cases of batch k, distinct, in random order.
 
         Args:
             step: k, from 1.
 
         Returns:
-            (m_k,) integers on the CPU. A smaller batch of the same step is a prefix of a larger one.
+            (m_k,) integers on the CPU. Sampled independently, a smaller batch of the same step is a prefix of a larger one.
         """
-        self._generator.manual_seed(derive_seed(self.seed, "batch", step))
-        permutation = torch.randperm(len(self.split), generator=self._generator)
-        return permutation[: self.schedule.size(step)]
+        draw, start = self.place(step)
+        if self._drawn is None or self._drawn[0] != draw:
+            purpose = "batch" if self.sampling == "independent" else "epoch"
+            self._generator.manual_seed(derive_seed(self.seed, purpose, draw))
+            self._drawn = draw, torch.randperm(len(self.split), generator=self._generator)
+        return self._drawn[1][start : start + self.schedule.size(step)]
 
     def batch(self, step: int) -> Split:
         """Inputs and targets of batch k; an autoencoder's target stays the very same tensor as its input.

@@ -119,7 +119,7 @@ class _Run:
         self.listeners = listeners
         self.sinks: list[Sink] = [registry.build("sink", sink) for sink in config.sink]
         schedule = BatchSchedule(config.batch.schedule, len(parts.train), config.batch.start, config.batch.target_step)
-        self.sampler = BatchSampler(parts.train, schedule, config.seed)
+        self.sampler = BatchSampler(parts.train, schedule, config.seed, config.batch.sampling)
         self.notices = NoticeLog()
         self.step = 0
         self.seconds = 0.0
