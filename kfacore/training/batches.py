@@ -1,7 +1,7 @@
 """Mini-batches: how large the k-th one is, and which cases it holds.
 
-Batch k depends on the seed, on k and on the schedule alone. Resuming a run therefore needs no sampler state, and two runs
-with one seed see the same cases in the same order whatever optimizer they use, which pairs the variants of a study.
+Batch k depends on the seed, on k and on the schedule alone. Resuming a run therefore needs no sampler state, and two
+runs with one seed see the same cases in the same order whatever optimizer they use, which pairs a study's variants.
 
 Sources: Martens & Grosse 2015, section 13 (exponential schedule); method, section 2, step 1. For passes without
 replacement: Bottou, "Curiously fast convergence of some stochastic gradient descent algorithms", 2009; Gurbuzbalaban,
@@ -103,9 +103,7 @@ class BatchSampler:
         sampling: Which of the two.
     """
 
-    def __init__(
-        self, split: Split, schedule: BatchSchedule, seed: int, sampling: Sampling = "independent"
-    ) -> None:
+    def __init__(self, split: Split, schedule: BatchSchedule, seed: int, sampling: Sampling = "independent") -> None:
         self.split = split
         self.schedule = schedule
         self.seed = seed
@@ -138,7 +136,7 @@ class BatchSampler:
             step: k, from 1.
 
         Returns:
-            (m_k,) integers on the CPU. Sampled independently, a smaller batch of the same step is a prefix of a larger one.
+            (m_k,) integers on the CPU. Sampled independently, a smaller batch of a step is a prefix of a larger one.
         """
         draw, start = self.place(step)
         if self._drawn is None or self._drawn[0] != draw:
