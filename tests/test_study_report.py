@@ -385,6 +385,18 @@ def test_page_holds_what_is_needed_to_run_it_again(html, study):
     assert {"runs.csv", "final.tex"} <= set(links)
 
 
+def test_page_names_no_folder_of_the_machine(tmp_path):
+    study = write_study(tmp_path, {"a": {}, "b": {}})
+    file = study.runs[0].path / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["problem"] = {**config.get("problem", {}), "kind": "curves", "data_dir": "/home/someone/data"}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    html = page_of(study)
+    assert "Configuration of a on" in html
+    assert "/home/someone" not in html
+    assert str(tmp_path) not in html
+
+
 def test_different_machines_are_pointed_out(tmp_path):
     study = write_study(tmp_path, {"base": {}, "other": {}}, seeds=1)
     file = tmp_path / "runs" / study.runs[1].hash / "manifest.json"

@@ -12,6 +12,7 @@ import kfacore
 from kfacore.studies.figures import Pen, pens
 from kfacore.studies.html import cell, details, download, legend, swatch, table, toggles
 from kfacore.studies.html_answer import answer, facts, lost_runs, share, time_text
+from kfacore.studies.identity import relevant
 from kfacore.studies.report_data import AXES
 from kfacore.studies.report_results import Results
 from kfacore.studies.statistics import MIN_INTERVAL
@@ -244,8 +245,9 @@ def _reproduce(results: Results, tables: Mapping[str, str]) -> str:
         for one in cells:
             run = next((run for run in one.runs if run.config), None)
             if run is not None:
+                # All that the numbers depend on, and no folder of this machine: a report is made to be passed on.
                 title = f"Configuration of {one.variant.name} on {problem}, seed {run.seed}"
-                parts.append(details(title, f"<pre>{escape(_json(run.config))}</pre>"))
+                parts.append(details(title, f"<pre>{escape(_json(relevant(run.config)))}</pre>"))
     links = ", ".join(download(name, content) for name, content in tables.items())
     parts.append(f"<p>Tables to save: {links}.</p>")
     return f'<section><h2 id="reproduce">Reproduce</h2>{"".join(parts)}</section>'
