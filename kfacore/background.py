@@ -75,6 +75,7 @@ class BackgroundRefresh:
         self.due: int | None = None
         self.operations: float | None = None
         self._pace = Pace()
+        self._stream: torch.cuda.Stream | None = None
 
     def start(self, job: Callable[[], Made], due: int, steps: int) -> None:
         """Begin; what the job reads must not change any more.
@@ -89,7 +90,7 @@ class BackgroundRefresh:
         self._pace = Pace(max(1, steps - 1), self.operations)
         self._result, self.due = Future(), due
         # Not from a pool: the interpreter waits for a pool's threads before anything tells them that it is ending.
-        threads = max(1, torch.get_num_threads() // 2)
+        threads = torch.get_num_threads()
         Thread(target=self._run, args=(job, ready, self._pace, self._result, threads), name="kfac-refresh").start()
 
     def advance(self) -> None:
@@ -104,17 +105,24 @@ class BackgroundRefresh:
         result: Future[Made],
         threads: int,
     ) -> None:
-        torch.set_num_threads(threads)  # of this thread
+        # Of this thread, and of threads that begin to use torch while it works: torch keeps one default for those.
+        torch.set_num_threads(max(1, threads // 2))
         try:
             with pace:
-                result.set_result(self._work(job, ready))
+                made = self._work(job, ready)
         except BaseException as error:
             result.set_exception(error)
+        else:
+            result.set_result(made)
+        finally:
+            torch.set_num_threads(threads)
 
     def _work(self, job: Callable[[], Made], ready: torch.cuda.Event | None) -> Made:
         if ready is None:
             return job()
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch has no types here
+        if self._stream is None:  # one for all refreshes: memory that a stream has freed is not given to another one
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch has no types here
+        stream = self._stream
         stream.wait_event(ready)
         with torch.cuda.stream(stream):
             made = job()
@@ -122,15 +130,17 @@ class BackgroundRefresh:
         return made
 
     def collect(self, load: Callable[[Any], Inverse]) -> Made:
-        """Wait for the refresh under way and hand it over.
+        """Wait for the refresh under way and hand it over, or raise what ended it; there is none afterwards.
 
         Args:
             load: Restores an inverse from its state. What an inverse derives from its state is derived again by the
                 caller: it then belongs to the caller's stream, and has the same bits as after a checkpoint, which a
                 product on another number of threads may not have.
         """
-        state = self._wait().state_dict()
-        self._result = self.due = None
+        try:
+            state = self._wait().state_dict()
+        finally:
+            self._result = self.due = None
         if self._device.type == "cuda":
             stream = torch.cuda.current_stream(self._device)
             for tensor in tensors_of(state):
@@ -148,8 +158,14 @@ class BackgroundRefresh:
         return made
 
     def state_dict(self) -> dict[str, Any] | None:
-        """The refresh under way, finished for the purpose, and when it is due; None if there is none."""
-        return None if self.due is None else {"due": self.due, "made": self._wait().state_dict()}
+        """The refresh under way, finished for the purpose, and when it is due; None if there is none or it failed."""
+        if self.due is None:
+            return None
+        try:
+            made = self._wait()
+        except Exception:  # `collect` tells it; what has been reached must still be saved
+            return None
+        return {"due": self.due, "made": made.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any] | None, load: Callable[[Any], Inverse]) -> None:
         """Take up a refresh that was under way, in place of an own one."""

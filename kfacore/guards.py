@@ -1,16 +1,17 @@
-"""What a step refuses: targets that do not fit, and numbers that are not finite."""
+"""What a step refuses: targets that do not fit, numbers that are not finite; and which states an optimizer refuses."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfacore.errors import DataError, NumericalError
+from kfacore.errors import ConfigError, DataError, NumericalError, UnsupportedModelError
 from kfacore.nest import tensors_of
 
-__all__ = ["check_form", "require_finite"]
+__all__ = ["check_form", "require_finite", "require_state"]
 
 
 def check_form(targets: Any, cases: int, device: torch.device) -> None:
@@ -62,3 +63,29 @@ def require_finite(
         "diverged, or an earlier mini-batch held NaN or infinity. Check the data, or start with a larger "
         "damping.lambda0"
     )
+
+
+def require_state(state: Mapping[str, Any], kind: str, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """What KFAC has saved in an optimizer state, if it is of this approximation and its layers have these shapes.
+
+    Args:
+        state: What is to be loaded.
+        kind: Name of the approximation.
+        shapes: (d_out, d_in) of the optimizer's layers by name.
+
+    Raises:
+        ConfigError: The state is of another optimizer or approximation.
+        UnsupportedModelError: A layer has another shape; the message names it.
+    """
+    own: dict[str, Any] | None = state.get("kfac")
+    if own is None:
+        raise ConfigError("the state is not of a KFAC optimizer (it has no 'kfac' entry)")
+    if own["approx"] != kind:
+        raise ConfigError(f"the state is of approx = {own['approx']!r}, this optimizer has {kind!r}")
+    for name, saved in zip(own["layers"], own["shapes"], strict=True):
+        if name in shapes and shapes[name] != tuple(saved):
+            raise UnsupportedModelError(
+                f"{name}: its weight block has shape {shapes[name]}, in the saved optimizer state {tuple(saved)}; "
+                "build the model as it was when the state was saved"
+            )
+    return own

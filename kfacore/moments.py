@@ -176,8 +176,8 @@ class Moments:
             moment.refreshed(inverse)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of updates and every average."""
-        values = {kind.__name__: moment.values for kind, moment in self._by_kind.items()}
+        """The number of updates and a copy of every average."""
+        values = {kind.__name__: self.snapshot(kind) for kind in self._by_kind}
         return {"updates": self.updates, "values": values}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from kfacore.config.slots import ApproxConfig, DampingConfig, EstimatorConfig, LikelihoodConfig, MomentumConfig
-from kfacore.errors import ConfigError, UnsupportedModelError
-from kfacore.guards import check_form, require_finite
+from kfacore.errors import ConfigError
+from kfacore.guards import check_form, require_finite, require_state
 from kfacore.linearize import BlockVector, Linearization, Linearizer
-from kfacore.nest import cases_of
+from kfacore.nest import cases_of, map_nest
 from kfacore.options import KFACConfig, complete
 from kfacore.preconditioner import Preconditioner
 from kfacore.quadratic import fisher_gram, model_value, on_planes, symmetric_gram
@@ -104,7 +104,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         parameters = [parameter for layer in self.linearizer.layers for parameter in layer.parameters]
         device = parameters[0].device
         self.generator = torch.Generator(device).manual_seed(chosen["seed"])
-        self.damping.start(float(eta), device)
+        self._eta = float(eta)
+        self.damping.start(self._eta, device)
         self.steps = 0
         self.preconditioner: Preconditioner | None = None
         self._targets_like: tuple[torch.Size, torch.dtype] | None = None
@@ -177,6 +178,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
     def _step(self, inputs: Any, targets: Tensor, low: torch.dtype | None) -> StepReport:
         k = self.steps + 1
         m = cases_of(inputs)
+        self._follow_weight_decay()
         adapts = self.damping.adapts(k)
         batch = self.linearizer(inputs, self.estimator.cases(m), None if adapts else low)
         targets = self._check_targets(targets, m, batch.statistics_outputs())
@@ -207,7 +209,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             preconditioner.use(inverse)
             self.damping.choose(gamma)
         lam, (alpha, mu), value = self.damping.lam, x[best], values[best]
-        if adapts:
+        if adapts or refreshed:
             self._require_finite("quadratic model", value, inputs, targets)
         self._take(proposals[best], alpha, mu)
 
@@ -266,6 +268,12 @@ class KFAC(torch.optim.Optimizer, Optimizer):
     def _parameters(self) -> list[Tensor]:
         """The parameters in execution order, aligned with the parts of a `BlockVector`, without their graph."""
         return [parameter.detach() for layer in self.linearizer.layers for parameter in layer.parameters]
+
+    def _follow_weight_decay(self) -> None:
+        """Tell the damping of an eta that is new in ``param_groups``, which the rest reads in every step."""
+        if self.weight_decay != self._eta:
+            self._eta = self.weight_decay
+            self.damping.follow(self._eta)
 
     def _vector(self) -> BlockVector:
         return BlockVector.zeros(self.linearizer.layers)
@@ -344,7 +352,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         return rho
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on bit for bit; loads with ``torch.load(weights_only=True)``."""
+        """Everything needed to go on bit for bit, copied; loads with ``torch.load(weights_only=True)``."""
         state = super().state_dict()
         state["kfac"] = {
             "steps": self.steps,
@@ -353,49 +361,40 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             "approx": self.approx.config.kind,
             "damping": self.damping.state_dict(),
             "generator": self.generator.get_state(),
+            "generator_device": self.generator.device.type,
+            "seed": self.generator.initial_seed(),
             "preconditioner": None if self.preconditioner is None else self.preconditioner.state_dict(),
-            "delta": None if self._delta is None else self._delta.flat,
+            "delta": None if self._delta is None else self._delta.flat.clone(),
         }
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state; tensors go to the parameters' device and keep their dtype.
 
+        Generators of CPU and GPU draw different numbers. A state of the other kind of device seeds this one's anew,
+        from its seed and its step: the run goes on with other sampled targets, the same ones each time.
+
         Raises:
             ConfigError: The state is of another optimizer or approximation.
             UnsupportedModelError: The state is of a model with other layers.
         """
-        own = state.get("kfac")
-        if own is None:
-            raise ConfigError("the state is not of a KFAC optimizer (it has no 'kfac' entry)")
-        if own["approx"] != self.approx.config.kind:
-            raise ConfigError(
-                f"the state is of approx = {own['approx']!r}, this optimizer has {self.approx.config.kind!r}"
-            )
+        own = require_state(state, self.approx.config.kind, {x.info.name: x.info.shape for x in self.linearizer.layers})
         self.linearizer.set_order(own["layers"])
-        for layer, saved in zip(self.linearizer.layers, own["shapes"], strict=True):
-            if layer.info.shape != tuple(saved):
-                raise UnsupportedModelError(
-                    f"{layer.info.name}: its weight block has shape {layer.info.shape}, in the saved optimizer state "
-                    f"{tuple(saved)}; build the model as it was when the state was saved"
-                )
         super().load_state_dict({key: value for key, value in state.items() if key != "kfac"})
         device = self.linearizer.layers[0].parameters[0].device
         self.steps = own["steps"]
+        self._follow_weight_decay()
         self.damping.load_state_dict(own["damping"])
-        self.generator.set_state(own["generator"].cpu())
+        if own.get("generator_device", device.type) == device.type:
+            self.generator.set_state(own["generator"].cpu())
+        else:
+            self.generator.manual_seed(own["seed"] + self.steps)
+        if self.preconditioner is not None:
+            self.preconditioner.discard()
+        self.preconditioner = self._grad = self._delta = None
+        self._proposals = []
         if own["preconditioner"] is not None:
-            moved = _to_device(own["preconditioner"], device)
+            moved = map_nest(lambda tensor: tensor.to(device), own["preconditioner"])
             self._prepare().load_state_dict(moved)
             assert self._delta is not None
             self._delta.flat.copy_(own["delta"])
-
-
-def _to_device(nest: Any, device: torch.device) -> Any:
-    if isinstance(nest, Tensor):
-        return nest.to(device)
-    if isinstance(nest, dict):
-        return {key: _to_device(value, device) for key, value in nest.items()}
-    if isinstance(nest, list):
-        return [_to_device(value, device) for value in nest]
-    return nest

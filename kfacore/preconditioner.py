@@ -181,6 +181,10 @@ class Preconditioner:
         """
         return self.in_use.solve(blocks)
 
+    def discard(self) -> None:
+        """Let go of a refresh under way: nobody will collect it."""
+        self._background.load_state_dict(None, self._load)
+
     def state_dict(self) -> dict[str, Any]:
         """Averages, the inverse in use, a refresh under way, and counts."""
         return {

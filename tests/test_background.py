@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -145,6 +146,27 @@ def test_failure_in_the_background_keeps_the_inverse_and_is_reported(monkeypatch
     assert "previous inverse was kept" in reports[-1].notices[0]
     assert not reports[-1].refreshed
     assert optimizer.preconditioner.in_use is kept
+
+
+def test_what_ends_a_refresh_is_raised_once_and_does_not_keep_the_state_from_being_saved() -> None:
+    def crash() -> Made:
+        raise RuntimeError("out of memory")
+
+    background = BackgroundRefresh(CPU)
+    threads = torch.get_num_threads()
+    for _ in range(2):
+        background.start(crash, due=4, steps=3)
+        assert background.state_dict() is None
+        with pytest.raises(RuntimeError, match="out of memory"):
+            background.collect(lambda state: state)
+        assert background.due is None
+    background.start(lambda: Made([]), due=9, steps=3)
+    assert background.collect(lambda state: state).pairs == []
+    seen: list[int] = []
+    late = Thread(target=lambda: seen.append(torch.get_num_threads()))
+    late.start()
+    late.join()
+    assert seen == [threads], "threads that begin later have all of torch's threads again"
 
 
 def test_a_sooner_refresh_takes_up_the_one_under_way() -> None:

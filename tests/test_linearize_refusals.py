@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacore.errors import DataError, UnsupportedModelError
-from kfacore.linearize import Linearizer
+from kfacore.linearize import BlockVector, Linearizer, linearization
 
 
 class Convolution(nn.Module):
@@ -210,6 +210,75 @@ def test_dropout_that_is_switched_on_later_is_found() -> None:
     model.train()
     with pytest.raises(UnsupportedModelError, match=r"^1 \(Dropout\) mixes cases or draws random numbers"):
         linearizer(dense.randn(8, 4))
+
+
+@pytest.mark.parametrize("model", [nn.Dropout(0.5), None])
+def test_an_output_layer_that_starts_at_zero_hides_nothing_for_good(model: nn.Module | None) -> None:
+    """z and all derivatives are zero below it: nothing is to be seen until it has moved."""
+    head = nn.Linear(6, 2)
+    nn.init.zeros_(head.weight)
+    net = nn.Sequential(nn.Linear(4, 6), model, head).double() if model is not None else TiedBelow(head).double()
+    linearizer = Linearizer(net)
+    linearizer(dense.randn(8, 4))
+    with torch.no_grad():
+        head.weight.copy_(dense.randn(2, 6))
+    with pytest.raises(UnsupportedModelError, match="mixes cases" if model is not None else "used outside its own"):
+        linearizer(dense.randn(8, 4))
+
+
+class TiedBelow(nn.Module):
+    """Uses a weight a second time, below the output layer."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(4, 6), head
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head((self.a(x) + x @ self.a.weight.T).tanh())
+        return result
+
+
+def test_a_layer_that_stays_dead_is_not_checked_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    check = linearization.check_cases
+    monkeypatch.setattr(linearization, "check_cases", lambda *given: calls.append(1) or check(*given))
+    head = nn.Linear(6, 2)
+    nn.init.zeros_(head.weight)
+    linearizer = Linearizer(nn.Sequential(nn.Linear(4, 6), head).double())
+    for _ in range(6):
+        linearizer(dense.randn(8, 4))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(("place", "frozen", "done"), [("0.bias", True, "frozen"), ("2.weight", False, "unfrozen")])
+def test_parameters_must_not_be_frozen_or_unfrozen_later(place: str, frozen: bool, done: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    if not frozen:
+        model[2].requires_grad_(False)
+    linearizer = Linearizer(model)
+    linearizer(dense.randn(8, 4))
+    model.get_parameter(place).requires_grad_(not frozen)
+    with pytest.raises(UnsupportedModelError, match=rf"^{place} was {done} .* build the optimizer again"):
+        linearizer(dense.randn(8, 4))
+
+
+def test_a_forward_of_somebody_else_is_put_back() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    layer = model[0]
+    own = layer.forward
+    calls = []
+
+    def wrapped(input: Tensor) -> Tensor:
+        calls.append(1)
+        return own(input)
+
+    layer.forward = wrapped
+    linearization = Linearizer(model)(dense.randn(8, 4))
+    vector = BlockVector.zeros(linearization.layers)
+    linearization.jvp([vector.blocks])
+    assert layer.__dict__["forward"] is wrapped
+    assert "forward" not in model[2].__dict__
+    assert calls
 
 
 def test_order_must_not_change_between_steps() -> None:

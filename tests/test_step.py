@@ -535,3 +535,16 @@ def test_an_output_of_the_wrong_shape_is_refused() -> None:
 
     with pytest.raises(UnsupportedModelError, match="must return outputs of shape"):
         KFAC(Image().double(), likelihood="gaussian").step(*data())
+
+
+def test_a_quadratic_model_that_is_not_finite_moves_nothing_in_a_refresh_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = KFAC(
+        dense.net(SIZES), likelihood="gaussian", damping={"kind": "levenberg-marquardt", "lambda_every": 50}
+    )
+    train(optimizer, 1)
+    model = optimizer._model
+    monkeypatch.setattr(optimizer, "_model", lambda *given: tuple(part * math.inf for part in model(*given)))
+    before = [parameter.detach().clone() for parameter in optimizer.model.parameters()]
+    with pytest.raises(NumericalError, match="step 2: the quadratic model is not finite"):
+        optimizer.step(*data(seed=1))
+    assert all(torch.equal(a, b) for a, b in zip(before, optimizer.model.parameters(), strict=True))

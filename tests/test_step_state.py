@@ -86,10 +86,50 @@ def test_a_state_before_the_first_step() -> None:
     assert str(run(first, 0, 4)) == str(run(second, 0, 4))
 
 
+@pytest.mark.parametrize("momentum", ["quadratic-model", {"kind": "fixed", "lr": 0.1, "mu": 0.9}])
+def test_a_state_before_the_first_step_takes_everything_back(momentum: Any) -> None:
+    optimizer = make(momentum=momentum)
+    model, state = clone(optimizer.model.state_dict()), optimizer.state_dict()
+    wanted = run(optimizer, 0, 4)
+    optimizer.model.load_state_dict(model)
+    optimizer.load_state_dict(state)
+    assert optimizer.preconditioner is None
+    assert str(run(optimizer, 0, 4)) == str(wanted)
+
+
+@pytest.mark.parametrize("rule", ["tied", "compared"])
+def test_gamma_follows_the_weight_decay_of_a_loaded_state(rule: str) -> None:
+    damping = {"kind": "levenberg-marquardt", "lambda0": 0.01, "gamma_rule": rule, "gamma_every": 2}
+    whole = make(damping=damping, weight_decay=1e-5)
+    run(whole, 0, 3)
+    model, state = clone(whole.model.state_dict()), whole.state_dict()
+    wanted = run(whole, 3, 9)
+    other = make(damping=damping, weight_decay=1.0)
+    other.model.load_state_dict(model)
+    other.load_state_dict(state)
+    assert str(run(other, 3, 9)) == str(wanted)
+
+
+def test_a_state_of_another_kind_of_device_seeds_the_generator_anew() -> None:
+    first = make()
+    run(first, 0, 4)
+    state = first.state_dict()
+    state["kfac"]["generator_device"] = "cuda"
+    state["kfac"]["generator"] = torch.zeros(16, dtype=torch.uint8)  # what a CUDA generator's state looks like
+    histories = []
+    for seed in (1, 2):
+        second = make(seed=seed)
+        second.model.load_state_dict(first.model.state_dict())
+        second.load_state_dict(state)
+        histories.append(str(run(second, 4, 7)))
+    assert histories[0] == histories[1], "it depends on the saved seed and step alone"
+
+
 def test_loading_again_and_again() -> None:
+    """The state is a copy: later steps do not reach it."""
     optimizer = make()
     run(optimizer, 0, 4)
-    model, state = {k: v.clone() for k, v in optimizer.model.state_dict().items()}, clone(optimizer.state_dict())
+    model, state = clone(optimizer.model.state_dict()), optimizer.state_dict()
     wanted = run(optimizer, 4, 9)
     for _ in range(2):
         optimizer.model.load_state_dict(model)

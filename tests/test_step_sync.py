@@ -221,16 +221,16 @@ def test_what_other_steps_wait_for(device: str, approx: str, refresh: dict[str, 
             optimizer.step(x, y)
         waits.append({key: n for key, n in seen.items() if key != "copy between devices"})
     looks = {"_local_scalar_dense": 1}  # whether inputs and objective are finite
-    adaptation = {"_local_scalar_dense": 1}  # whether the model value is finite
+    model = {"_local_scalar_dense": 1}  # whether the model value is finite
     choice = {"_local_scalar_dense": 1}  # which of three candidates
 
     def total(*parts: dict[str, int]) -> dict[str, int]:
         return dict(sum((Counter(part) for part in parts), Counter()))
 
-    assert waits[1] == waits[2] == total(looks, refresh)
-    assert waits[4] == waits[9] == total(looks, adaptation)
+    assert waits[1] == waits[2] == total(looks, refresh, model)
+    assert waits[4] == waits[9] == total(looks, model)
     compared = [refresh, refresh, choice] if rule == "compared" else []
-    assert waits[19] == waits[39] == total(looks, refresh, *compared, adaptation)
+    assert waits[19] == waits[39] == total(looks, refresh, *compared, model)
     assert waits[3] == waits[5] == waits[38] == {}
 
 

@@ -171,6 +171,9 @@ ERRORS = [
     ("seeds = []\n", "a study needs at least one seed"),
     ("seeds = [1, 1]\n", "the same seed twice"),
     ("seeds = 0\n", "seeds.* greater than or equal to 1"),
+    ("seeds = [0, -1]\n", r"seeds.1 = -1: input should be greater than or equal to 0"),
+    ("executor = 3\n", "executor = 3: input should be a valid string or input should be a valid dictionary"),
+    ("problems = ['curves', 'curves']\n", r"problems\[1\]: 'curves' is there twice"),
     ("[base]\naprox = 'tridiag'\n", r"s.toml \[base\]: unknown key 'aprox', did you mean 'approx'"),
     ("[base]\nsteps = 3\n", r"\[base\]: 'steps' belongs to the study as a whole, write \[budget\] steps"),
     ("[base]\ndamping.lamda0 = 3.0\n", r"\[base\].*unknown key 'lamda0' in damping, did you mean 'lambda0'"),
@@ -214,6 +217,8 @@ class TestSets:
         config = read_study(tmp_path / "s.toml", sets=sets)
         assert config.executor == {"kind": "local", "workers": 4}
         assert read_study(tmp_path / "s.toml", sets=sets, executor="slurm").executor == {"kind": "slurm", "workers": 4}
+        chosen = read_study(tmp_path / "s.toml", sets=["executor.partition=gpu"], executor="slurm")
+        assert chosen.executor == {"kind": "slurm", "partition": "gpu"}
 
     @pytest.mark.parametrize(
         ("assignment", "message"),
@@ -222,6 +227,7 @@ class TestSets:
             ("approx=tridiag", "--set approx=tridiag: a key of the runs is set in the base, write base.approx"),
             ("seeds", "needs the form KEY=VALUE"),
             ("seeds=0", "--set seeds=0: seeds"),
+            ('variants.0.name=""', '--set variants.0.name="": variants.0.name'),
             ("variants.name=c", "variants is a list of 1, write variants.0"),
             ("variants.3.name=c", "variants is a list of 1"),
             ("name.first=c", "name = 's' is no table"),

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,10 +27,11 @@ from kfacore.studies.machine import Presence
 from kfacore.studies.plan import Study, Target, load_study
 from kfacore.studies.report import write_report
 from kfacore.studies.report_data import read_runs
-from kfacore.studies.report_results import analyse, limits
+from kfacore.studies.report_limits import limits
+from kfacore.studies.report_results import analyse
 from kfacore.studies.state import state_folder
 from kfacore.studies.statistics import summarise
-from kfacore.studies.tables import csv_tables, latex_tables
+from kfacore.studies.tables import csv_tables, latex_tables, signed
 
 VARIANTS = {
     "tridiag": {},
@@ -179,7 +181,7 @@ def test_verdicts_by_the_test_are_corrected_for_all_comparisons(tmp_path):
     assert (found.tested, found.smallest_p, cell(found, "a").p["averaged_train_error"]) == (False, 1 / 16, 1 / 16)
     assert cell(found, "a").verdict == "worse"
     (limit,) = limits(found)
-    assert "it can confirm nothing here; 7 seeds would be enough" in limit
+    assert "it can confirm nothing here; 7 pairs would be enough" in limit
 
 
 def test_without_the_test_intervals_are_widened_for_the_number_of_comparisons(tmp_path):
@@ -191,6 +193,55 @@ def test_without_the_test_intervals_are_widened_for_the_number_of_comparisons(tm
     found = analyse(two, read_runs(two))
     assert (cell(found, "noisy").verdict, cell(found, "clear").verdict) == ("maybe worse", "worse")
     assert "Perhaps worse (not confirmed)" in page_of(two)
+
+
+def test_nobody_takes_the_place_of_a_reference_without_runs(tmp_path):
+    study = write_study(
+        tmp_path, {"tuned": {}, "a": {}, "b": {"floor": 2.0}}, seeds=6, target=Target("train_error", 3.0)
+    )
+    waiting = replace(study, runs=tuple(run for run in study.runs if run.variant != "tuned"))
+    results = analyse(waiting, read_runs(waiting))
+    assert [one.variant.name for one in results.cells["curves"]] == ["tuned", "a", "b"]
+    assert [one.verdict for one in results.cells["curves"]] == ["reference", "waiting", "waiting"]
+    assert all(one.differences["train_error"].n == 0 for one in results.cells["curves"][1:])
+    assert set(results.profiles["step"]) == {"a", "b"}
+    first, second = limits(results)
+    assert first.startswith("The reference tuned has no runs yet")
+    assert second == "The performance profiles leave out tuned, without runs yet."
+    html = page_of(waiting)
+    assert 'Reference <span class="name">tuned</span>: no result yet.' in html
+    assert "0/0" not in latex_tables(results)["targets.tex"]
+
+
+def test_a_reference_that_lost_runs_confirms_nothing(tmp_path):
+    states = {("base", seed): ("diverged", "the loss is not finite") for seed in range(3)}
+    study = write_study(tmp_path, {"base": {}, "a": {"floor": 2.0}}, seeds=9, states=states)
+    results = analyse(study, read_runs(study))
+    assert cell(results, "a").verdict == "broken"
+    assert results.pairs == 6
+    html = page_of(study)
+    assert "reference: 3 of 9 diverged" in html
+    assert " (6 pairs)" in html
+    # The percentage is of the reference's mean over the same six seeds.
+    base = [run.final("averaged_train_error") for run in cell(results, "base").runs]
+    mean = sum(value for value in base if value is not None) / 6
+    ratio = 1.0 + cell(results, "a").differences["averaged_train_error"].mean / mean
+    assert ratio < 2.0
+    assert f"{signed(100.0 * (ratio - 1.0), 2)} %" in html
+
+
+def test_above_the_pairs_that_the_test_takes_intervals_decide(tmp_path):
+    states = {("b", 30): ("running", "")}
+    study = write_study(tmp_path, {"base": {}, "a": {"floor": 2.0}, "b": {"floor": 2.0}}, seeds=31, states=states)
+    results = analyse(study, read_runs(study))
+    assert (results.tests, results.comparisons, results.tested) == (1, 2, True)
+    assert cell(results, "a").p["averaged_train_error"] is None
+    assert [one.verdict for one in results.cells["curves"][1:]] == ["worse", "worse"]
+    (limit,) = limits(results)
+    assert limit.startswith("The sign-flip test is not computed for more than 30 pairs")
+    html = page_of(study)
+    assert "correction for 1 comparison." in html
+    assert "or, where there is no p, the interval at 97.5 % confidence does as well" in html
 
 
 def test_only_runs_that_could_still_come_there_are_censored(results):
@@ -387,6 +438,7 @@ def test_page_holds_what_is_needed_to_run_it_again(html, study):
 
 def test_page_names_no_folder_of_the_machine(tmp_path):
     study = write_study(tmp_path, {"a": {}, "b": {}})
+    study = replace(study, base={"problem": {"kind": "curves", "data_dir": "/home/someone/data"}})
     file = study.runs[0].path / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["problem"] = {**config.get("problem", {}), "kind": "curves", "data_dir": "/home/someone/data"}
@@ -404,6 +456,16 @@ def test_different_machines_are_pointed_out(tmp_path):
     html = page_of(study)
     assert "different machines or devices" in html
     assert "different versions" in html
+
+
+def test_one_machine_is_one_whatever_it_computed_in(tmp_path):
+    study = write_study(tmp_path, {"base": {}, "other": {}}, seeds=1)
+    file = tmp_path / "runs" / study.runs[1].hash / "manifest.json"
+    text = file.read_text()
+    file.write_text(text.replace("float32", "float64"))
+    assert "different machines" not in page_of(study)
+    file.write_text(text.replace('"x86_64",', '"x86_64", "host": "0123abcd",'))
+    assert "different machines" in page_of(study)
 
 
 def test_shared_wall_times_are_marked(tmp_path, html):

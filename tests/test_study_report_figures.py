@@ -133,7 +133,7 @@ def test_long_runs_are_thinned_with_both_ends(tmp_path):
 def test_a_picture_in_the_page_follows_its_colors_and_has_names_of_its_own(results):
     svg = svg_text(panel(curves(results, "curves", "train_error", "step", "error")))
     assert INK in svg
-    one, other = (figure_html(svg, 'alt "quoted"', "", name) for name in ("one", "other"))
+    one, other = (figure_html(svg, 'alt "quoted"', name) for name in ("one", "other"))
     assert INK not in one
     assert "var(--ink)" in one
     assert "var(--c0)" in one

@@ -170,6 +170,8 @@ def test_one_bad_run_is_told_with_its_reason_and_the_rest_go_on(tmp_path, inline
     assert ends["late"] == ("done", "")
     assert ends["explodes"][0] == "diverged"
     assert "the loss of step 3 is nan" in ends["explodes"][1]
+    assert str(tmp_path) not in ends["explodes"][1], "reasons stand in reports, which are passed on"
+    assert "is kept in runs/" in ends["explodes"][1]
     assert ends["breaks"][0] == "failed"
     assert ends["breaks"][1].startswith("RuntimeError: it broke (traceback in state/")
     broken = result.study.of("breaks")[0]
@@ -400,11 +402,61 @@ def test_tuning_comes_first_and_the_best_one_is_taken(tmp_path, inline) -> None:
 
 def test_a_variant_whose_tuning_failed_is_lost_and_said(tmp_path, inline) -> None:
     body = TUNED.replace("[1e30, 1e-4, 1e-2]", "[1e30]")
-    result, seen = go(tmp_path, write_study(tmp_path, steps=3, seeds=1, body=body))
-    assert result.lost == (("sgd", "npz"),)
+    file = write_study(tmp_path, steps=3, seeds=1, body=body)
+    for _ in range(2):  # the second time nothing is left to run, and it is no less lost
+        result, seen = go(tmp_path, file)
+        assert result.lost == (("sgd", "npz"),)
+        assert not result.complete
+        assert [run.variant for run in result.study.runs] == ["plain"]
+        assert [event["chosen"] for event in seen if event["event"] == "tuned"] == [None]
+
+
+@pytest.mark.parametrize("change", ["measure", "choice deleted", "grid"])
+def test_a_choice_is_made_again_although_no_tuning_run_is_left(tmp_path, inline, change) -> None:
+    file = write_study(tmp_path, steps=3, seeds=1, body=TUNED)
+    assert go(tmp_path, file)[0].complete
+    if change == "measure":
+        file.write_text(file.read_text().replace("[variants.tune]", '[variants.tune]\nmeasure = "train_loss"'))
+    elif change == "grid":
+        file.write_text(file.read_text().replace("[1e30, 1e-4, 1e-2]", "[1e-4, 1e-2]"))
+    else:
+        (tmp_path / "out" / "tuning.json").unlink()
+    result, seen = go(tmp_path, file)
+    assert result.complete
+    assert [event["chosen"] is None for event in seen if event["event"] == "tuned"] == [False]
+    assert [run.variant for run in result.study.runs] == ["plain", "sgd"]
+
+
+def test_tuning_may_choose_what_another_variant_has(tmp_path, inline) -> None:
+    same = '[[variants]]\nname = "sgd as it is"\noptimizer = { kind = "sgd", lr = 0.01, momentum = 0.5 }\n'
+    body = same + TUNED.replace("[1e30, 1e-4, 1e-2]", "[0.01]").replace("[0.0, 0.5]", "[0.5]")
+    result, _ = go(tmp_path, write_study(tmp_path, steps=3, seeds=1, body=body))
+    assert result.complete
+    hashes = {run.variant: run.hash for run in result.study.runs}
+    assert hashes["sgd"] == hashes["sgd as it is"]
+
+
+def test_a_tuning_run_that_crashed_counts_and_a_retry_chooses_again(tmp_path, inline) -> None:
+    file = write_study(tmp_path, steps=3, seeds=1, body=TUNED)
+    (tuning,) = plan_into(get_registry(), read_study(file), tmp_path / "out").tunings
+    best = tuning.runs[-1]
+    state_folder(tmp_path / "out", best.hash).mkdir(parents=True)
+    write_outcome(tmp_path / "out", best.hash, RunState("failed", "killed by SIGKILL"))
+    result, _ = go(tmp_path, file)
+    assert [(run.hash, run.state) for run in result.failures] == [(best.hash, "failed")]
     assert not result.complete
-    assert [run.variant for run in result.study.runs] == ["plain"]
-    assert [event["chosen"] for event in seen if event["event"] == "tuned"] == [None]
+    without = result.study.variants[1].tuned
+    result, seen = go(tmp_path, file, retry_failed=True)
+    assert result.complete
+    (chosen,) = [event["chosen"] for event in seen if event["event"] == "tuned"]
+    assert result.study.variants[1].tuned == {"npz": chosen}
+    assert {"npz": chosen} != without, "the last of the grid is the best here"
+
+
+def test_tuning_before_there_are_averaged_parameters_looks_at_the_current_ones(tmp_path, inline) -> None:
+    body = TUNED.replace("[variants.tune]", '[variants.tune]\nmeasure = "averaged_train_error"')
+    result, _ = go(tmp_path, write_study(tmp_path, steps=3, seeds=1, body=body))
+    assert result.complete
 
 
 def test_a_disk_that_refuses_ends_the_runner_with_a_message(tmp_path, inline, monkeypatch) -> None:

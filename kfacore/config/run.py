@@ -127,7 +127,7 @@ class RunConfig(Model):
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     """Seed of every random draw."""
     device: str = "auto"
-    """Device of the computation: auto, cpu, cuda, cuda:1, mps, ..."""
+    """Device of the computation: auto, cpu, cuda, cuda:1, ..."""
     dtype: Literal["float32", "float64"] = "float32"
     """Number format of parameters and data."""
     threads: Count | None = None
@@ -147,7 +147,7 @@ class RunConfig(Model):
     @classmethod
     def _known_form(cls, value: str) -> str:
         if not _DEVICE.fullmatch(value):
-            raise ValueError("not the name of a device; write auto, cpu, cuda, cuda:0 or mps")
+            raise ValueError("not the name of a device; write auto, cpu, cuda or cuda:0")
         return value
 
     def as_dict(self) -> dict[str, Any]:

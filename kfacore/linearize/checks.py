@@ -94,8 +94,11 @@ def _require_parent(name: str, found: set[int], wanted: int, layers: Sequence[La
     )
 
 
-def check_gradient(layers: Sequence[Layer], chunk: Chunk) -> None:
+def check_gradient(layers: Sequence[Layer], chunk: Chunk) -> bool:
     """sum of g abar^T must be the whole derivative by the weights: a weight used elsewhere would add to it.
+
+    Returns:
+        Whether the numbers could show it: False if some layer's g is zero, or not finite.
 
     Raises:
         UnsupportedModelError: The message names the layer.
@@ -106,6 +109,7 @@ def check_gradient(layers: Sequence[Layer], chunk: Chunk) -> None:
     gradients = torch.autograd.grad(
         chunk.z, [call.edge for call in chunk.calls], v, retain_graph=True, allow_unused=True
     )
+    shown = True
     for layer, call, g in zip(layers, chunk.calls, gradients, strict=True):
         if g is None:
             raise UnsupportedModelError(
@@ -114,6 +118,8 @@ def check_gradient(layers: Sequence[Layer], chunk: Chunk) -> None:
             )
         block = torch.empty(layer.info.shape, dtype=g.dtype, device=g.device)
         layer.rule.gradient(call.rows, g, block, accumulate=False)
+        largest = float(g.abs().max())
+        shown = shown and math.isfinite(largest) and largest > 0.0
         for part in layer.split(block):
             full = whole.pop(0)
             if full is None or not _close(full, part):
@@ -121,12 +127,16 @@ def check_gradient(layers: Sequence[Layer], chunk: Chunk) -> None:
                     f"{layer.info.name}: its weights are used outside its own forward pass (tied or functional use), "
                     "which cannot be preconditioned. Use the module alone"
                 )
+    return shown
 
 
-def check_cases(model: nn.Module, inputs: Any) -> None:
+def check_cases(model: nn.Module, inputs: Any) -> bool:
     """The outputs of a case must depend on that case alone and on nothing random.
 
     Runs a few of the first cases with and without others, and compares.
+
+    Returns:
+        Whether the outputs could show it: False if they are not finite.
 
     Raises:
         UnsupportedModelError: The message names the first module that mixes cases or draws random numbers.
@@ -136,7 +146,7 @@ def check_cases(model: nn.Module, inputs: Any) -> None:
     with torch.no_grad():
         both, alone = model(slice_cases(inputs, 0, cases)), model(slice_cases(inputs, 0, count))
     if _close(both[:count], alone):
-        return
+        return bool(torch.isfinite(both).all())
     name = _first_difference(model, inputs, count)
     raise UnsupportedModelError(
         f"{name} mixes cases or draws random numbers in training mode (as batch norm and dropout do), which makes "

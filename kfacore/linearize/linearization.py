@@ -33,6 +33,10 @@ from kfacore.roles.estimator import LayerSamples
 
 __all__ = ["Linearization", "Linearizer"]
 
+_TRIES = 3
+"""Mini-batches in which the checks are made as long as they come to nothing: with an output layer that starts at zero
+they cannot see what lies below it, and one that stays dead must not cost every step."""
+
 
 @dataclass
 class Call:
@@ -86,7 +90,10 @@ class Linearizer:
         self.structure = structure
         self.layers = find_layers(self.model)
         self.ordered = False
+        self._trainable = [(name, p, p.requires_grad) for name, p in self.model.named_parameters()]
         self._checked: tuple[bool, ...] | None = None
+        self._tries = 0
+        self._several = False
 
     def set_order(self, names: Sequence[str]) -> None:
         """Take up the execution order of a saved state.
@@ -114,23 +121,43 @@ class Linearizer:
 
         Raises:
             UnsupportedModelError: A layer was used twice or not at all, the layers' order changed, cases are mixed,
-                or the forward pass draws random numbers; the message names the module.
+                the forward pass draws random numbers, or a parameter was frozen or unfrozen; the message names it.
         """
+        self._require_same_parameters()
         m = cases_of(inputs)
         n = m if statistics_cases is None else statistics_cases
         bounds = [0, n, m] if n < m else [0, m]
         chunks = [self._forward(slice_cases(inputs, a, b), low) for a, b in pairwise(bounds)]
         linearization = Linearization(self, inputs, chunks)
         modes = tuple(module.training for module in self.model.modules())
-        if self._checked != modes:  # for the first time, or some module was switched between train and eval
+        # For the first time, when some module was switched between train and eval, and when there are several cases for
+        # the first time: one cannot show that cases are mixed.
+        if self._checked != modes or (m > 1 and not self._several):
+            self._checked, self._tries = modes, _TRIES
+        if self._tries:
             first = chunks[0] if low is None else self._forward(slice_cases(inputs, 0, n), None)
-            with _uncompiled(self.model):
-                check_cases(self.model, inputs)
-            check_gradient(self.layers, first)
-            if self.structure == "chain":
-                check_chain(self.layers, first)
-            self._checked = modes if m > 1 else None  # one case cannot show that cases are mixed
+            sure = self._check(inputs, first)
+            self._several = self._several or m > 1
+            self._tries = 0 if sure and m > 1 else self._tries - 1
         return linearization
+
+    def _check(self, inputs: Any, chunk: Chunk) -> bool:
+        """Refuse what would be silently wrong; False where the numbers of this mini-batch could not show it."""
+        with _uncompiled(self.model):
+            alone = check_cases(self.model, inputs)
+        whole = check_gradient(self.layers, chunk)
+        if self.structure == "chain":
+            check_chain(self.layers, chunk)
+        return alone and whole
+
+    def _require_same_parameters(self) -> None:
+        for name, parameter, trainable in self._trainable:
+            if parameter.requires_grad != trainable:
+                done = "frozen" if trainable else "unfrozen"
+                raise UnsupportedModelError(
+                    f"{name} was {done} (requires_grad = {parameter.requires_grad}) after the optimizer was built, "
+                    "which keeps statistics of the parameters it found; build the optimizer again"
+                )
 
     def _forward(self, inputs: Any, low: torch.dtype | None) -> Chunk:
         calls: list[Call] = []
@@ -260,17 +287,20 @@ class Linearization:
     @contextmanager
     def _tangents(self, directions: Sequence[Sequence[Tensor]], n: int) -> Iterator[None]:
         """Replace each layer's forward by one that takes the known output and computes its tangent."""
-        patched: list[nn.Module] = []
+        patched: list[tuple[nn.Module, Any]] = []
         try:
             for i, layer in enumerate(self.layers):
                 calls = [chunk.calls[i] for chunk in self._chunks]
                 # An instance attribute shadows the class's forward; hooks of the user still run around it.
+                patched.append((layer.module, layer.module.__dict__.get("forward")))
                 layer.module.__dict__["forward"] = _tangent_forward(layer, calls, [d[i] for d in directions], n)
-                patched.append(layer.module)
             yield
         finally:
-            for module in patched:
-                del module.__dict__["forward"]
+            for module, own in patched:
+                if own is None:
+                    del module.__dict__["forward"]
+                else:  # somebody else's wrapper
+                    module.__dict__["forward"] = own
 
 
 def _autocast(device: str, low: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -32,6 +32,9 @@ class Damping(Part):
     def start(self, weight_decay: float, device: torch.device) -> None:
         """Set `lam` and `gamma` to their first values; eta is the objective's weight decay."""
 
+    def follow(self, weight_decay: float) -> None:  # optional: not every strategy looks at eta
+        """Called when the objective's weight decay has changed since `start`: on loading a state, or by the user."""
+
     def observe(self, curvature: Tensor) -> None:  # optional: most strategies are told where to start
         """Called once, with the statistics of the first step and before its candidates.
 

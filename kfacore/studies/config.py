@@ -164,20 +164,21 @@ def read_study(file: str | PathLike[str], *, sets: Sequence[str] = (), executor:
     origin = str(file)
     values = read_table(file)
     origins: dict[tuple[str, ...], str] = {}
-    for assignment in sets:
-        _assign(values, assignment, origins)
     if executor is not None:
         current = values.get("executor")
         workers = {k: v for k, v in current.items() if k == "workers"} if isinstance(current, Mapping) else {}
         same = current.get("kind") == executor if isinstance(current, Mapping) else current == executor
         if not same:
             values["executor"] = {"kind": executor, **workers}
+    for assignment in sets:  # above the executor's name: they may be its keys
+        _assign(values, assignment, origins)
     values.setdefault("name", Path(file).stem)
 
     def source(location: tuple[int | str, ...]) -> str:
         for length in range(len(location), 0, -1):
-            if location[:length] in origins:
-                return origins[tuple(map(str, location[:length]))]
+            key = tuple(map(str, location[:length]))
+            if key in origins:
+                return origins[key]
         return origin
 
     try:
@@ -228,13 +229,30 @@ def _put(values: dict[str, Any], path: tuple[str, ...], value: Any, origin: str)
 
 def _explain(error: ValidationError, values: Mapping[str, Any], source: Any) -> str:
     """The first error, with the home of keys that were written on the wrong level."""
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    if first["loc"] and first["loc"][0] in _UNIONS:
+        return _explain_union([e for e in errors if e["loc"][:1] == first["loc"][:1]], source)
     key = first["loc"][0] if len(first["loc"]) == 1 else None
     if first["type"] == "extra_forbidden" and key in RunConfig.model_fields:
         hint = STUDY_KEYS.get(str(key))
         where = f"write {hint}" if hint else f"it is a key of the runs, write base.{key}, or an axis, or in a variant"
         return f"{source(first['loc'])}: unknown key '{key}' of a study; {where}"
     return explain(error, StudyConfig, origin=source)
+
+
+_UNIONS = ("seeds", "executor", "problems")
+"""Fields that take values of several types: pydantic tells one error for each, with the type's name in the location."""
+
+
+def _explain_union(errors: Sequence[Any], source: Any) -> str:
+    """The error that comes deepest into the value, which is of the type that was meant; all if none does."""
+    deepest = max(len(error["loc"]) for error in errors)
+    found = [error for error in errors if len(error["loc"]) == deepest]
+    location = tuple(part for place, part in enumerate(found[0]["loc"]) if place == 0 or isinstance(part, int))
+    messages = dict.fromkeys(error["msg"].removeprefix("Value error, ") for error in found)
+    text = " or ".join(f"{message[:1].lower()}{message[1:]}" for message in messages)
+    return f"{source(location)}: {'.'.join(map(str, location))} = {found[0]['input']!r:.60}: {text}"
 
 
 def study_schema(registry: Registry) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kfacore.errors import ConfigError
 from kfacore.studies.plan import PlannedRun, Study, load_study
 from kfacore.studies.planner import Plan, plan_study
-from kfacore.studies.state import state_folder
+from kfacore.studies.state import own_plan, state_folder
 from kfacore.studies.tuning import read_choices
 from kfacore.training.files import disk_errors, write_json
 
@@ -68,8 +68,12 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def write_planned(study: Study, run: PlannedRun) -> None:
-    """Write down what the process that executes a run needs to know."""
-    file = state_folder(study.folder, run.hash) / "planned.json"
+    """Write down what the process that executes a run needs to know.
+
+    Twice: machines that share the study may have their data in different places, so each reads what it has written
+    itself, if it has; a batch system's job, on whatever machine, reads the last.
+    """
+    folder = state_folder(study.folder, run.hash)
     content = {
         "study": study.name,
         "variant": run.variant,
@@ -77,6 +81,7 @@ def write_planned(study: Study, run: PlannedRun) -> None:
         "seed": run.seed,
         "config": dict(run.config),
     }
-    with disk_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, content)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "planned.json", content)
+        write_json(own_plan(folder), content)

@@ -57,9 +57,9 @@ def table(caption: str, header: Sequence[str], rows: Sequence[str]) -> str:
     )
 
 
-def details(title: str, content: str, *, is_open: bool = False) -> str:
+def details(title: str, content: str) -> str:
     """A part that opens on demand."""
-    return f"<details{' open' if is_open else ''}><summary>{escape(title)}</summary>{content}</details>"
+    return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
 def download(name: str, content: str) -> str:
@@ -89,13 +89,12 @@ def toggles(pens: Sequence[Pen]) -> str:
     return "".join(f"body:has(#show-{p.group}:not(:checked)) figure .{p.group}{{display:none}}" for p in pens)
 
 
-def figure_html(svg: str, alt: str, caption: str, name: str) -> str:
+def figure_html(svg: str, alt: str, name: str) -> str:
     """A picture in the page.
 
     Args:
         svg: What `svg_text` returned.
         alt: What is to be seen, for those who cannot see it.
-        caption: The line below it; may be empty.
         name: Makes the identifiers in the picture unique in the page.
     """
     inner = svg[svg.index("<svg") :]
@@ -109,8 +108,7 @@ def figure_html(svg: str, alt: str, caption: str, name: str) -> str:
     inner = re.sub(r'<g id="[^"]*patch_1">.*?</g>', "", inner, count=1, flags=re.DOTALL)  # the white ground of the file
     inner = inner.replace("#ffffff", "none")
     inner = inner.replace("<svg", f'<svg role="img" aria-label="{escape(alt, quote=True)}"', 1)
-    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{inner}{below}</figure>"
+    return f"<figure>{inner}</figure>"
 
 
 def svg_text(figure: Figure) -> str:

@@ -6,8 +6,9 @@ from html import escape
 
 from kfacore.studies.figures import Pen, pens
 from kfacore.studies.html import cell, swatch, table
-from kfacore.studies.report_results import ALPHA, Cell, Results, Verdict, limits
-from kfacore.studies.statistics import MIN_INTERVAL, ToTarget
+from kfacore.studies.report_limits import limits
+from kfacore.studies.report_results import ALPHA, Cell, Results, Verdict
+from kfacore.studies.statistics import MIN_INTERVAL, Difference, ToTarget, summarise
 from kfacore.studies.tables import MEASURE_NAMES, amount, interval, plus_minus, probability, signed
 
 __all__ = ["answer", "facts", "lost_runs", "share", "time_text"]
@@ -138,9 +139,9 @@ def _mention(results: Results, one: Cell) -> str:
     if one.verdict == "waiting":
         return name
     difference = one.differences[results.headline]
-    text = _lost(one) if one.verdict == "broken" else ""
+    text = _lost_text(results, one) if one.verdict == "broken" else ""
     if difference.mean is not None:
-        base = results.reference(one.problem).final[results.headline].mean
+        base = _paired_base(results, one)
         ratio = 1.0 + difference.mean / base if base else 1.0
         relative = f", {ratio:.3g} times" if ratio >= 2.0 else f", {signed(100.0 * (ratio - 1.0), 2)} %" if base else ""
         text += f"{'; in the others ' if text else ''}{signed(difference.mean)}{relative}"
@@ -188,10 +189,10 @@ def _table(results: Results, problem: str, styles: dict[str, Pen]) -> str:
         parts = [
             cell(f"{swatch(pen)}{escape(one.variant.name)}", head="row"),
             cell(plus_minus(one.final[results.headline])),
-            cell("" if d is None else signed(d.mean)),
+            cell("" if d is None else f"{signed(d.mean)}{_pairs(results, d)}"),
             cell("" if d is None else interval(d.low, d.high)),
             cell("" if d is None else probability(one.p[results.headline])),
-            cell(_lost(one) if one.lost else _WORDS[one.verdict], "text", one.verdict.split()[0]),
+            cell(_lost_text(results, one) or _WORDS[one.verdict], "text", one.verdict.split()[0]),
             cell(done, *(["broken"] if one.lost else [])),
         ]
         if goal is not None:
@@ -208,12 +209,19 @@ def _key(results: Results) -> str:
     if len(results.study.seeds) >= MIN_INTERVAL:
         text += " Interval: Student's t for the mean difference, not adjusted for the number of comparisons."
     if any(one.p.get(results.headline) is not None for one in results.flat()):
-        text += f" p: exact sign-flip test, after Holm's correction for {_count(results.comparisons, 'comparison')}."
-    if results.tested:
+        text += f" p: exact sign-flip test, after Holm's correction for {_count(results.tests, 'comparison')}."
+    compared = [one for one in results.flat() if one.differences]
+    by_test = [one for one in compared if results.tested and one.p[results.headline] is not None]
+    widened = 100.0 * (1.0 - ALPHA / max(1, results.comparisons))
+    if by_test and len(by_test) == sum(one.differences[results.headline].low is not None for one in compared):
         text += f" Better and worse: the interval leaves out 0 and p ≤ {ALPHA:g}."
+    elif by_test:
+        text += (
+            f" Better and worse: the interval leaves out 0, and p ≤ {ALPHA:g}, or, where there is no p, the interval "
+            f"at {widened:.6g} % confidence does as well."
+        )
     elif results.comparisons:
-        widened = 100.0 * (1.0 - ALPHA / results.comparisons)
-        text += f" Better and worse: the interval leaves out 0, also at {widened:.3g} % confidence."
+        text += f" Better and worse: the interval leaves out 0, also at {widened:.6g} % confidence."
     if results.targets:
         source = "the worst final value of the reference" if results.target_from_reference else "the study's target"
         text += f" Seconds: median over seeds to {source}, with runs that never got there counted as such."
@@ -222,6 +230,29 @@ def _key(results: Results) -> str:
             " † Other runs of this study used the machine at the same time: do not compare these wall times closely."
         )
     return f'<p class="note">{escape(text)}</p>'
+
+
+def _lost_text(results: Results, one: Cell) -> str:
+    """Which runs of a comparison are lost: the variant's, the reference's; nothing if none are."""
+    reference = results.reference(one.problem)
+    parts = [_lost(one)] if one.lost else []
+    if one is not reference and reference.lost:
+        parts.append(f"reference: {_lost(reference)}")
+    return "; ".join(parts)
+
+
+def _paired_base(results: Results, one: Cell) -> float | None:
+    """Mean of the reference over the seeds that the variant has a value for too: what a percentage is of."""
+    own = {run.seed for run in one.runs if run.final(results.headline) is not None}
+    base = [run.final(results.headline) for run in results.reference(one.problem).runs if run.seed in own]
+    return summarise(base).mean
+
+
+def _pairs(results: Results, difference: Difference) -> str:
+    """How many pairs a difference rests on, where it is not all seeds."""
+    if difference.n == len(results.study.seeds) or not difference.n:
+        return ""
+    return f" ({_count(difference.n, 'pair')})"
 
 
 def _lost(one: Cell) -> str:

@@ -151,8 +151,7 @@ def _targets(results: Results, styles: Mapping[str, Pen], figures: Mapping[str, 
         )
         parts.append(table(caption, header, rows))
     source = (
-        "The study names no target, so the target is the worst final value among the reference's seeds, which all of "
-        "them reached."
+        "The study names no target, so the target is the worst final value among the reference's finished runs."
         if results.target_from_reference
         else "The target is the study's."
     )
@@ -223,11 +222,14 @@ def _runs(results: Results) -> str:
 
 def _reproduce(results: Results, tables: Mapping[str, str]) -> str:
     study = results.study
-    machines = _distinct(results, ("system", "machine", "device", "threads", "dtype"))
+    machines = _distinct(results, ("system", "machine", "cpu", "host", "device", "threads"))
     versions = _distinct(results, ("versions",))
     warnings = []
     if len(machines) > 1:
-        warnings.append("The runs were made on different machines or devices: their seconds are not comparable.")
+        warnings.append(
+            "The runs were made on different machines or devices, or with different threads: their seconds are not "
+            "comparable."
+        )
     if len(versions) > 1:
         warnings.append("The runs were made with different versions: differences may come from them.")
     parts = [f'<p class="warning">{escape(text)}</p>' for text in warnings]
@@ -240,7 +242,9 @@ def _reproduce(results: Results, tables: Mapping[str, str]) -> str:
         for facts_of, count in (*versions.items(), *machines.items())
     ]
     parts.append(table("Versions and machines", [cell("What", "text", head="col"), cell("Runs", head="col")], rows))
-    parts.append(details("The study as resolved (study.json)", f"<pre>{escape(_json(study.as_dict()))}</pre>"))
+    parts.append(
+        details("The study as resolved (study.json)", f"<pre>{escape(_json(_passed_on(study.as_dict())))}</pre>")
+    )
     for problem, cells in results.cells.items():
         for one in cells:
             run = next((run for run in one.runs if run.config), None)
@@ -267,6 +271,14 @@ def _facts_text(text: str) -> str:
     values: dict[str, Any] = json.loads(text)
     flat = values["versions"] if set(values) == {"versions"} and isinstance(values["versions"], dict) else values
     return escape(", ".join(f"{key} {value}" for key, value in flat.items()))
+
+
+def _passed_on(study: Mapping[str, Any]) -> dict[str, Any]:
+    """The study without the place of the data on this machine."""
+    base = dict(study["base"])
+    if isinstance(base.get("problem"), Mapping):
+        base["problem"] = {key: value for key, value in base["problem"].items() if key != "data_dir"}
+    return {**study, "base": {key: value for key, value in base.items() if key != "problem.data_dir"}}
 
 
 def _json(value: Any) -> str:

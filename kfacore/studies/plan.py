@@ -253,4 +253,4 @@ def _read(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise DataError(f"{file} cannot be read: {error}; run kfac study run FILE again to write it anew") from error
+        raise DataError(f"{file} cannot be read: {error}; delete it, and kfac study run FILE writes it anew") from error

@@ -153,7 +153,8 @@ class _Planner:
             for seed in config.all_seeds:
                 layers = [self._base(), *layer, *draft.layers, *chosen]
                 runs.append(self._run(draft.name, problem, seed, layers, config.budget))
-        self._refuse_twins(runs, names)
+        # Tuning may well choose what another variant has: default against tuned is a study.
+        self._refuse_twins(runs, [draft.name for draft in drafts if draft.tune is None])
         target = config.target
         study = Study(
             name=config.name,
@@ -187,12 +188,15 @@ class _Planner:
             ConfigError: A key is unknown, or belongs to the study as a whole.
         """
         for key in values:
-            top = key.partition(".")[0]
-            if top in STUDY_KEYS:
-                raise ConfigError(
-                    f"{self.origin} {where}: '{top}' belongs to the study as a whole, write {STUDY_KEYS[top]} there"
-                )
+            self._refuse_study_key(key, where)
         return table_layer(values, f"{self.origin} {where}", user=True)
+
+    def _refuse_study_key(self, key: str, where: str) -> None:
+        top = key.partition(".")[0]
+        if top in STUDY_KEYS:
+            raise ConfigError(
+                f"{self.origin} {where}: '{key}' belongs to the study as a whole, write {STUDY_KEYS[top]} there"
+            )
 
     def _problems(self) -> dict[str, tuple[Layer, ...]]:
         """The layers of each problem by its name; one without layers if the base decides."""
@@ -208,6 +212,8 @@ class _Planner:
             return {kind: places}
         found: dict[str, tuple[Layer, ...]] = {}
         for index, problem in enumerate(config.problems):
+            if problem in config.problems[:index]:
+                raise ConfigError(f"{self.origin} problems[{index}]: {problem!r} is there twice; leave one of them out")
             layer = self._layer({"problem": problem}, f"problems[{index}]")
             kind = self._resolve([self._base(), layer, *places], config.budget, 0).problem.kind
             name = kind
@@ -247,11 +253,7 @@ class _Planner:
         return _Draft(_label(values), tuple(layers), overrides)
 
     def _axis_layer(self, key: str, value: Any, where: str) -> Layer:
-        top = key.partition(".")[0]
-        if top in STUDY_KEYS:
-            raise ConfigError(
-                f"{self.origin} {where}: '{key}' belongs to the study as a whole, write {STUDY_KEYS[top]} there"
-            )
+        self._refuse_study_key(key, where)
         origin = f"{self.origin} {where} {key} = {json.dumps(value, ensure_ascii=False, default=str)}"
         layer = Layer(origin, user=True)
         layer.put(key, value)

@@ -66,7 +66,8 @@ def write_report(folder: Path, out: Path | None = None) -> Report:
 
     Args:
         folder: The study folder.
-        out: Where the report goes; ``report`` in the study folder by default. Files of an earlier report are replaced.
+        out: Where the report goes; ``report`` in the study folder by default. Files of an earlier report are
+            replaced; those that this one does not have (another headline, say) stay.
 
     Returns:
         The files.
@@ -111,7 +112,7 @@ def _figures(results: Results, folder: Path) -> tuple[dict[str, list[tuple[str, 
         for position, (draw, alt) in enumerate(group.draws):
             figure = panel(draw, group.margin)
             if figure is not None:
-                panels.append(figure_html(svg_text(figure), alt, "", f"{group.file}-{position}"))
+                panels.append(figure_html(svg_text(figure), alt, f"{group.file}-{position}"))
         whole = strip(
             [draw for draw, _ in group.draws],
             group.title,

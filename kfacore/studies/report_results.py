@@ -16,8 +16,6 @@ from kfacore.studies.plan import Study, Variant
 from kfacore.studies.report_data import AXES, MEASURES, RunData
 from kfacore.studies.statistics import (
     LEVEL,
-    MIN_INTERVAL,
-    MIN_TEST,
     Difference,
     Profile,
     Summary,
@@ -30,7 +28,7 @@ from kfacore.studies.statistics import (
     to_target,
 )
 
-__all__ = ["ALPHA", "Cell", "Results", "Verdict", "analyse", "limits"]
+__all__ = ["ALPHA", "Cell", "Results", "Verdict", "analyse"]
 
 ALPHA = 0.05
 """Level of the tests."""
@@ -42,7 +40,7 @@ Verdict = Literal["reference", "better", "worse", "maybe better", "maybe worse",
 all comparisons: by the sign-flip test with Holm's correction where the number of seeds allows it to reject at all,
 otherwise by the interval widened to 1 - 0.05 / m for m comparisons (Bonferroni). ``maybe ...``: the interval leaves out
 0, but that does not stand. ``unclear``: the interval holds 0. ``few``: too few seeds for an interval. ``broken``: a run
-diverged or failed. ``waiting``: no pair is done yet.
+of the variant or of the reference diverged or failed. ``waiting``: no pair is done yet.
 """
 
 
@@ -101,8 +99,9 @@ class Results:
         targets: By problem, the value to be reached; missing where there is none.
         target_from_reference: Whether the targets are the reference's own (the study names none).
         profiles: By axis, the performance profile of each variant over all problems and seeds; empty without targets.
-        comparisons: Number of comparisons that corrections count: those with an interval.
-        tested: Whether verdicts rest on the sign-flip test, which can reject with this number of seeds.
+        comparisons: Number of comparisons that the widened intervals count: those with an interval.
+        tests: Number of comparisons that Holm's correction counts: those with a p.
+        tested: Whether verdicts rest on the sign-flip test where there is one: it can reject with this number of seeds.
     """
 
     study: Study
@@ -114,12 +113,8 @@ class Results:
     target_from_reference: bool
     profiles: Mapping[str, Mapping[str, Profile]]
     comparisons: int
+    tests: int
     tested: bool
-
-    @property
-    def seeds(self) -> int:
-        """Seeds of the study."""
-        return len(self.study.seeds)
 
     @property
     def pairs(self) -> int:
@@ -129,7 +124,7 @@ class Results:
     @property
     def smallest_p(self) -> float:
         """The smallest corrected p that the study could give."""
-        return smallest_p(self.pairs, max(1, self.comparisons))
+        return smallest_p(self.pairs, max(1, self.tests))
 
     def flat(self) -> tuple[Cell, ...]:
         """All cells."""
@@ -163,8 +158,10 @@ def analyse(study: Study, runs: Sequence[RunData]) -> Results:
     for problem in study.problems:
         for variant in order:
             own = [run for run in runs if (run.planned.problem, run.planned.variant) == (problem, variant.name)]
-            if own:
+            if own or variant.name == study.reference:  # nobody else takes the place of a reference that has no runs
                 groups.setdefault(problem, []).append((variant, tuple(sorted(own, key=lambda run: run.seed))))
+        if not any(own for _, own in groups.get(problem, ())):
+            groups.pop(problem, None)
     targets, from_reference = _targets(study, headline, groups)
     differences = {
         (problem, variant.name, measure): _difference(own, members[0][1], measure)
@@ -178,13 +175,25 @@ def analyse(study: Study, runs: Sequence[RunData]) -> Results:
         p.update(zip(keys, holm([differences[key].p for key in keys]), strict=True))
     compared = [difference for key, difference in differences.items() if key[2] == headline]
     comparisons = sum(difference.low is not None for difference in compared)
-    pairs = max((difference.n for difference in compared if difference.p is not None), default=0)
-    tested = pairs > 0 and smallest_p(pairs, comparisons) <= ALPHA
-    level = None if tested else 1.0 - ALPHA / max(1, comparisons)
+    pairs = [difference.n for difference in compared if difference.p is not None]
+    tested = bool(pairs) and smallest_p(max(pairs), len(pairs)) <= ALPHA
+    level = 1.0 - ALPHA / max(1, comparisons)
     cells = {
         problem: tuple(
-            _cell(problem, variant, own, members[0][1], headline, measures, targets.get(problem), differences, p, level)
-            for variant, own in members
+            _cell(
+                problem,
+                variant,
+                own,
+                members[0][1] if position else None,
+                headline,
+                measures,
+                targets.get(problem),
+                differences,
+                p,
+                tested,
+                level,
+            )
+            for position, (variant, own) in enumerate(members)
         )
         for problem, members in groups.items()
     }
@@ -198,6 +207,7 @@ def analyse(study: Study, runs: Sequence[RunData]) -> Results:
         target_from_reference=from_reference,
         profiles=_profiles(study, groups, headline, targets),
         comparisons=comparisons,
+        tests=len(pairs),
         tested=tested,
     )
 
@@ -216,7 +226,7 @@ def _headline(study: Study, runs: Sequence[RunData]) -> str:
 def _targets(
     study: Study, headline: str, groups: Mapping[str, Sequence[tuple[Variant, tuple[RunData, ...]]]]
 ) -> tuple[dict[str, float], bool]:
-    """The study's target, or for each problem the worst final value of the reference, which all its runs reached."""
+    """The study's target, or for each problem the worst final value of the reference's finished runs."""
     if study.target is not None:
         return dict.fromkeys(groups, study.target.value), False
     targets = {}
@@ -237,17 +247,17 @@ def _cell(
     problem: str,
     variant: Variant,
     own: tuple[RunData, ...],
-    reference: tuple[RunData, ...],
+    reference: tuple[RunData, ...] | None,  # None for the reference itself
     headline: str,
     measures: Sequence[str],
     target: float | None,
     differences: Mapping[tuple[str, str, str], Difference],
     p: Mapping[tuple[str, str, str], float | None],
-    level: float | None,
+    tested: bool,
+    level: float,
 ) -> Cell:
-    itself = own is reference
-    mine = {m: differences[problem, variant.name, m] for m in measures} if not itself else {}
-    tested = {m: p[problem, variant.name, m] for m in mine}
+    mine = {m: differences[problem, variant.name, m] for m in measures} if reference is not None else {}
+    corrected = {m: p[problem, variant.name, m] for m in mine}
     return Cell(
         variant=variant,
         problem=problem,
@@ -255,23 +265,24 @@ def _cell(
         final={m: summarise([run.final(m) for run in own]) for m in measures},
         best={m: summarise([run.best(m) for run in own]) for m in measures},
         differences=mine,
-        p=tested,
+        p=corrected,
         verdict="reference"
-        if itself
+        if reference is None
         else _verdict(
-            own,
+            (*own, *reference),
             mine[headline],
-            tested[headline],
-            None if level is None else _difference(own, reference, headline, level),
+            corrected[headline] if tested else None,
+            _difference(own, reference, headline, level),
         ),
         targets={} if target is None else {axis: _to_target(own, headline, target, axis) for axis in AXES},
-        catches={} if itself else {axis: _shares(own, reference, headline, axis) for axis in AXES},
-        caught={} if itself else {axis: _shares(reference, own, headline, axis) for axis in AXES},
+        catches={} if reference is None else {axis: _shares(own, reference, headline, axis) for axis in AXES},
+        caught={} if reference is None else {axis: _shares(reference, own, headline, axis) for axis in AXES},
     )
 
 
-def _verdict(own: Sequence[RunData], difference: Difference, p: float | None, widened: Difference | None) -> Verdict:
-    if any(run.state in ("diverged", "failed") for run in own):
+def _verdict(both: Sequence[RunData], difference: Difference, p: float | None, widened: Difference) -> Verdict:
+    """Of a variant against the reference: by the test where it has a p that could reject, else by the interval."""
+    if any(run.state in ("diverged", "failed") for run in both):
         return "broken"
     if difference.n == 0 or difference.mean is None:
         return "waiting"
@@ -279,8 +290,7 @@ def _verdict(own: Sequence[RunData], difference: Difference, p: float | None, wi
         return "few"
     if _holds_zero(difference):
         return "unclear"
-    by_test = p is not None and p <= ALPHA
-    confirmed = by_test if widened is None else not _holds_zero(widened)
+    confirmed = not _holds_zero(widened) if p is None else p <= ALPHA
     if difference.mean < 0.0:
         return "better" if confirmed else "maybe better"
     return "worse" if confirmed else "maybe worse"
@@ -326,7 +336,7 @@ def _profiles(
     headline: str,
     targets: Mapping[str, float],
 ) -> dict[str, dict[str, Profile]]:
-    """Instances are the pairs of problem and seed for which every variant has a run that has ended."""
+    """Instances are the pairs of problem and seed for which every variant that has runs has one that has ended."""
     table: dict[tuple[str, int], dict[str, RunData]] = {}
     for problem, members in groups.items():
         if problem in targets:
@@ -334,7 +344,8 @@ def _profiles(
                 for run in own:
                     if run.state in ("done", "diverged", "failed"):
                         table.setdefault((problem, run.seed), {})[variant.name] = run
-    names = [variant.name for variant in study.variants]
+    planned = {variant.name for members in groups.values() for variant, own in members if own}
+    names = [variant.name for variant in study.variants if variant.name in planned]
     complete = {key: row for key, row in table.items() if len(row) == len(names)}
     if not complete or len(names) < 2:
         return {}
@@ -350,45 +361,3 @@ def _profiles(
         axis: performance_profile({name: [cost(axis)(key, name) for key in sorted(complete)] for name in names})
         for axis in AXES
     }
-
-
-def limits(results: Results) -> list[str]:
-    """What the numbers of the study cannot say, in sentences.
-
-    Args:
-        results: The results.
-
-    Returns:
-        One sentence a limit, the weightiest first; empty if there is none.
-    """
-    found = []
-    pairs, study = results.pairs, results.study
-    if len(study.seeds) < MIN_INTERVAL:
-        found.append(
-            f"{_seeds(len(study.seeds))}: no intervals and no tests. Differences may be the luck of the draw; "
-            f"run at least {MIN_INTERVAL} seeds for intervals and {MIN_TEST} for the test."
-        )
-    elif len(study.seeds) < MIN_TEST:
-        found.append(
-            f"{_seeds(len(study.seeds))}: intervals, but no sign-flip test, which needs {MIN_TEST}. The verdicts rest "
-            "on t-intervals, widened for the number of comparisons."
-        )
-    elif results.comparisons and not results.tested:
-        found.append(
-            f"With {pairs} pairs and {results.comparisons} comparisons the smallest possible p of the exact test after "
-            f"Holm's correction is {results.smallest_p:.2g}, so it can confirm nothing here; "
-            f"{_needed(results.comparisons)} seeds would be enough. The verdicts rest on t-intervals, widened for the "
-            "number of comparisons."
-        )
-    return found
-
-
-def _needed(comparisons: int) -> int:
-    n = MIN_TEST
-    while smallest_p(n, comparisons) > ALPHA:
-        n += 1
-    return n
-
-
-def _seeds(count: int) -> str:
-    return "1 seed" if count == 1 else f"{count} seeds"

@@ -20,7 +20,7 @@ from kfacore.studies.folder import plan_into, write_planned
 from kfacore.studies.plan import PlannedRun, Study
 from kfacore.studies.planner import Plan
 from kfacore.studies.state import BUSY, STOPPED, RunState, clear_outcome, read_state, state_folder, write_outcome
-from kfacore.studies.tuning import choose, write_choice
+from kfacore.studies.tuning import choose, drop_choice, write_choice
 from kfacore.training.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class StudyResult:
     Attributes:
         study: The study with the final states.
         stopped: The signal that stopped it, or None.
-        failures: Runs that failed or diverged, tuning left out.
+        failures: Runs that failed or diverged. Of those for tuning only the failed ones: a setting that diverges has
+            lost the comparison it was made for, one that crashed was never compared.
         lost: (variant, problem) pairs without runs, because no tuning run succeeded.
     """
 
@@ -59,7 +60,8 @@ class StudyResult:
     @property
     def complete(self) -> bool:
         """Whether every run has ended well."""
-        return self.stopped is None and not self.lost and all(run.state == "done" for run in self.study.runs)
+        ended = all(run.state == "done" for run in self.study.runs)
+        return self.stopped is None and not self.lost and not self.failures and ended
 
 
 def run_study(
@@ -146,6 +148,7 @@ class _Runner:
         self._refresh()
         if retry_failed:
             self._forget_failures()
+        self._tune()  # what was left undone, or is to be done again, need not leave anything to run
         self._emit("study", total=self.plan.total, workers=self.executor.workers, **self._counts())
         stop = StopSignals()
         with stop:
@@ -160,6 +163,9 @@ class _Runner:
         self._publish()
         study = self.plan.study.refreshed()
         failures = tuple(run for run in study.runs if run.state in ("failed", "diverged"))
+        tried = study.as_found([run for tuning in self.plan.tunings for run in tuning.runs])
+        known = {run.hash for run in study.runs}
+        failures += tuple(run for run in tried if run.state == "failed" and run.hash not in known)
         self._emit("done", stopped=None if stop.received is None else stop.received.name, **self._counts())
         return StudyResult(study, stop.received, failures, tuple(self.lost))
 
@@ -250,6 +256,8 @@ class _Runner:
             claim.release()
 
     def _forget_failures(self) -> None:
+        """Failed runs are pending again, and a choice that was made without one of them is made again."""
+        forgotten = set()
         for name in self.runs:
             if self.states[name].state != "failed":
                 continue
@@ -258,6 +266,12 @@ class _Runner:
                 clear_outcome(self.folder, name)
                 claim.release()
                 self.states[name] = RunState("pending")
+                forgotten.add(name)
+        unsettled = [tuning for tuning in self.plan.tunings if any(run.hash in forgotten for run in tuning.runs)]
+        if unsettled:
+            drop_choice(self.folder, unsettled)
+            self.plan = self.replan()
+            self._refresh()
 
     def _tell_end(self, run: PlannedRun, state: RunState) -> None:
         tuning = self._tuning_of(run.hash)

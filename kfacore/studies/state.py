@@ -3,16 +3,18 @@
 ::
 
     planned.json     the run's configuration, for the process that executes it
+    planned-M.json   the same as machine M has written it, for its own processes
     claim-N          who executes it (`kfacore.studies.claims`)
     outcome.json     how it ended
     journal.jsonl    every life of the run: when it began and how it stopped
     log.txt          what its processes printed
 
-Everything but ``log.txt`` is written by the holder of the claim alone.
+How it ended and the journal are written by the holder of the claim alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kfacore.errors import DataError
-from kfacore.studies.claims import read_holder
+from kfacore.studies.claims import here, read_holder
 from kfacore.training.files import disk_errors, write_json
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "State",
     "clear_outcome",
     "note",
+    "own_plan",
     "read_journal",
     "read_state",
     "state_folder",
@@ -69,6 +72,11 @@ class RunState:
 def state_folder(study: Path, run: str) -> Path:
     """The folder with a run's state."""
     return study / "state" / run
+
+
+def own_plan(folder: Path) -> Path:
+    """In a run's state folder, the file with its configuration as this machine has written it."""
+    return folder / f"planned-{hashlib.sha256(here().encode()).hexdigest()[:12]}.json"
 
 
 def read_state(study: Path, run: str) -> RunState:

@@ -104,7 +104,7 @@ class ToTarget:
     Attributes:
         n: Runs.
         reached: Runs that reached the target.
-        median: Kaplan-Meier median; None unless more than half are known to reach it.
+        median: Kaplan-Meier median; None where the estimated share of those still going never falls below a half.
         smallest: The smallest cost among those that reached it.
         largest: The largest among those, None unless all runs reached it: the others may need any amount.
     """

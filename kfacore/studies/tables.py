@@ -222,14 +222,14 @@ def _latex_differences(results: Results) -> str:
 
 def _latex_targets(results: Results) -> str:
     def cost(target: ToTarget | None) -> str:
-        if target is None:
+        if target is None or not target.n:
             return "--"
         return "not reached" if target.median is None else _math(amount(target.median))
 
     rows = []
     for cell in results.flat():
         first = cell.targets.get("step")
-        reached = "--" if first is None else f"{first.reached}/{first.n}"
+        reached = "--" if first is None or not first.n else f"{first.reached}/{first.n}"
         rows.append((cell.problem, [_name(cell), reached, *(cost(cell.targets.get(axis)) for axis in AXES)]))
     goals = ", ".join(f"{amount(goal)} on {problem}" for problem, goal in results.targets.items())
     note = f"Median cost to the target ({MEASURE_NAMES[results.headline]}: {goals}); runs that never reached it count."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from kfacore.training.figures import number
 from kfacore.training.files import disk_errors, write_json
 from kfacore.training.run import RunFolder
 
-__all__ = ["choose", "read_choices", "write_choice"]
+__all__ = ["choose", "drop_choice", "read_choices", "write_choice"]
 
 
 def choose(study: Path, tuning: Tuning) -> dict[str, Any] | None:
@@ -36,7 +36,7 @@ def choose(study: Path, tuning: Tuning) -> dict[str, Any] | None:
         if read_state(study, run.hash).state != "done":
             continue
         evals = [event for event in RunFolder(run.path).events() if event.get("event") == "eval"]
-        value = number(evals[-1].get(tuning.measure)) if evals else None
+        value = _reported(evals[-1], tuning.measure) if evals else None
         if value is not None and value < best:
             best, chosen = value, dict(overrides)
     return chosen
@@ -81,6 +81,28 @@ def write_choice(study: Path, tuning: Tuning, chosen: dict[str, Any]) -> dict[st
         write_json(file, entries)
     kept: dict[str, Any] = entry["chosen"]
     return kept
+
+
+def drop_choice(study: Path, tunings: Sequence[Tuning]) -> None:
+    """Forget the choices of some tunings, so that they are made again.
+
+    Raises:
+        ResourceError: The disk refused.
+    """
+    entries = _read(study)
+    dropped = {_key(tuning) for tuning in tunings}
+    file = study / "tuning.json"
+    if dropped & entries.keys():
+        with disk_errors(file):
+            write_json(file, {key: entry for key, entry in entries.items() if key not in dropped})
+
+
+def _reported(event: Mapping[str, Any], measure: str) -> float | None:
+    """A measure of an evaluation; before there are averaged parameters, that of the current ones (as in the report)."""
+    value = number(event.get(measure))
+    if value is None and measure.startswith("averaged_"):
+        value = number(event.get(measure.removeprefix("averaged_")))
+    return value
 
 
 def _key(tuning: Tuning) -> str:

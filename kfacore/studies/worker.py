@@ -23,7 +23,7 @@ from kfacore.registry import get_registry
 from kfacore.studies.claims import Claim
 from kfacore.studies.identity import relevant
 from kfacore.studies.machine import Presence
-from kfacore.studies.state import BUSY, RunState, note, read_state, state_folder, write_outcome
+from kfacore.studies.state import BUSY, RunState, note, own_plan, read_state, state_folder, write_outcome
 from kfacore.training.run import RunFolder
 from kfacore.training.signals import Interrupted
 
@@ -80,9 +80,9 @@ def _attempt(study: Path, run: str, registry: Registry, claim: Claim, parent: in
             note(study, run, "stopped", step=stopped.step)
             return stopped.exit_code
         except NumericalError as error:
-            outcome, code = RunState("diverged", str(error)), error.exit_code
+            outcome, code = RunState("diverged", _reason(error, study)), error.exit_code
         except KfacError as error:
-            outcome, code = RunState("failed", str(error)), _FAILED
+            outcome, code = RunState("failed", _reason(error, study)), _FAILED
         except Exception as error:
             file = state_folder(study, run) / "traceback.txt"
             file.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
@@ -121,7 +121,8 @@ def _train(
 
 
 def _read_planned(study: Path, run: str) -> dict[str, Any]:
-    file = state_folder(study, run) / "planned.json"
+    folder = state_folder(study, run)
+    file = own_plan(folder) if own_plan(folder).exists() else folder / "planned.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -129,6 +130,11 @@ def _read_planned(study: Path, run: str) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise DataError(f"{file} holds no configuration; run kfac study run again to write it anew")
     return content
+
+
+def _reason(error: KfacError, study: Path) -> str:
+    """What a report says of a run: with paths from the study folder on, since reports are passed on."""
+    return str(error).replace(f"{study.resolve()}{os.sep}", "").replace(f"{study}{os.sep}", "")
 
 
 def _annotate(study: Path, run: str, planned: Mapping[str, Any], presence: Presence) -> None:

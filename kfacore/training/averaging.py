@@ -60,7 +60,7 @@ class IterateAverage:
         parameters: tuple[Tensor, ...] | list[Tensor],
         count: Tensor | int,
     ) -> None:
-        # The weight comes from the step, not from torch's count on the device: reading that would synchronise.
+        # The weight comes from the step, not from torch's count, which would have to be read.
         torch._foreach_lerp_(averages, parameters, self._weight)
 
     def state_dict(self) -> dict[str, Any]:

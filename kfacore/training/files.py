@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -56,7 +57,8 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Raises:
         OSError: The disk refused; the old file is untouched and the temporary one gone.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process id: two machines, or two containers, may share the folder and not their numbers.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)

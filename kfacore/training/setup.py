@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +148,8 @@ def manifest(config: RunConfig, registry: Registry, parts: Parts, started: str) 
         ],
         "system": platform.system(),
         "machine": platform.machine(),
+        "cpu": _cpu(),
+        "host": hashlib.sha256(platform.node().encode()).hexdigest()[:8],  # tells machines apart, and names none
         "device": parts.device_name,
         "threads": torch.get_num_threads(),
         "dtype": config.dtype,
@@ -210,3 +213,13 @@ def _outputs(model: nn.Module, split: Split) -> int:
         found = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
         raise DataError(f"the model must return natural parameters of shape (cases, outputs), found {found}")
     return int(z.shape[1])
+
+
+def _cpu() -> str:
+    """The processor's name; where the system does not tell, what Python knows of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

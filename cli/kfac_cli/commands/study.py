@@ -157,8 +157,11 @@ def _finish(result: StudyResult, folder: Path) -> None:
     for run in result.failures:
         where = f"{run.variant} ({run.problem}, seed {run.seed}, {run.hash})"
         typer.echo(f"{run.state}: {where}: {run.reason}", err=True)
-    if result.failures or result.lost:
+    for variant, problem in result.lost:
+        typer.echo(f"no runs: {variant} ({problem}): no tuning run came to its end with a number", err=True)
+    if any(run.state == "failed" for run in result.failures):
         typer.echo("failed runs are tried again with --retry-failed", err=True)
+    if result.failures or result.lost:
         raise typer.Exit(FAILED)
 
 

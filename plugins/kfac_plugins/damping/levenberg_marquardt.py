@@ -43,9 +43,13 @@ class LevenbergMarquardt(Damping):
         c = self.config
         first = _AUTOMATIC if c.lambda0 is None else c.lambda0
         self.lam = torch.tensor(first, dtype=torch.float64, device=device)
-        self._eta = weight_decay
         self.gamma = torch.tensor(math.sqrt(first + weight_decay), dtype=torch.float64, device=device)
-        self._lowest = math.sqrt(weight_decay) if c.gamma_min is None else c.gamma_min
+        self.follow(weight_decay)
+
+    def follow(self, weight_decay: float) -> None:
+        """eta in sqrt(lambda + eta) and in the clamp of the candidates."""
+        self._eta = weight_decay
+        self._lowest = math.sqrt(weight_decay) if self.config.gamma_min is None else self.config.gamma_min
 
     def observe(self, curvature: Tensor) -> None:
         """Set lambda by the mean diagonal of the Fisher, if automatic; a curvature of zero or NaN says nothing."""

@@ -34,7 +34,8 @@ class Bernoulli(Likelihood):
         y: Tensor,  # (n, o)
     ) -> Tensor:  # (n,)
         """Cross-entropy of each case in nats, summed over outputs; finite for any finite z."""
-        return (softplus(z) - y * z).sum(dim=-1)
+        # Beyond the threshold torch returns z itself; with its own, 20, a double would lose digits there.
+        return (softplus(z, threshold=40.0) - y * z).sum(dim=-1)
 
     def mean(
         self,
