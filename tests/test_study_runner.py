@@ -19,7 +19,8 @@ from kfacore.studies.config import read_study
 from kfacore.studies.folder import plan_into
 from kfacore.studies.plan import load_study
 from kfacore.studies.runner import StudyResult, run_study
-from kfacore.studies.state import RunState, read_journal, read_state, state_folder, write_outcome
+from kfacore.studies.state import RunState, own_plan, read_journal, read_state, state_folder, write_outcome
+from kfacore.studies.worker import _read_planned
 
 INLINE = """
     from typing import Literal
@@ -468,3 +469,14 @@ def test_a_disk_that_refuses_ends_the_runner_with_a_message(tmp_path, inline, mo
     monkeypatch.setattr("kfacore.studies.plan.write_json", full)
     with pytest.raises(ResourceError, match="No space left on device; free some space"):
         go(tmp_path, file)
+
+
+def test_a_process_reads_the_plan_that_its_own_machine_has_written(tmp_path, inline) -> None:
+    """Machines that share a study may keep their data in different places."""
+    result, _ = go(tmp_path, write_study(tmp_path, steps=1, seeds=1, body=""))
+    folder = state_folder(tmp_path / "out", result.study.runs[0].hash)
+    own = _read_planned(tmp_path / "out", folder.name)
+    (folder / "planned.json").write_text(json.dumps({**own, "config": {"problem": {"data_dir": "/elsewhere"}}}))
+    assert _read_planned(tmp_path / "out", folder.name) == own
+    own_plan(folder).unlink()  # a batch system's job on a machine that has planned nothing
+    assert _read_planned(tmp_path / "out", folder.name)["config"] == {"problem": {"data_dir": "/elsewhere"}}

@@ -11,6 +11,7 @@ No clocks are compared: the one who waits measures by its own clock how long the
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["BEAT_SECONDS", "STALE_SECONDS", "Claim", "ClaimWatch", "Holder", "birth", "here", "read_holder"]
+__all__ = ["BEAT_SECONDS", "STALE_SECONDS", "Claim", "ClaimWatch", "Holder", "birth", "here", "here_tag", "read_holder"]
 
 BEAT_SECONDS = 5.0
 """Seconds between two heartbeats."""
@@ -248,6 +249,12 @@ def here() -> str:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return "/".join(parts)
+
+
+@cache
+def here_tag() -> str:
+    """`here` as part of a file's name: 12 hexadecimal digits."""
+    return hashlib.sha256(here().encode()).hexdigest()[:12]
 
 
 def birth(pid: int) -> str:

@@ -9,7 +9,7 @@ from kfacore.studies.html import cell, swatch, table
 from kfacore.studies.report_limits import limits
 from kfacore.studies.report_results import ALPHA, Cell, Results, Verdict
 from kfacore.studies.statistics import MIN_INTERVAL, Difference, ToTarget, summarise
-from kfacore.studies.tables import MEASURE_NAMES, amount, interval, plus_minus, probability, signed
+from kfacore.studies.tables import MEASURE_NAMES, amount, counted, interval, plus_minus, probability, signed
 
 __all__ = ["answer", "facts", "lost_runs", "share", "time_text"]
 
@@ -48,9 +48,9 @@ def facts(results: Results) -> str:
     if waiting:
         states += f', <strong class="waiting">{waiting} not finished</strong>'
     size = [
-        _count(len(study.variants), "variant"),
-        _count(len(study.problems), "problem"),
-        _count(len(study.seeds), "seed"),
+        counted(len(study.variants), "variant"),
+        counted(len(study.problems), "problem"),
+        counted(len(study.seeds), "seed"),
     ]
     sizes = " \N{MULTIPLICATION SIGN} ".join(size)  # no escape fits into an f-string before Python 3.12
     return (
@@ -117,7 +117,7 @@ def _sentences(results: Results, problem: str) -> str:
     reference = cells[0]
     title = f"<h3>{escape(problem)}</h3>" if len(results.cells) > 1 else ""
     mean = reference.final[results.headline]
-    known = f"{plus_minus(mean)} over {_count(mean.n, 'seed')}" if mean.n else "no result yet"
+    known = f"{plus_minus(mean)} over {counted(mean.n, 'seed')}" if mean.n else "no result yet"
     lost = f', <span class="broken">{_lost(reference)}</span>' if reference.lost else ""
     items = [f'Reference <span class="name">{escape(reference.variant.name)}</span>: {known}{lost}.']
     for verdict, title_of in _LINES:
@@ -209,7 +209,7 @@ def _key(results: Results) -> str:
     if len(results.study.seeds) >= MIN_INTERVAL:
         text += " Interval: Student's t for the mean difference, not adjusted for the number of comparisons."
     if any(one.p.get(results.headline) is not None for one in results.flat()):
-        text += f" p: exact sign-flip test, after Holm's correction for {_count(results.tests, 'comparison')}."
+        text += f" p: exact sign-flip test, after Holm's correction for {counted(results.tests, 'comparison')}."
     compared = [one for one in results.flat() if one.differences]
     by_test = [one for one in compared if results.tested and one.p[results.headline] is not None]
     widened = 100.0 * (1.0 - ALPHA / max(1, results.comparisons))
@@ -252,13 +252,9 @@ def _pairs(results: Results, difference: Difference) -> str:
     """How many pairs a difference rests on, where it is not all seeds."""
     if difference.n == len(results.study.seeds) or not difference.n:
         return ""
-    return f" ({_count(difference.n, 'pair')})"
+    return f" ({counted(difference.n, 'pair')})"
 
 
 def _lost(one: Cell) -> str:
     parts = [f"{one.count(state)} of {len(one.runs)} {state}" for state in ("diverged", "failed") if one.count(state)]
     return ", ".join(parts)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

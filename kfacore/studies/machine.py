@@ -5,14 +5,13 @@ Imports no torch.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from kfacore.studies.claims import birth, here
+from kfacore.studies.claims import birth, here_tag
 from kfacore.studies.state import state_folder
 
 __all__ = ["Presence"]
@@ -32,7 +31,7 @@ class Presence:
     def __init__(self, study: Path, run: str) -> None:
         self._study = study
         self._run = run
-        self._folder = study / "machines" / hashlib.sha256(here().encode()).hexdigest()[:12]
+        self._folder = study / "machines" / here_tag()
 
     @property
     def shared(self) -> bool:

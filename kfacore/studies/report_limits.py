@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kfacore.studies.report_results import ALPHA, Results
 from kfacore.studies.statistics import MAX_TEST, MIN_INTERVAL, MIN_TEST, smallest_p
+from kfacore.studies.tables import counted
 
 __all__ = ["limits"]
 
@@ -31,17 +32,17 @@ def limits(results: Results) -> list[str]:
         found.append(f"The performance profiles leave out {', '.join(missing)}, without runs yet.")
     if len(study.seeds) < MIN_INTERVAL:
         found.append(
-            f"{_count(len(study.seeds), 'seed')}: no intervals and no tests. Differences may be the luck of the draw; "
+            f"{counted(len(study.seeds), 'seed')}: no intervals and no tests. Differences may be the luck of the draw; "
             f"run at least {MIN_INTERVAL} seeds for intervals and {MIN_TEST} for the test."
         )
     elif len(study.seeds) < MIN_TEST:
         found.append(
-            f"{_count(len(study.seeds), 'seed')}: intervals, but no sign-flip test, which needs {MIN_TEST}. The "
+            f"{counted(len(study.seeds), 'seed')}: intervals, but no sign-flip test, which needs {MIN_TEST}. The "
             "verdicts rest on t-intervals, widened for the number of comparisons."
         )
     elif results.tests and not results.tested:
         found.append(
-            f"With {_count(pairs, 'pair')} and {_count(results.tests, 'test')} the smallest possible p of the exact "
+            f"With {counted(pairs, 'pair')} and {counted(results.tests, 'test')} the smallest possible p of the exact "
             f"test after Holm's correction is {results.smallest_p:.2g}, so it can confirm nothing here; "
             f"{_needed(results.tests)} pairs would be enough. The verdicts rest on t-intervals, widened for the "
             "number of comparisons."
@@ -59,7 +60,3 @@ def _needed(comparisons: int) -> int:
     while smallest_p(n, comparisons) > ALPHA:
         n += 1
     return n
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

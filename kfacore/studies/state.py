@@ -14,7 +14,6 @@ How it ended and the journal are written by the holder of the claim alone.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kfacore.errors import DataError
-from kfacore.studies.claims import here, read_holder
+from kfacore.studies.claims import here_tag, read_holder
 from kfacore.training.files import disk_errors, write_json
 
 __all__ = [
@@ -76,7 +75,7 @@ def state_folder(study: Path, run: str) -> Path:
 
 def own_plan(folder: Path) -> Path:
     """In a run's state folder, the file with its configuration as this machine has written it."""
-    return folder / f"planned-{hashlib.sha256(here().encode()).hexdigest()[:12]}.json"
+    return folder / f"planned-{here_tag()}.json"
 
 
 def read_state(study: Path, run: str) -> RunState:

@@ -14,6 +14,7 @@ from kfacore.studies.statistics import Difference, Summary, ToTarget
 __all__ = [
     "MEASURE_NAMES",
     "amount",
+    "counted",
     "csv_tables",
     "interval",
     "latex_tables",
@@ -33,6 +34,11 @@ MEASURE_NAMES = {
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 _UNITS = {"step": "steps", "cases": "cases", "seconds": "seconds"}
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: 1 seed, 2 seeds."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def amount(value: float | None, digits: int = 4) -> str:
