@@ -19,7 +19,7 @@ from kfacore.roles import Ended, Executor
 from kfacore.studies.config import read_study
 from kfacore.studies.folder import plan_into, write_planned
 from kfacore.studies.plan import Study
-from kfacore.studies.state import read_journal, read_state, state_folder
+from kfacore.studies.state import own_plan, read_journal, read_state, state_folder
 from kfacore.training.files import write_json
 
 
@@ -73,9 +73,10 @@ def test_forked(tmp_path) -> None:
         assert wait_for(executor, 1)[study.runs[0].hash].code == 0
         assert len(read_journal(study.folder, study.runs[0].hash)) == 2
         # The process that forks is killed: the run under way notices, saves and frees itself, and can go on.
-        config = json.loads((state_folder(study.folder, study.runs[2].hash) / "planned.json").read_text())
+        plan = own_plan(state_folder(study.folder, study.runs[2].hash))
+        config = json.loads(plan.read_text())
         config["config"]["steps"] = LONG
-        write_json(state_folder(study.folder, study.runs[2].hash) / "planned.json", config)
+        write_json(plan, config)
         executor.submit(study.runs[2].hash)
         wait_for_step(study, 2, 2)
         stat = Path(f"/proc/{pid_of(study, 2)}/stat").read_text()

@@ -40,7 +40,7 @@ def execute(study: Path, run: str, *, registry: Registry | None = None, parent: 
 
     Args:
         study: The study folder.
-        run: The run's hash; ``state/HASH/planned.json`` has its configuration.
+        run: The run's hash; ``state/HASH`` has its configuration.
         registry: Where the components are; everything installed by default.
         parent: Process id of the one that started this process: when it is gone, the run stops after its step, saved.
 
