@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_studies import write_study
 
+from kfac_plugins.executors.slurm import Job
 from kfacore.errors import ConfigError, ResourceError
 from kfacore.registry import get_registry
 from kfacore.roles import Ended, Executor
@@ -133,8 +135,34 @@ def test_submitit_for_real_with_a_preemption(tmp_path) -> None:
     assert ended[study.runs[0].hash].code == 0
     assert read_state(study.folder, study.runs[0].hash).state == "done"
     journal = read_journal(study.folder, study.runs[0].hash)
-    assert [line["what"] for line in journal] == ["started", "resumed", "done"]
-    assert journal[0]["pid"] != journal[1]["pid"], "another job has gone on from the checkpoint"
+    assert [line["what"] for line in journal] == ["started", "stopped", "resumed", "done"]
+    assert journal[1]["step"] >= 5, "it has saved before it left"
+    assert journal[1]["pid"] != journal[2]["pid"], "another job has gone on from there"
+
+
+def test_a_preemption_in_the_middle_of_a_checkpoint(tmp_path, monkeypatch) -> None:
+    study = prepared(tmp_path, seeds=1, steps=LONG)
+    name, save = study.runs[0].hash, torch.save
+    states: list[str] = []
+
+    def put_back(number: int, frame: object) -> None:  # submitit's handler leaves from wherever the process is
+        states.append(read_state(study.folder, name).state)
+        raise SystemExit(144)
+
+    def save_announced(*given: Any, **options: Any) -> None:
+        signal.raise_signal(signal.SIGUSR2)
+        save(*given, **options)
+
+    before = signal.signal(signal.SIGUSR2, put_back)
+    monkeypatch.setattr(torch, "save", save_announced)
+    try:
+        with pytest.raises(SystemExit, match="144"):
+            Job(study.folder, name)()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert states == ["pending"], "the run was saved and free before the job went back"
+    assert [line["what"] for line in read_journal(study.folder, name)] == ["started", "stopped"]
+    assert (study.runs[0].path / "checkpoint.pt").exists()
 
 
 def test_slurm_says_what_is_missing(tmp_path, monkeypatch) -> None:

@@ -35,7 +35,14 @@ __all__ = ["execute", "main"]
 _FAILED = 1
 
 
-def execute(study: Path, run: str, *, registry: Registry | None = None, parent: int | None = None) -> int:
+def execute(
+    study: Path,
+    run: str,
+    *,
+    registry: Registry | None = None,
+    parent: int | None = None,
+    leave: Callable[[], bool] | None = None,
+) -> int:
     """Execute one run of a study in this process, unless another one does or it has ended.
 
     Args:
@@ -43,6 +50,7 @@ def execute(study: Path, run: str, *, registry: Registry | None = None, parent: 
         run: The run's hash; ``state/HASH`` has its configuration.
         registry: Where the components are; everything installed by default.
         parent: Process id of the one that started this process: when it is gone, the run stops after its step, saved.
+        leave: Asked after every step; once it says yes, the run stops, saved.
 
     Returns:
         An exit code: 0 done, 1 failed, 3 diverged, 130 or 143 stopped and saved, or `BUSY`.
@@ -53,25 +61,28 @@ def execute(study: Path, run: str, *, registry: Registry | None = None, parent: 
     try:
         if read_state(study, run).ended:
             return 0
-        return _attempt(study, run, registry or get_registry(), claim, parent)
+        return _attempt(study, run, registry or get_registry(), claim, parent, leave)
     finally:
         claim.release()
 
 
-def _attempt(study: Path, run: str, registry: Registry, claim: Claim, parent: int | None) -> int:
+def _attempt(
+    study: Path, run: str, registry: Registry, claim: Claim, parent: int | None, leave: Callable[[], bool] | None
+) -> int:
     """One life of a run, written down."""
     planned = _read_planned(study, run)
-    orphaned = False
+    leaving = False
     with Presence(study, run) as presence:
 
         def watch(event: Mapping[str, Any]) -> None:
-            nonlocal orphaned
+            nonlocal leaving
             if event["event"] == "start":
                 _annotate(study, run, planned, presence)
             if claim.lost:
                 _die()
-            if parent is not None and os.getppid() != parent and not orphaned:
-                orphaned = True  # once: a second signal would not wait for the step
+            orphaned = parent is not None and os.getppid() != parent
+            if not leaving and (orphaned or (leave is not None and leave())):
+                leaving = True  # once: a second signal would not wait for the step
                 signal.raise_signal(signal.SIGTERM)
 
         try:

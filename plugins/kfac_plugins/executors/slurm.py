@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Sequence
 from importlib import import_module
@@ -12,12 +13,13 @@ from kfac_plugins.executors import SlurmConfig
 from kfacore.config.slots import SlotConfig
 from kfacore.errors import ConfigError, ResourceError
 from kfacore.roles import Ended, Executor
+from kfacore.training.signals import Terminated
 
 __all__ = ["Job", "Slurm"]
 
 _LOOK_SECONDS = 0.5
 _REQUEUES = 1000
-"""Time limits that a run may meet before submitit gives it up; each costs at most the steps since a checkpoint."""
+"""Time limits that a run may meet before submitit gives it up; a run saves before each."""
 
 
 class Job:
@@ -33,16 +35,28 @@ class Job:
         self.run = run
 
     def __call__(self) -> int:
-        """Execute the run and return its exit code."""
+        """Execute the run and return its exit code; after a preemption, put it back into the queue.
+
+        submitit announces a preemption by a signal, whose handler puts the job back and leaves from wherever the
+        process is: in the middle of a checkpoint, say, which then fails. So the signal only asks the run to stop after
+        its step, saved, and the handler has its turn when that is done.
+        """
         from kfacore.studies.worker import execute
 
-        return execute(self.study, self.run)
+        announced: list[int] = []
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2)}
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, lambda number, frame: announced.append(number))
+        code = execute(self.study, self.run, leave=lambda: bool(announced))
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if announced and code == Terminated.exit_code:
+            signal.raise_signal(announced[0])  # submitit's handler does not return
+        return code
 
     def checkpoint(self) -> Any:
-        """What submitit puts back into the queue before a preemption: the same run, which goes on from its checkpoint.
-
-        The claim on the run is given back as this process leaves, so that the next one need not wait for it.
-        """
+        """What submitit puts back into the queue: the same run, which goes on from its checkpoint."""
         return import_module("submitit").helpers.DelayedSubmission(self)
 
 
