@@ -59,7 +59,7 @@ def test_dry_run_writes_nothing_and_needs_no_torch(tmp_path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     lines = done.stdout.splitlines()
     assert lines[-1] == "False"
-    assert lines[-2] == "12 runs: 4 variants x 1 problems x 3 seeds"
+    assert lines[-2] == "12 runs: 4 variants x 1 problem x 3 seeds"
     assert len([line for line in lines if line.endswith("pending")]) == 12
     assert not (tmp_path / "out").exists()
 
@@ -72,7 +72,7 @@ def test_dry_run_for_programs_shows_tuning(kfac, tmp_path) -> None:
     assert [run["tuning"] for run in found["runs"]] == [True, True, False, False]
     assert found["waiting"] == [{"variant": "explodes", "problem": "npz", "runs": 2}]
     code, out, _ = kfac("study", "run", tmp_path / "tiny.toml", "--dry-run")
-    assert "6 runs: 2 variants x 1 problems x 2 seeds, 2 for tuning" in out
+    assert "6 runs: 2 variants x 1 problem x 2 seeds, 2 for tuning" in out
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,7 @@ def _show_plan(plan: Plan, *, json: bool) -> None:
         )
         return
     from kfac_cli.answers import table
+    from kfacore.studies.tables import counted
 
     rows = [["run", "variant", "problem", "seed", "state"]]
     rows += [
@@ -196,11 +197,9 @@ def _show_plan(plan: Plan, *, json: bool) -> None:
         for variant, problem in plan.waiting
     ]
     typer.echo(table(rows, indent=""))
-    variants, problems, seeds = len(study.variants), len(study.problems), len(study.seeds)
-    typer.echo(
-        f"{plan.total} runs: {variants} variants x {problems} problems x {seeds} seeds"
-        + (f", {len(tuning)} for tuning" if tuning else "")
-    )
+    axes = {"variant": study.variants, "problem": study.problems, "seed": study.seeds}
+    product = " x ".join(counted(len(values), noun) for noun, values in axes.items())
+    typer.echo(f"{counted(plan.total, 'run')}: {product}" + (f", {len(tuning)} for tuning" if tuning else ""))
 
 
 def print_study(study: Study) -> None:
