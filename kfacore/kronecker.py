@@ -3,22 +3,26 @@ r"""Damped Kronecker factors of every layer: the common ground of Kronecker-fact
 Factored Tikhonov damping (method, section 3; paper, section 6.3):
 
     Ad_i = A_i + pi_i gamma I,     Gd_i = G_i + (gamma / pi_i) I.
+
+Tempered with an exponent p < 1, each is replaced by a power of itself, between the Fisher (p = 1) and plain gradient
+descent (p = 0): partial curvature correction (Huh 2020; Amari et al. 2021 compare the ends and the middle).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kfacore.errors import NumericalError
 from kfacore.layers import LayerInfo
-from kfacore.linalg import Spd, factor_spd, pi_of
+from kfacore.linalg import Spd, eigh_psd, factor_spd, pi_of
 from kfacore.roles.approx import Notice
 
-__all__ = ["DampedFactors", "damp", "symmetric"]
+__all__ = ["Damped", "DampedFactors", "damp", "symmetric", "temper"]
 
 
 def symmetric(values: Sequence[Tensor]) -> list[Tensor]:
@@ -60,6 +64,22 @@ class DampedFactors:
         return cls(A, G)
 
 
+class Damped(NamedTuple):
+    """What `damp` found.
+
+    Attributes:
+        factors: Ad and Gd, with their inverses.
+        lower: Cholesky factors of Ad under ``"A"`` and of Gd under ``"G"``, one a layer; empty if not wanted.
+        roots: R of `temper` likewise, which carries a cross moment over to tempered factors; empty without tempering.
+        notices: What must be reported.
+    """
+
+    factors: DampedFactors
+    lower: dict[str, list[Tensor]]
+    roots: dict[str, list[Tensor]]
+    notices: tuple[Notice, ...]
+
+
 def damp(
     layers: Sequence[LayerInfo],
     A: Sequence[Tensor],
@@ -67,9 +87,10 @@ def damp(
     gamma: Tensor,
     *,
     pi: bool,
+    power: float = 1.0,
     keep_lower: bool = True,
-) -> tuple[DampedFactors, list[Tensor], list[Tensor], tuple[Notice, ...]]:
-    """Damp and invert the factors of all layers.
+) -> Damped:
+    """Damp, temper and invert the factors of all layers.
 
     Args:
         layers: The layers.
@@ -77,10 +98,8 @@ def damp(
         G: Symmetric output factors.
         gamma: Strength, a scalar on the device.
         pi: Split gamma by trace norms; otherwise add it to both factors as it is.
-        keep_lower: Whether the Cholesky factors are wanted.
-
-    Returns:
-        The damped factors, the Cholesky factors of Ad and of Gd if wanted, and notices.
+        power: Exponent of `temper`; 1 leaves the factors as they are.
+        keep_lower: Whether Cholesky factors are wanted.
 
     Raises:
         NumericalError: A factor could not be factorised; names the layer.
@@ -91,6 +110,59 @@ def damp(
         shifts_A.append(split * gamma)
         shifts_G.append(gamma / split)
     names = [(layer.name, side) for side in "AG" for layer in layers]
-    factors, lower, notices = factor_spd([*A, *G], [*shifts_A, *shifts_G], names, keep_lower=keep_lower)
+    bases, shifts = [*A, *G], [*shifts_A, *shifts_G]
+    roots: list[Tensor] = []
+    tempering: list[Notice] = []
+    if power != 1.0:
+        bases, roots, tempering = temper(bases, shifts, names, power)
+        shifts = [torch.zeros_like(shift) for shift in shifts]
+    factors, lower, notices = factor_spd(bases, shifts, names, keep_lower=keep_lower)
     count = len(layers)
-    return DampedFactors(factors[:count], factors[count:]), lower[:count], lower[count:], tuple(notices)
+    sides = {"A": slice(None, count), "G": slice(count, None)}
+    return Damped(
+        DampedFactors(factors[:count], factors[count:]),
+        {side: lower[part] for side, part in sides.items()},
+        {side: roots[part] for side, part in sides.items()},
+        (*tempering, *notices),
+    )
+
+
+def temper(
+    bases: Sequence[Tensor], shifts: Sequence[Tensor], names: Sequence[tuple[str, str]], power: float
+) -> tuple[list[Tensor], list[Tensor], list[Notice]]:
+    r"""Compress the spectrum of damped factors: D = c (Xd / c)^p with Xd = X + c I.
+
+    An eigenvalue x + c becomes c ((x + c) / c)^p: what the damping alone makes stays, what is far above it shrinks, and
+    the matrix keeps its units. Layer by layer the block becomes gamma^2 (Ad (x) Gd / gamma^2)^p, whatever pi is.
+
+    Args:
+        bases: Symmetric positive semi-definite X.
+        shifts: c of each, scalars above 0.
+        names: (layer, factor) of each, for notices.
+        power: p in (0, 1].
+
+    Returns:
+        D of each, R = D^1/2 Xd^-1/2 of each, and a notice for each eigenproblem that needed double precision.
+
+    Raises:
+        NumericalError: A factor is not finite, there is no damping, or an eigenproblem failed; names the layer.
+    """
+    tempered, roots, finite = [], [], []
+    notices: list[Notice] = []
+    for base, shift, (layer, factor) in zip(bases, shifts, names, strict=True):
+        damped = base.clone()
+        damped.diagonal().add_(shift.to(base.dtype))
+        values, vectors, more = eigh_psd(damped, layer, factor)
+        notices += more
+        ratio = (values / shift).clamp(min=1.0)  # rounding must not undercut the damping
+        weights = torch.stack([shift * ratio**power, ratio ** (0.5 * (power - 1.0))]).to(base.dtype)
+        finite.append(torch.isfinite(weights).all() & (weights > 0).all())
+        tempered.append((vectors * weights[0]) @ vectors.T)
+        roots.append((vectors * weights[1]) @ vectors.T)
+    for (layer, factor), shift, fine in zip(names, shifts, torch.stack(finite).tolist(), strict=True):
+        if not fine:
+            raise NumericalError(
+                f"{layer}: factor {factor} cannot be tempered with a damping of {float(shift):g}; raise the damping "
+                "(damping.lambda0, or gamma_min), or set approx.power to 1"
+            )
+    return tempered, roots, notices

@@ -45,6 +45,33 @@ class TestTruncatedToBlockDiagonal(TestBlockDiagonal):
     options: ClassVar[dict[str, Any]] = {"tolerance": 1.0}
 
 
+class TestTemperedBlockDiagonal(ApproxSuite):
+    name = "blockdiag"
+    options: ClassVar[dict[str, Any]] = {"power": 0.7}
+
+    def fisher(self, case: ApproxCase, gamma: float, *, pi: bool) -> Tensor:
+        """gamma^2 (Ad (x) Gd / gamma^2)^p, block by block."""
+        damped = [torch.kron(*case.damped(i, gamma, pi=pi)) for i in range(len(case.layers))]
+        return torch.block_diag(*[gamma**2 * power_of(block / gamma**2, 0.7) for block in damped])
+
+
+class TestTemperedBlockTridiagonal(ApproxSuite):
+    name = "tridiag"
+    options: ClassVar[dict[str, Any]] = {"power": 0.7}
+
+    def fisher(self, case: ApproxCase, gamma: float, *, pi: bool) -> Tensor:
+        """D^1/2 Fd^-1/2 F-hat Fd^-1/2 D^1/2: the chain of whitened layers, with the tempered blocks D."""
+        plain = TestBlockTridiagonal().fisher(case, gamma, pi=pi)
+        damped = [torch.kron(*case.damped(i, gamma, pi=pi)) for i in range(len(case.layers))]
+        root = torch.block_diag(*[power_of(block / gamma**2, 0.5 * (0.7 - 1.0)) for block in damped])
+        return root @ plain @ root
+
+
+def power_of(M: Tensor, p: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(M)
+    return (vectors * values**p) @ vectors.T
+
+
 class TestDiagonalFisher(ApproxSuite):
     name = "diagonal"
 

@@ -29,7 +29,7 @@ class Factorisation:
         self.layers, self.A, self.G, self.inverse = layers, A, G, inverse
 
     def damped(self, gamma: Tensor, *, pi: bool = True) -> Any:
-        factors, _, _, notices = damp(self.layers, self.A, self.G, gamma, pi=self.split(pi))
+        factors, *_, notices = damp(self.layers, self.A, self.G, gamma, pi=self.split(pi))
         return self.inverse(self.layers, self.change(factors), notices)
 
     def split(self, pi: bool) -> bool:

@@ -178,7 +178,7 @@ def test_a_first_step_from_its_definition(approx: str) -> None:
     optimizer = KFAC(
         model,
         likelihood="gaussian",
-        approx=approx,
+        approx={"kind": approx, "power": 1.0},
         estimator={"kind": "exact", "tau1": 1.0},
         damping={"kind": "fixed", "lambda0": lam, "gamma": gamma},
         momentum={"kind": "quadratic-model", "tau2": tau2},
@@ -204,6 +204,7 @@ def test_a_second_step_from_its_definition() -> None:
     optimizer = KFAC(
         model,
         likelihood="gaussian",
+        approx={"kind": "blockdiag", "power": 1.0},
         estimator={"kind": "exact", "tau1": 1.0},
         damping={"kind": "fixed", "lambda0": lam, "gamma": gamma},
         momentum={"kind": "quadratic-model", "tau2": 1.0},

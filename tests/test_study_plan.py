@@ -135,7 +135,7 @@ class TestHash:
             assert run_hash(registry, resolve(registry, sets=[change])) == run_hash(registry, base), change
         # A preset is a name for values; the values count, the name does not.
         same = ["preset=default", "damping.lambda0=0.1", "damping.gamma_rule=tied", "damping.rate=0.95",
-                "momentum.tau2=0.25", "approx.tolerance=0.02", "approx.refresh_growth=0.2",
+                "momentum.tau2=0.25", "approx.tolerance=0.02", "approx.refresh_growth=0.2", "approx.power=0.85",
                 "batch.start=500", "batch.sampling=epochs"]  # fmt: skip
         values = resolve(registry, sets=["preset=heskes", "estimator=monte-carlo", "damping=levenberg-marquardt",
                                          "momentum=quadratic-model", *same[1:]])  # fmt: skip

@@ -6,19 +6,27 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from kfacore.config.slots import Fraction
 from kfacore.plugin import ApproxConfig, Component
 
 __all__ = ["COMPONENTS", "BlockDiagonalConfig", "BlockTridiagonalConfig", "DiagonalConfig", "ExactConfig"]
 
 
-class BlockDiagonalConfig(ApproxConfig):
+class KroneckerConfig(ApproxConfig):
+    """Options of approximations by Kronecker factors."""
+
+    power: Fraction = 1.0
+    """Exponent p: an eigenvalue f of a damped block counts as gamma^2 (f / gamma^2)^p; 1 is the Fisher as it is."""
+
+
+class BlockDiagonalConfig(KroneckerConfig):
     """Options of the block-diagonal approximation."""
 
     kind: Literal["blockdiag"] = "blockdiag"
     """Name of the implementation."""
 
 
-class BlockTridiagonalConfig(ApproxConfig):
+class BlockTridiagonalConfig(KroneckerConfig):
     """Options of the block-tridiagonal approximation."""
 
     kind: Literal["tridiag"] = "tridiag"

@@ -3,6 +3,8 @@ r"""The block-diagonal approximation of the inverse Fisher (Martens & Grosse 201
 Each layer's block of the Fisher is a Kronecker product, and the inverse acts on the layer's weight block V_i as
 
     U_i = Gd_i^-1 V_i Ad_i^-1.
+
+With an exponent below 1 (``power``) the damped factors are tempered first, see `kfacore.kronecker.temper`.
 """
 
 from __future__ import annotations
@@ -53,13 +55,13 @@ class BlockDiagonalInverse(Inverse):
 class BlockDiagonalFactorisation(Factorisation):
     """Symmetric copies of A and G, shared by all candidates of gamma; each candidate is two Choleskys a layer."""
 
-    def __init__(self, layers: Sequence[LayerInfo], A: list[Tensor], G: list[Tensor]) -> None:
-        self._layers, self._A, self._G = layers, A, G
+    def __init__(self, layers: Sequence[LayerInfo], A: list[Tensor], G: list[Tensor], power: float) -> None:
+        self._layers, self._A, self._G, self._power = layers, A, G, power
 
     def damped(self, gamma: Tensor, *, pi: bool = True) -> BlockDiagonalInverse:
-        """Damp and invert."""
-        factors, _, _, notices = damp(self._layers, self._A, self._G, gamma, pi=pi, keep_lower=False)
-        return BlockDiagonalInverse(self._layers, factors, notices)
+        """Damp, temper and invert."""
+        found = damp(self._layers, self._A, self._G, gamma, pi=pi, power=self._power, keep_lower=False)
+        return BlockDiagonalInverse(self._layers, found.factors, found.notices)
 
 
 class BlockDiagonal(Approximation):
@@ -72,7 +74,7 @@ class BlockDiagonal(Approximation):
     def factorise(self, moments: Moments) -> BlockDiagonalFactorisation:
         """Copy A and G."""
         return BlockDiagonalFactorisation(
-            moments.layers, symmetric(moments[InputFactor]), symmetric(moments[OutputFactor])
+            moments.layers, symmetric(moments[InputFactor]), symmetric(moments[OutputFactor]), self.config.power
         )
 
     def load_inverse(self, state: Mapping[str, Any], layers: Sequence[LayerInfo]) -> BlockDiagonalInverse:

@@ -9,6 +9,9 @@ The blocks form a directed chain: given block i+1, block i has mean Psi_i and co
 It is computed in canonical coordinates (method, section 3), `kfac_plugins.approx.canonical`: Sigma_i^-1 is the
 block-diagonal inverse plus a correction whose rank is at most that of the narrower layer, and only as large as the
 number of canonical correlations kept.
+
+With an exponent below 1 (``power``) the damped factors are tempered first (`kfacore.kronecker.temper`); the cross
+moments are carried over with them, so that the canonical correlations stay what they are.
 """
 
 from __future__ import annotations
@@ -136,20 +139,24 @@ def _between(left: tuple[Tensor, ...], V: Tensor, right: tuple[Tensor, ...]) -> 
 class BlockTridiagonalFactorisation(Factorisation):
     """Symmetric copies of A and G and copies of the cross moments, shared by all candidates of gamma."""
 
-    def __init__(self, layers: Sequence[LayerInfo], moments: Moments, tolerance: float) -> None:
+    def __init__(self, layers: Sequence[LayerInfo], moments: Moments, config: BlockTridiagonalConfig) -> None:
         self._layers = layers
         self._A, self._G = symmetric(moments[InputFactor]), symmetric(moments[OutputFactor])
         self._Ax, self._Gx = moments.snapshot(InputCross), moments.snapshot(OutputCross)
-        self._tolerance = tolerance
+        self._config = config
 
     def damped(self, gamma: Tensor, *, pi: bool = True) -> BlockTridiagonalInverse:
-        """Damp, invert, and find the canonical correlations of adjacent layers."""
-        factors, lower_A, lower_G, notices = damp(self._layers, self._A, self._G, gamma, pi=pi)
+        """Damp, temper, invert, and find the canonical correlations of adjacent layers."""
+        config = self._config
+        damped = damp(self._layers, self._A, self._G, gamma, pi=pi, power=config.power)
+        factors, notices = damped.factors, damped.notices
         found: dict[str, list[Canonical]] = {"A": [], "G": []}
-        for name, cross, damped, lower in (("A", self._Ax, factors.A, lower_A), ("G", self._Gx, factors.G, lower_G)):
-            sides = [Side(L, factor.inverse) for L, factor in zip(lower, damped, strict=True)]
+        for name, cross, inverted in (("A", self._Ax, factors.A), ("G", self._Gx, factors.G)):
+            if roots := damped.roots[name]:
+                cross = [R @ X @ S for R, X, S in zip(roots[:-1], cross, roots[1:], strict=True)]
+            sides = [Side(L, factor.inverse) for L, factor in zip(damped.lower[name], inverted, strict=True)]
             for layer, X, here, following in zip(self._layers[:-1], cross, sides[:-1], sides[1:], strict=True):
-                pair, more = canonical(X, here, following, self._tolerance, layer.name, f"{name}x")
+                pair, more = canonical(X, here, following, config.tolerance, layer.name, f"{name}x")
                 found[name].append(pair)
                 notices += tuple(more)
         return BlockTridiagonalInverse(self._layers, factors, found["A"], found["G"], notices)
@@ -165,7 +172,7 @@ class BlockTridiagonal(Approximation):
 
     def factorise(self, moments: Moments) -> BlockTridiagonalFactorisation:
         """Copy the moments."""
-        return BlockTridiagonalFactorisation(moments.layers, moments, self.config.tolerance)
+        return BlockTridiagonalFactorisation(moments.layers, moments, self.config)
 
     def load_inverse(self, state: Mapping[str, Any], layers: Sequence[LayerInfo]) -> BlockTridiagonalInverse:
         """From the damped factors and the canonical coordinates."""
