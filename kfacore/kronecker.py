@@ -70,7 +70,7 @@ class Damped(NamedTuple):
     Attributes:
         factors: Ad and Gd, with their inverses.
         lower: Cholesky factors of Ad under ``"A"`` and of Gd under ``"G"``, one a layer; empty if not wanted.
-        roots: R of `temper` likewise, which carries a cross moment over to tempered factors; empty without tempering.
+        roots: R of `temper` likewise, which carries cross moments over to tempered factors; empty if there is none.
         notices: What must be reported.
     """
 
@@ -99,7 +99,7 @@ def damp(
         gamma: Strength, a scalar on the device.
         pi: Split gamma by trace norms; otherwise add it to both factors as it is.
         power: Exponent of `temper`; 1 leaves the factors as they are.
-        keep_lower: Whether Cholesky factors are wanted.
+        keep_lower: Whether Cholesky factors and roots, which cross moments need, are wanted.
 
     Raises:
         NumericalError: A factor could not be factorised; names the layer.
@@ -114,7 +114,7 @@ def damp(
     roots: list[Tensor] = []
     tempering: list[Notice] = []
     if power != 1.0:
-        bases, roots, tempering = temper(bases, shifts, names, power)
+        bases, roots, tempering = temper(bases, shifts, names, power, keep_roots=keep_lower)
         shifts = [torch.zeros_like(shift) for shift in shifts]
     factors, lower, notices = factor_spd(bases, shifts, names, keep_lower=keep_lower)
     count = len(layers)
@@ -128,7 +128,12 @@ def damp(
 
 
 def temper(
-    bases: Sequence[Tensor], shifts: Sequence[Tensor], names: Sequence[tuple[str, str]], power: float
+    bases: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    names: Sequence[tuple[str, str]],
+    power: float,
+    *,
+    keep_roots: bool = True,
 ) -> tuple[list[Tensor], list[Tensor], list[Notice]]:
     r"""Compress the spectrum of damped factors: D = c (Xd / c)^p with Xd = X + c I.
 
@@ -140,9 +145,10 @@ def temper(
         shifts: c of each, scalars above 0.
         names: (layer, factor) of each, for notices.
         power: p in (0, 1].
+        keep_roots: Whether R is wanted.
 
     Returns:
-        D of each, R = D^1/2 Xd^-1/2 of each, and a notice for each eigenproblem that needed double precision.
+        D of each, R = D^1/2 Xd^-1/2 of each if wanted, and a notice for each eigenproblem that needed double precision.
 
     Raises:
         NumericalError: A factor is not finite, there is no damping, or an eigenproblem failed; names the layer.
@@ -158,7 +164,8 @@ def temper(
         weights = torch.stack([shift * ratio**power, ratio ** (0.5 * (power - 1.0))]).to(base.dtype)
         finite.append(torch.isfinite(weights).all() & (weights > 0).all())
         tempered.append((vectors * weights[0]) @ vectors.T)
-        roots.append((vectors * weights[1]) @ vectors.T)
+        if keep_roots:
+            roots.append((vectors * weights[1]) @ vectors.T)
     for (layer, factor), shift, fine in zip(names, shifts, torch.stack(finite).tolist(), strict=True):
         if not fine:
             raise NumericalError(
