@@ -21,8 +21,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # gamma = sqrt(lambda + eta) trains as well as a comparison of three, and needs one inverse where that needs three.
     # Early on the inverse ages fast: a refresh with every fifth more steps reaches the same error in two thirds of the
     # steps. A quarter of the mini-batch is enough for the quadratic model, as in the paper's text. A tolerance of 0.02
-    # leaves the tridiagonal update where it is (cosine 0.9996) and costs hardly more than the diagonal one. To the power
-    # of 0.85 the factors listen less to the mini-batch's noise in directions of little curvature: on CURVES that nearly
+    # leaves the tridiagonal update where it is (cosine 0.9996) and costs hardly more than the diagonal one. Factors to
+    # the power of 0.85 listen less to the mini-batch's noise in directions of little curvature: on CURVES that nearly
     # halves the error for the same cases, on MNIST and FACES it takes a twentieth off.
     # Mini-batches from passes over the data in place of independent ones are worth 0.12 of the error late on MNIST; a
     # first mini-batch of 500 cases has the smaller error for the same cases on CURVES.
