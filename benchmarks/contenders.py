@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.nets import images
 from kfacore import KFAC
 
-__all__ = ["APPROXIMATIONS", "Batches", "Step", "kfac", "kfac_step", "torch_step"]
+__all__ = ["APPROXIMATIONS", "DEFAULTS", "Batches", "Step", "kfac", "kfac_step", "torch_step"]
 
 Step = Callable[[int], None]
 """One training step, given the number of the turn."""
@@ -20,8 +20,14 @@ APPROXIMATIONS: dict[str, dict[str, Any]] = {
     "blockdiag": {"kind": "blockdiag"},
     "tridiag, tolerance 0": {"kind": "tridiag", "tolerance": 0.0},
     "tridiag": {"kind": "tridiag"},
+    "blockdiag, power 1": {"kind": "blockdiag", "power": 1.0},
+    "tridiag, tolerance 0, power 1": {"kind": "tridiag", "tolerance": 0.0, "power": 1.0},
+    "tridiag, power 1": {"kind": "tridiag", "power": 1.0},
 }
-"""Contenders by name; ``tridiag`` has its default tolerance."""
+"""Contenders by name; what a name does not say is as in the preset ``default``."""
+
+DEFAULTS = ["blockdiag", "tridiag, tolerance 0", "tridiag"]
+"""Those that temper their factors, as the preset does."""
 
 
 class Batches:

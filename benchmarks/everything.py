@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import launches, memory, phases, spike, step, tolerance, width
-from benchmarks.contenders import APPROXIMATIONS
+from benchmarks.contenders import APPROXIMATIONS, DEFAULTS
 from benchmarks.report import Report
 
 __all__ = ["main"]
@@ -23,16 +23,16 @@ def main(arguments: list[str]) -> int:
     every, report = list(APPROXIMATIONS), Report("all")
     step.measure(report, "mnist", 1000, device, approximations=every)
     step.measure(report, "mnist", 4000, device, approximations=every, turns=20, adam=False)
-    step.measure(report, "mnist", 250, device, approximations=every, turns=20, adam=False)
-    step.measure(report, "curves", 1000, device, approximations=every, turns=20)
-    step.measure(report, "mnist", 1000, device, approximations=every[:2], turns=20, gamma="compared", adam=False)
+    step.measure(report, "mnist", 250, device, approximations=DEFAULTS, turns=20, adam=False)
+    step.measure(report, "curves", 1000, device, approximations=DEFAULTS, turns=20)
+    step.measure(report, "mnist", 1000, device, approximations=DEFAULTS[:2], turns=20, gamma="compared", adam=False)
     for period in (1, 5):
-        step.measure(report, "mnist", 1000, device, approximations=every, turns=10, refresh_every=period, adam=False)
+        step.measure(report, "mnist", 1000, device, approximations=DEFAULTS, turns=10, refresh_every=period, adam=False)
     spike.measure(report, "mnist", 1000, device, 200, ["background"])
     phases.measure(report, "mnist", 1000, device, 20)
     tolerance.measure(report, "mnist", device)
     memory.measure(report, "mnist", 1000)
-    width.measure(report, [512, 1024], 1000, device, every)
+    width.measure(report, [512, 1024], 1000, device, DEFAULTS)
     launches.measure(report, "mnist", device)
     report.save(options.json)
     return 0

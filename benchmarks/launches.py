@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.contenders import APPROXIMATIONS, kfac
+from benchmarks.contenders import APPROXIMATIONS, DEFAULTS, kfac
 from benchmarks.nets import NETS, build
 from benchmarks.report import Report
 
@@ -80,8 +80,8 @@ def measure(report: Report, net: str, device: torch.device) -> dict[str, Counter
     layers = len(NETS[net]) - 1
     x = torch.rand(64, NETS[net][0], generator=torch.Generator().manual_seed(0)).to(device)
     rows, ordinary = [], {}
-    for name, approx in APPROXIMATIONS.items():
-        optimizer = kfac(build(net, device), approx)
+    for name in DEFAULTS:
+        optimizer = kfac(build(net, device), APPROXIMATIONS[name])
         kinds = {4: "ordinary", 5: "adapts lambda", 20: "refreshes"}
         for step in range(1, 21):
             with Launches() as launches:

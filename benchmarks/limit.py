@@ -37,6 +37,7 @@ def kfac_operations(
     tau2: float = 0.25,
     lambda_every: int = 5,
     refresh_every: int = 20,
+    tempered: bool = False,
 ) -> float:
     """Operations of a mean K-FAC step with one refresh every T_3 steps.
 
@@ -48,6 +49,7 @@ def kfac_operations(
         tau2: Share of the cases in the quadratic model.
         lambda_every: T_1; each costs a forward pass.
         refresh_every: T_3.
+        tempered: Whether ``approx.power`` is below 1.
     """
     blocks = _blocks(widths)
     P, first = sum(a * b for a, b in blocks), blocks[0][0] * blocks[0][1]
@@ -58,14 +60,20 @@ def kfac_operations(
     total += 2 * cases * P / lambda_every  # rho
     total += 2 * sum(b * b * a + b * a * a for a, b in blocks)  # Gd^-1 V Ad^-1
     total += sum(a**3 + b**3 for a, b in blocks) / refresh_every  # Cholesky and inverse: 1/3 + 2/3
+    if tempered:
+        total += 11 * sum(a**3 + b**3 for a, b in blocks) / refresh_every  # an eigenproblem (about 9 d^3) and a product
     if approx == "blockdiag":
         return total
+    if tempered:
+        total += 2 * sum(a**3 + b**3 for a, b in blocks) / refresh_every  # the roots that carry over Ax and Gx
     for (a, b), (c, d) in pairwise(blocks):
         total += 2 * tau1 * cases * (a * c + b * d)  # Ax and Gx
         total += 2 * 2 * min(b * d * c + b * c * a, d * c * a + b * d * a)  # Psi V and Psi^T V
         p, q = min(a, c), min(b, d)  # canonical correlations of the pair
         total += 2 * 2 * min(q * b * a + q * a * p, b * a * p + q * b * p)  # the correction of Sigma^-1
         for n, k in ((a, c), (b, d)):
+            if tempered:
+                total += 2 * n * k * (n + k) / refresh_every
             low = min(n, k)
             # Psi, the whitened product and its triangular solves, the eigenproblem (about 9 n^3), the vectors.
             total += (2 * n * k * max(n, k) + 4 * n * k * low + 12 * low**3) / refresh_every

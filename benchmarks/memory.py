@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.contenders import APPROXIMATIONS, Batches, kfac, kfac_step, torch_step
+from benchmarks.contenders import APPROXIMATIONS, DEFAULTS, Batches, kfac, kfac_step, torch_step
 from benchmarks.nets import NETS, build
 from benchmarks.report import Report
 
@@ -53,7 +53,7 @@ def _peak_of(name: str, net: str, batch: int, gamma: str) -> int:
 def measure(report: Report, net: str, batch: int, gamma: str = "tied") -> None:
     """Add one table to the report."""
     peaks = {}
-    for name in ("adam", "sgd", *APPROXIMATIONS):
+    for name in ("adam", "sgd", *DEFAULTS):
         command = [sys.executable, "-m", "benchmarks", "memory", "--net", net, "--batch", str(batch)]
         done = subprocess.run(
             [*command, "--gamma", gamma, "--child", name], stdout=subprocess.PIPE, check=True, text=True

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contenders import APPROXIMATIONS, Batches, kfac, kfac_step
+from benchmarks.contenders import APPROXIMATIONS, DEFAULTS, Batches, kfac, kfac_step
 from benchmarks.nets import NETS, build
 from benchmarks.report import Report
 from kfacore import KFAC
@@ -76,8 +76,8 @@ def measure(report: Report, net: str, batch: int, device: torch.device, turns: i
     """Add one table, milliseconds a step by phase, to the report."""
     batches = Batches(device, batch)
     columns: dict[str, dict[str, float]] = {}
-    for name, approx in APPROXIMATIONS.items():
-        optimizer = kfac(build(net, device), approx)
+    for name in DEFAULTS:
+        optimizer = kfac(build(net, device), APPROXIMATIONS[name])
         phases, run = Phases(optimizer, device), kfac_step(optimizer, batches)
         for turn in range(20):
             run(turn)

@@ -52,9 +52,11 @@ def measure(
     for name, timing in timings.items():
         operations = sgd_operations(widths, batch)
         if name in APPROXIMATIONS:
-            kind = APPROXIMATIONS[name]["kind"]
-            operations = kfac_operations(widths, batch, kind, refresh_every=refresh_every)
-        truncated = name == "tridiag"  # it does fewer operations than are counted
+            approx = APPROXIMATIONS[name]
+            operations = kfac_operations(
+                widths, batch, approx["kind"], refresh_every=refresh_every, tempered="power" not in approx
+            )
+        truncated = name in ("tridiag", "tridiag, power 1")  # they do fewer operations than are counted
         rows.append(
             {
                 "": name,

@@ -64,10 +64,10 @@ def measure(report: Report, net: str, device: torch.device, steps: int = 60) -> 
     x = batches(steps)
     grad = [block.clone() for block in optimizer._gradient(optimizer.linearizer(x, len(x)), x).blocks]
     moments, gamma = optimizer.preconditioner.moments, optimizer.damping.gamma
-    registry = get_registry()
+    registry, config = get_registry(), optimizer.approx.config
 
     def inverse_at(tolerance: float) -> Inverse:
-        approx = registry.build("approx", {"kind": "tridiag", "tolerance": tolerance})
+        approx = registry.build("approx", config.model_copy(update={"tolerance": tolerance}))
         return approx.factorise(moments).damped(gamma)
 
     rows: list[dict[str, Any]] = []

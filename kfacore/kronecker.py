@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kfacore.errors import NumericalError
 from kfacore.layers import LayerInfo
-from kfacore.linalg import Spd, eigh_psd, factor_spd, pi_of
+from kfacore.linalg import Spd, eigh_again, factor_spd, pi_of, try_eigh
 from kfacore.roles.approx import Notice
 
 __all__ = ["Damped", "DampedFactors", "damp", "symmetric", "temper"]
@@ -153,23 +153,40 @@ def temper(
     Raises:
         NumericalError: A factor is not finite, there is no damping, or an eigenproblem failed; names the layer.
     """
-    tempered, roots, finite = [], [], []
+    tempered, roots, checks = [], [], []
+    for base, shift in zip(bases, shifts, strict=True):
+        damped = _shifted(base, shift)
+        values, vectors, count = try_eigh(damped, damped.dtype)
+        D, R, fine = _powers(values, vectors, shift, power, keep_roots)
+        tempered.append(D)
+        roots += R
+        checks.append(torch.stack([count >= 0, fine]))
     notices: list[Notice] = []
-    for base, shift, (layer, factor) in zip(bases, shifts, names, strict=True):
-        damped = base.clone()
-        damped.diagonal().add_(shift.to(base.dtype))
-        values, vectors, more = eigh_psd(damped, layer, factor)
-        notices += more
-        ratio = (values / shift).clamp(min=1.0)  # rounding must not undercut the damping
-        weights = torch.stack([shift * ratio**power, ratio ** (0.5 * (power - 1.0))]).to(base.dtype)
-        finite.append(torch.isfinite(weights).all() & (weights > 0).all())
-        tempered.append((vectors * weights[0]) @ vectors.T)
-        if keep_roots:
-            roots.append((vectors * weights[1]) @ vectors.T)
-    for (layer, factor), shift, fine in zip(names, shifts, torch.stack(finite).tolist(), strict=True):
-        if not fine:
+    for i, (solved, fine) in enumerate(torch.stack(checks).tolist()):  # one wait for the device in all
+        if not solved:
+            values, vectors, notice = eigh_again(_shifted(bases[i], shifts[i]), *names[i])
+            tempered[i], roots[i : i + 1], again = _powers(values, vectors, shifts[i], power, keep_roots)
+            notices.append(notice)
+        if not (fine if solved else again):
+            layer, factor = names[i]
             raise NumericalError(
-                f"{layer}: factor {factor} cannot be tempered with a damping of {float(shift):g}; raise the damping "
-                "(damping.lambda0, or gamma_min), or set approx.power to 1"
+                f"{layer}: factor {factor} cannot be tempered with a damping of {float(shifts[i]):g}; raise the "
+                "damping (damping.lambda0, or gamma_min), or set approx.power to 1"
             )
     return tempered, roots, notices
+
+
+def _shifted(base: Tensor, shift: Tensor) -> Tensor:
+    damped = base.clone()
+    damped.diagonal().add_(shift.to(base.dtype))
+    return damped
+
+
+def _powers(
+    values: Tensor, vectors: Tensor, shift: Tensor, power: float, keep_root: bool
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """D, R if wanted, and whether they are finite and positive."""
+    ratio = (values / shift).clamp(min=1.0)  # rounding must not undercut the damping
+    weights = torch.stack([shift * ratio**power, ratio ** (0.5 * (power - 1.0))]).to(vectors.dtype)
+    D, *R = [(vectors * weight) @ vectors.T for weight in (weights if keep_root else weights[:1])]
+    return D, R, torch.isfinite(weights).all() & (weights > 0).all()

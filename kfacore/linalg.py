@@ -17,7 +17,7 @@ from kfacore.errors import NumericalError
 from kfacore.pace import worked
 from kfacore.roles.approx import Notice
 
-__all__ = ["Spd", "eigh_psd", "factor_spd", "pi_of"]
+__all__ = ["Spd", "eigh_again", "eigh_psd", "factor_spd", "pi_of", "try_eigh"]
 
 _EIGENPROBLEM = 5
 """Cost of an eigenproblem in those of a Cholesky factor and inverse, as measured; only the pace depends on it."""
@@ -143,32 +143,54 @@ def eigh_psd(M: Tensor, layer: str, factor: str, above: float = -math.inf) -> tu
     Raises:
         NumericalError: M is not finite, or the eigenproblem failed in double precision too; names the layer.
     """
+    values, vectors, larger = try_eigh(M, M.dtype, above)
+    count, notices = int(larger), list[Notice]()
+    if count < 0:
+        values, vectors, notice = eigh_again(M, layer, factor)
+        notices = [notice]
+        count = int((values > above).sum())
+    first = M.shape[0] - count
+    return values[first:], vectors[:, first:], notices
+
+
+def try_eigh(M: Tensor, dtype: torch.dtype, above: float = -math.inf) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues and eigenvectors computed in a dtype, checked without a wait.
+
+    Returns:
+        Values (ascending), vectors, and how many of the values are larger than `above`; -1 if the result is wrong.
+    """
     M = 0.5 * (M + M.T)
+    worked(_EIGENPROBLEM * M.shape[0] ** 3)
+    try:
+        values, vectors = torch.linalg.eigh(M.to(dtype))
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but missing from the stubs
+        return M.diagonal(), M, torch.full((), -1, device=M.device)
     trace = M.diagonal().sum(dtype=torch.float64)
     probe = torch.arange(1.0, M.shape[0] + 1.0, dtype=M.dtype, device=M.device).cos_()
     image = M @ probe
-    notices: list[Notice] = []
-    for dtype in dict.fromkeys((M.dtype, torch.float64)):
-        try:
-            values, vectors = torch.linalg.eigh(M.to(dtype))
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but missing from the stubs
-            continue
-        # A failed run may return NaN, or numbers that are finite and wrong: the trace must be kept, and
-        # V diag(values) V^T must act on a vector as M does. A comparison with NaN is false.
-        slack = 100 * torch.finfo(M.dtype).eps * M.shape[0] ** 0.5 * values.abs().amax()
-        again = vectors @ (values * (vectors.T @ probe.to(dtype)))
-        kept = (values.sum(dtype=torch.float64) - trace).abs() <= slack
-        fine = kept & ((again - image).norm() <= slack * probe.norm()) & torch.isfinite(vectors).all()
-        count = int(torch.where(fine, (values > above).sum(), -1))
-        worked(_EIGENPROBLEM * M.shape[0] ** 3)
-        if count >= 0:
-            if dtype != M.dtype:
-                notices.append(Notice(layer, f"eigenproblem of {factor} failed in {_short(M)}; used double precision"))
-            first = M.shape[0] - count
-            return values[first:].to(M.dtype), vectors[:, first:].to(M.dtype), notices
+    # A failed run may return NaN, or numbers that are finite and wrong: the trace must be kept, and
+    # V diag(values) V^T must act on a vector as M does. A comparison with NaN is false.
+    slack = 100 * torch.finfo(M.dtype).eps * M.shape[0] ** 0.5 * values.abs().amax()
+    again = vectors @ (values * (vectors.T @ probe.to(dtype)))
+    kept = (values.sum(dtype=torch.float64) - trace).abs() <= slack
+    fine = kept & ((again - image).norm() <= slack * probe.norm()) & torch.isfinite(vectors).all()
+    return values.to(M.dtype), vectors.to(M.dtype), torch.where(fine, (values > above).sum(), -1)
+
+
+def eigh_again(M: Tensor, layer: str, factor: str) -> tuple[Tensor, Tensor, Notice]:
+    """In double precision, what `try_eigh` could not do in M's own.
+
+    Raises:
+        NumericalError: It fails there too; names the layer.
+    """
+    if M.dtype != torch.float64:
+        values, vectors, count = try_eigh(M, torch.float64)
+        if int(count) >= 0:
+            notice = Notice(layer, f"eigenproblem of {factor} failed in {_short(M)}; used double precision")
+            return values, vectors, notice
     raise NumericalError(
         f"{layer}: the eigenproblem of {factor} failed in double precision; "
-        "raise the damping, or use approx = 'blockdiag', which needs no eigenvectors"
+        "raise the damping, or use approx = 'blockdiag' with approx.power = 1, which needs no eigenvectors"
     )
 
 

@@ -145,3 +145,22 @@ def test_tempering_a_factor_with_many_zero_rows_in_single_precision() -> None:
     assert dense.relative(D.double(), wanted) < 1e-5
     # R's largest entries belong to the smallest eigenvalues, known to eps * |base| / shift.
     assert dense.relative(R.double(), root) < 10 * torch.finfo(base.dtype).eps * float(base.norm() / shift)
+
+
+def test_an_eigenproblem_that_fails_is_tempered_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    A, _ = factors()
+    A, shifts = [a.float() for a in A], [torch.tensor(0.2, dtype=Float)] * 2
+    names = [("a", "A"), ("b", "A")]
+    wanted, roots, _ = temper(A, shifts, names, 0.85)
+    eigh = torch.linalg.eigh
+
+    def fails(M: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = eigh(M)
+        return (values * torch.nan, vectors) if M.dtype == torch.float32 and len(M) == 3 else (values, vectors)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    D, R, notices = temper(A, shifts, names, 0.85)
+    assert [str(notice) for notice in notices] == ["b: eigenproblem of A failed in float32; used double precision"]
+    for found, expected in zip([*D, *R], [*wanted, *roots], strict=True):
+        assert dense.relative(found, expected) < 1e-5
+    assert temper(A, shifts, names, 0.85, keep_roots=False)[1] == []
