@@ -22,6 +22,11 @@ __all__ = ["Spd", "eigh_again", "eigh_psd", "factor_spd", "pi_of", "try_eigh"]
 _EIGENPROBLEM = 5
 """Cost of an eigenproblem in those of a Cholesky factor and inverse, as measured; only the pace depends on it."""
 
+_OVERFLOWED = (
+    "has NaN or infinite entries; the forward or backward pass overflowed. Check the data and the initialisation, or "
+    "start with a larger damping"
+)
+
 _JITTERS = (0.0, 1e-7, 1e-5, 1e-3, 1e-1)
 
 
@@ -111,10 +116,7 @@ def _cholesky(base: Tensor, shift: Tensor, keep_lower: bool = True) -> tuple[Spd
 def _retry(base: Tensor, shift: Tensor, layer: str, factor: str) -> tuple[Spd, Tensor, Notice]:
     """In double precision, then with growing jitter relative to the mean diagonal."""
     if not bool(torch.isfinite(base).all()) or not bool(torch.isfinite(shift)):
-        raise NumericalError(
-            f"{layer}: factor {factor} has NaN or infinite entries; the forward or backward pass overflowed. "
-            "Check the data and the initialisation, or start with a larger damping"
-        )
+        raise NumericalError(f"{layer}: factor {factor} {_OVERFLOWED}")
     double = base.double()
     scale = double.diagonal().mean().clamp_min(torch.finfo(base.dtype).tiny)
     for jitter in _JITTERS:
@@ -183,6 +185,8 @@ def eigh_again(M: Tensor, layer: str, factor: str) -> tuple[Tensor, Tensor, Noti
     Raises:
         NumericalError: It fails there too; names the layer.
     """
+    if not bool(torch.isfinite(M).all()):
+        raise NumericalError(f"{layer}: the eigenproblem of {factor} {_OVERFLOWED}")
     if M.dtype != torch.float64:
         values, vectors, count = try_eigh(M, torch.float64)
         if int(count) >= 0:

@@ -182,7 +182,7 @@ def test_in_a_step_the_previous_inverse_keeps_its_gamma() -> None:
 
 def test_a_step_reports_eigenproblems_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = dense.net((4, 5, 4, 3)).float()
-    optimizer = KFAC(model, likelihood="gaussian", approx="tridiag")
+    optimizer = KFAC(model, likelihood="gaussian", approx={"kind": "tridiag", "power": 1.0})
     x, y = dense.randn(40, 4).float(), dense.randn(40, 3).float()
     assert optimizer.step(x, y).notices == ()
     real, broken = torch.linalg.eigh, {torch.float32}
