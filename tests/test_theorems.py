@@ -161,7 +161,7 @@ def test_corollary_3_the_block_diagonal_update_is_gradient_descent_in_the_white_
     def step(approx: str) -> torch.Tensor:
         trained = copy.deepcopy(model)
         options = {**FREE, "momentum": {"kind": "fixed", "lr": 0.1, "mu": 0.0}}
-        KFAC(trained, likelihood="bernoulli", approx=approx, **options).step(x, y)
+        KFAC(trained, likelihood="bernoulli", approx={"kind": approx, "power": 1.0}, **options).step(x, y)
         with torch.no_grad():
             return trained(x)
 
