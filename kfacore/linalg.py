@@ -7,6 +7,7 @@ without an error (method, section 9). Nothing here returns a result that was not
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from kfacore.errors import NumericalError
 from kfacore.pace import worked
 from kfacore.roles.approx import Notice
 
-__all__ = ["Spd", "eigh_again", "eigh_psd", "factor_spd", "pi_of", "try_eigh"]
+__all__ = ["CholeskyRoot", "Root", "Spd", "eigh_again", "eigh_psd", "factor_spd", "pi_of", "try_eigh"]
 
 _EIGENPROBLEM = 5
 """Cost of an eigenproblem in those of a Cholesky factor and inverse, as measured; only the pace depends on it."""
@@ -59,6 +60,52 @@ class Spd:
     ) -> Tensor:
         """(X + shift I) V."""
         return torch.addmm(V * self.shift, self.base, V)
+
+
+class Root(ABC):
+    """B of a damped factor D = B B^T that cross moments need, and what whitens the damped moments it was made from."""
+
+    @abstractmethod
+    def whiten(
+        self,
+        X: Tensor,  # (d, m)
+    ) -> Tensor:
+        """W X, where W Xd W^T = I for the damped moments Xd."""
+
+    @abstractmethod
+    def color(
+        self,
+        V: Tensor,  # (d, m)
+    ) -> Tensor:
+        """B V."""
+
+    @abstractmethod
+    def dual(
+        self,
+        V: Tensor,  # (d, m)
+    ) -> Tensor:
+        """B^-T V."""
+
+
+@dataclass(frozen=True)
+class CholeskyRoot(Root):
+    """D = Xd = L L^T."""
+
+    L: Tensor
+
+    def whiten(self, X: Tensor) -> Tensor:
+        """L^-1 X."""
+        white: Tensor = torch.linalg.solve_triangular(self.L, X, upper=False)
+        return white
+
+    def color(self, V: Tensor) -> Tensor:
+        """L V."""
+        return self.L @ V
+
+    def dual(self, V: Tensor) -> Tensor:
+        """L^-T V."""
+        result: Tensor = torch.linalg.solve_triangular(self.L.T, V, upper=True)
+        return result
 
 
 def factor_spd(

@@ -135,7 +135,10 @@ class Approximation(Part):
 
     @abstractmethod
     def factorise(self, moments: Moments) -> Factorisation:
-        """Prepare inverses from the moments as they are now; later updates of the moments must not show through.
+        """Prepare inverses from the moments as they are now; no copies are needed.
+
+        The moments stay as they are while the factorisation is in use. Its inverses live on while they are updated,
+        so an inverse must not share a tensor with them that updates write to.
 
         Raises:
             NumericalError: Something that does not depend on gamma failed (an eigenproblem, say); names the layer. The

@@ -4,7 +4,7 @@ Each layer's block of the Fisher is a Kronecker product, and the inverse acts on
 
     U_i = Gd_i^-1 V_i Ad_i^-1.
 
-With an exponent below 1 (``power``) the damped factors are tempered first, see `kfacore.kronecker.temper`.
+With an exponent below 1 (``power``) the damped factors are tempered first, see `kfacore.tempering`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from kfac_plugins.approx import BlockDiagonalConfig
-from kfacore.kronecker import DampedFactors, damp, symmetric
+from kfacore.kronecker import DampedFactors, damp, ready
 from kfacore.layers import LayerInfo
 from kfacore.moments import InputFactor, Moments, OutputFactor
 from kfacore.roles.approx import Approximation, Factorisation, Inverse, Notice
@@ -53,14 +53,15 @@ class BlockDiagonalInverse(Inverse):
 
 
 class BlockDiagonalFactorisation(Factorisation):
-    """Symmetric copies of A and G, shared by all candidates of gamma; each candidate is two Choleskys a layer."""
+    """A and G, shared by all candidates of gamma; each candidate is two Choleskys or eigenproblems a layer."""
 
-    def __init__(self, layers: Sequence[LayerInfo], A: list[Tensor], G: list[Tensor], power: float) -> None:
-        self._layers, self._A, self._G, self._power = layers, A, G, power
+    def __init__(self, layers: Sequence[LayerInfo], moments: Moments, power: float) -> None:
+        self._layers, self._power = layers, power
+        self._A, self._G = (ready(moments[kind], power) for kind in (InputFactor, OutputFactor))
 
     def damped(self, gamma: Tensor, *, pi: bool = True) -> BlockDiagonalInverse:
         """Damp, temper and invert."""
-        found = damp(self._layers, self._A, self._G, gamma, pi=pi, power=self._power, keep_lower=False)
+        found = damp(self._layers, self._A, self._G, gamma, pi=pi, power=self._power, keep_roots=False)
         return BlockDiagonalInverse(self._layers, found.factors, found.notices)
 
 
@@ -72,10 +73,8 @@ class BlockDiagonal(Approximation):
     moments = (InputFactor, OutputFactor)
 
     def factorise(self, moments: Moments) -> BlockDiagonalFactorisation:
-        """Copy A and G."""
-        return BlockDiagonalFactorisation(
-            moments.layers, symmetric(moments[InputFactor]), symmetric(moments[OutputFactor]), self.config.power
-        )
+        """Symmetrise A and G where the inverse will keep them."""
+        return BlockDiagonalFactorisation(moments.layers, moments, self.config.power)
 
     def load_inverse(self, state: Mapping[str, Any], layers: Sequence[LayerInfo]) -> BlockDiagonalInverse:
         """From the damped factors."""

@@ -1,31 +1,34 @@
 r"""Canonical correlations of adjacent layers (method, section 3, "the same in canonical coordinates").
 
-With Ad_i = L_i L_i^T, the whitened cross moment of layers i and i+1 has a singular value decomposition
+With roots of the damped factors, Ad_i = B_i B_i^T, the whitened cross moment of layers i and i+1 has a singular value
+decomposition
 
-    T = L_i^-1 Ax_i L_{i+1}^-T = U diag(r) W^T,        r in [0, 1): the canonical correlations.
+    T = B_i^-1 Ax_i B_{i+1}^-T = U diag(r) W^T,        r in [0, 1): the canonical correlations.
 
-The block-tridiagonal inverse needs of the pair, with s = r^2 and one column a correlation,
+Kept of the pair are thin factors, one column a correlation,
 
-    PsiA_i = Ax_i Ad_{i+1}^-1,      K = L_i^-T U diag(r),      PsiA_i Ax_i^T = Ad_i K K^T Ad_i.
+    K = B_i^-T U,     Z = B_{i+1}^-T W,     s = r^2,        so that  Ax_i Ad_{i+1}^-1 = Ad_i K diag(r) Z^T,
+
+one of the two multiplied by diag(r), so that nothing is divided by a small r.
+
+The roots are Cholesky factors. Of tempered factors they are eigenvectors, scaled; T is then made from the factors as
+they were before, so that the correlations stay what they are, and K and Z from the tempered ones.
 
 The vectors come from one symmetric eigenproblem on the narrower side (T^T T or T T^T), so a layer of 1000 units next
-to one of 500 costs an eigenproblem of size 500. T itself is never formed: with the inverses of the damped factors at
-hand, all that is large is plain matrix products. No formula divides by r.
+to one of 500 costs an eigenproblem of size 500.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfacore.linalg import eigh_psd
+from kfacore.linalg import Root, eigh_psd
 from kfacore.roles.approx import Notice
 
-__all__ = ["Canonical", "Side", "canonical"]
+__all__ = ["Canonical", "canonical"]
 
 
 _ROUNDING = 10.0
@@ -37,37 +40,26 @@ class Canonical:
     """One side (inputs or output gradients) of a pair of adjacent layers; k correlations kept.
 
     Attributes:
-        psi: Psi, (d_i, d_{i+1}), as one matrix or as two thin ones to be multiplied, whichever is cheaper to apply.
-        K: (d_i, k), L_i^-T U diag(r).
+        K: (d_i, k), B_i^-T U, times diag(r) if ``scaled`` is ``"K"``.
+        Z: (d_{i+1}, k), B_{i+1}^-T W, times diag(r) if ``scaled`` is ``"Z"``.
         s: (k,), squared correlations, in [0, 1].
+        scaled: Which of the two is multiplied by diag(r).
     """
 
-    psi: tuple[Tensor, ...]
     K: Tensor
+    Z: Tensor
     s: Tensor
+    scaled: str
 
-    def state_dict(self) -> dict[str, Any]:
-        """Every tensor."""
-        return {"psi": list(self.psi), "K": self.K, "s": self.s}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Canonical:
-        """Restore from `state_dict`."""
-        return cls(tuple(state["psi"]), state["K"], state["s"])
-
-
-@dataclass(frozen=True)
-class Side:
-    """A damped factor: its Cholesky factor L and its inverse, (d, d)."""
-
-    L: Tensor
-    inverse: Tensor
+    def share(self, of: str) -> Tensor:
+        """(k,), the square of what ``"K"`` or ``"Z"`` is multiplied by."""
+        return self.s if self.scaled == of else torch.ones_like(self.s)
 
 
 def canonical(
     X: Tensor,  # (d_i, d_{i+1})
-    here: Side,
-    following: Side,
+    here: Root,
+    following: Root,
     tolerance: float,
     layer: str,
     factor: str,
@@ -76,8 +68,8 @@ def canonical(
 
     Args:
         X: Cross moment.
-        here: Damped factor of layer i.
-        following: Damped factor of layer i+1.
+        here: Root of the damped factor of layer i.
+        following: Root of the damped factor of layer i+1.
         tolerance: Keep correlations with r^2 > tolerance; 0 keeps all, so that nothing is approximated.
         layer: Name of layer i, for notices.
         factor: Name of the cross moment, for notices.
@@ -85,22 +77,13 @@ def canonical(
     Raises:
         NumericalError: The eigenproblem failed even in double precision; names the layer.
     """
-    solve = torch.linalg.solve_triangular
-    wide_here = X.shape[1] <= X.shape[0]
-    if wide_here:  # T^T T = L_{i+1}^-1 (X^T Y) L_{i+1}^-T with Y = Ad_i^-1 X
-        product, L = here.inverse @ X, following.L
-        gram = X.T @ product
-    else:  # T T^T = L_i^-1 (Psi X^T) L_i^-T
-        product, L = X @ following.inverse, here.L
-        gram = product @ X.T
-    gram = solve(L, solve(L, gram, upper=False).T, upper=False)
+    T = following.whiten(here.whiten(X).T).T
     above = max(tolerance, _ROUNDING * torch.finfo(X.dtype).eps)
-    s, vectors, notices = eigh_psd(gram, layer, factor, above)
-    s = s.clamp(max=1.0)
-    unwhitened = solve(L.T, vectors, upper=True)  # L_{i+1}^-T W or L_i^-T U
-    K = product @ unwhitened if wide_here else unwhitened * s.sqrt()
-    if tolerance == 0:
-        return Canonical((X @ following.inverse if wide_here else product,), K, s), notices
-    thin = (X @ unwhitened, unwhitened.T) if wide_here else (L @ vectors, (product.T @ unwhitened).T)
-    cheaper = len(s) * sum(X.shape) < X.shape[0] * X.shape[1]
-    return Canonical(thin if cheaper else (thin[0] @ thin[1],), K, s), notices
+    if X.shape[1] <= X.shape[0]:
+        s, W, notices = eigh_psd(T.T @ T, layer, factor, above)
+        K, Z, scaled = here.dual(T @ W), following.dual(W), "K"
+    else:
+        s, U, notices = eigh_psd(T @ T.T, layer, factor, above)
+        K, Z, scaled = here.dual(U), following.dual(T.T @ U), "Z"
+    # In rows, as a checkpoint restores them: products of the two layouts differ in their last bits.
+    return Canonical(K.contiguous(), Z.contiguous(), s.clamp(max=1.0), scaled), notices

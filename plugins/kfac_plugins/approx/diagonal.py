@@ -70,7 +70,7 @@ class DiagonalInverse(Inverse):
 
 
 class DiagonalFactorisation(Factorisation):
-    """A copy of D, shared by all candidates of gamma; each candidate is one addition."""
+    """D, shared by all candidates of gamma; each candidate is one addition."""
 
     def __init__(self, layers: Sequence[LayerInfo], diagonal: Sequence[Tensor]) -> None:
         self._layers, self._diagonal = layers, diagonal
@@ -106,8 +106,8 @@ class Diagonal(Approximation):
     moments = (DiagonalMoment,)
 
     def factorise(self, moments: Moments) -> DiagonalFactorisation:
-        """Copy D."""
-        return DiagonalFactorisation(moments.layers, moments.snapshot(DiagonalMoment))
+        """Nothing to prepare."""
+        return DiagonalFactorisation(moments.layers, moments[DiagonalMoment])
 
     def load_inverse(self, state: Mapping[str, Any], layers: Sequence[LayerInfo]) -> DiagonalInverse:
         """From the damped diagonal."""

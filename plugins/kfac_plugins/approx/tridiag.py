@@ -6,25 +6,34 @@ The blocks form a directed chain: given block i+1, block i has mean Psi_i and co
     Sigma_i = Ad_i (x) Gd_i - (PsiA_i Ax_i^T) (x) (PsiG_i Gx_i^T)
     F-hat^-1 = Xi^T Lambda Xi,                  Lambda = diag(Sigma_1^-1, ..., Sigma_{L-1}^-1, (Ad_L (x) Gd_L)^-1).
 
-It is computed in canonical coordinates (method, section 3), `kfac_plugins.approx.canonical`: Sigma_i^-1 is the
-block-diagonal inverse plus a correction whose rank is at most that of the narrower layer, and only as large as the
-number of canonical correlations kept.
+In canonical coordinates (`kfac_plugins.approx.canonical`) this is the block-diagonal inverse and, for each pair of
+adjacent layers, a symmetric correction on the directions that are correlated. There a pair is a lot of pairs of
+numbers with the correlation rho = r_G r_A, and 1, rho; rho, 1 has the inverse
 
-With an exponent below 1 (``power``) the damped factors are tempered first (`kfacore.kronecker.temper`); the cross
-moments are carried over with them, so that the canonical correlations stay what they are.
+    1 + g rho^2,  -g rho;  -g rho,  1 + g rho^2        with g = 1 / (1 - rho^2).
+
+With n = K_G^T V_i K_A and m = Z_G^T V_{i+1} Z_A, and rho entry by entry, pair i adds
+
+    K_G [g (rho^2 n - rho m)] K_A^T  to U_i,           Z_G [g (rho^2 m - rho n)] Z_A^T  to U_{i+1}.
+
+The corrections do not depend on each other, and are only as large as the number of correlations kept.
+
+With an exponent below 1 (``power``) the damped factors are tempered first (`kfacore.tempering`); the cross moments are
+carried over with them, so that the canonical correlations stay what they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfac_plugins.approx import BlockTridiagonalConfig
-from kfac_plugins.approx.canonical import Canonical, Side, canonical
-from kfacore.kronecker import DampedFactors, damp, symmetric
+from kfac_plugins.approx.canonical import Canonical, canonical
+from kfacore.kronecker import DampedFactors, damp, ready
 from kfacore.layers import LayerInfo
 from kfacore.moments import InputCross, InputFactor, Moments, OutputCross, OutputFactor
 from kfacore.roles.approx import Approximation, Factorisation, Inverse, Notice
@@ -57,11 +66,21 @@ class BlockTridiagonalInverse(Inverse):
         self._gains = [_gain(a, g) for a, g in zip(A, G, strict=True)]
 
     def solve(self, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """U = Xi^T Lambda Xi V, one sweep each way."""
-        last = len(blocks) - 1
-        scaled = [self._conditional_solve(i, blocks[i] - self._mean(i, blocks[i + 1])) for i in range(last)]
-        scaled.append(self._factors.solve(last, blocks[last]))
-        return [scaled[0], *(scaled[i + 1] - self._mean_adjoint(i, scaled[i]) for i in range(last))]
+        """The block-diagonal solution and the corrections of all pairs."""
+        result = [torch.empty_like(V) for V in blocks]
+        self.solve_into(blocks, result)
+        return result
+
+    def solve_into(self, blocks: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """The last product of each part lands where it is wanted."""
+        for i, (V, target) in enumerate(zip(blocks, out, strict=True)):
+            self._factors.solve(i, V, target)
+        for i, (A, G, gain) in enumerate(zip(self._A, self._G, self._gains, strict=True)):
+            if gain.both.numel() == 0:
+                continue
+            n, m = _chain([G.K.T, blocks[i], A.K]), _chain([G.Z.T, blocks[i + 1], A.Z])
+            _add(out[i], G.K, (gain.here * n).addcmul_(gain.both, m, value=-1), A.K)
+            _add(out[i + 1], G.Z, (gain.following * m).addcmul_(gain.both, n, value=-1), A.Z)
 
     def multiply(self, blocks: Sequence[Tensor]) -> list[Tensor]:
         """F-hat U = Xi^-1 Lambda^-1 Xi^-T U, by substitution along the chain."""
@@ -78,39 +97,56 @@ class BlockTridiagonalInverse(Inverse):
         """The damped factors and the canonical coordinates."""
         return {
             "factors": self._factors.state_dict(),
-            "A": [c.state_dict() for c in self._A],
-            "G": [c.state_dict() for c in self._G],
+            "A": [dict(vars(pair)) for pair in self._A],
+            "G": [dict(vars(pair)) for pair in self._G],
         }
 
     def _like(self) -> Tensor:
         return self._factors.A[0].inverse
 
+    def _colored(self, i: int) -> tuple[Tensor, Tensor]:
+        """Gd_i K_G and Ad_i K_A."""
+        return self._factors.G[i].times(self._G[i].K), self._factors.A[i].times(self._A[i].K)
+
     def _mean(self, i: int, V: Tensor) -> Tensor:
         """PsiG_i V_{i+1} PsiA_i^T."""
-        return _between(self._G[i].psi, V, _transposed(self._A[i].psi))
+        left, right = self._colored(i)
+        return _chain([left, self._G[i].Z.T, V, self._A[i].Z, right.T])
 
     def _mean_adjoint(self, i: int, V: Tensor) -> Tensor:
         """PsiG_i^T V_i PsiA_i."""
-        return _between(_transposed(self._G[i].psi), V, self._A[i].psi)
-
-    def _conditional_solve(self, i: int, V: Tensor) -> Tensor:
-        """Sigma_i^-1 V = Gd^-1 V Ad^-1 + K_G [(K_G^T V K_A) / (1 - s_G s_A^T)] K_A^T, K scaled by r."""
-        K_A, K_G = self._A[i].K, self._G[i].K
-        result = self._factors.solve(i, V)
-        if self._gains[i].numel() == 0:
-            return result
-        core = _chain([K_G.T, V, K_A]).mul_(self._gains[i])
-        return result.add_(_chain([K_G, core, K_A.T]))
+        left, right = self._colored(i)
+        return _chain([self._G[i].Z, left.T, V, right, self._A[i].Z.T])
 
     def _conditional_multiply(self, i: int, V: Tensor) -> Tensor:
-        """Sigma_i V = Y - (Gd K_G) (K_G^T Y K_A) (Ad K_A)^T with Y = Gd V Ad."""
-        K_A, K_G = self._A[i].K, self._G[i].K
+        """Sigma_i V = Y - (Gd K_G) [s_G s_A^T (K_G^T Y K_A)] (Ad K_A)^T with Y = Gd V Ad, for K that are not scaled."""
+        A, G = self._A[i], self._G[i]
         Y = self._factors.multiply(i, V)
-        if self._gains[i].numel() == 0:
-            return Y
-        core = _chain([K_G.T, Y, K_A])
-        left, right = self._factors.G[i].times(K_G), self._factors.A[i].times(K_A)
+        left, right = self._colored(i)
+        core = _chain([G.K.T, Y, A.K]) * torch.outer(G.share("Z"), A.share("Z"))
         return Y - _chain([left, core, right.T])
+
+
+class Gain(NamedTuple):
+    """What the corrections of a pair multiply n and m by, entry by entry, (k_G, k_A).
+
+    Attributes:
+        both: g rho over what K and Z are scaled by.
+        here: g rho^2 over the square of what K is scaled by.
+        following: g rho^2 over the square of what Z is scaled by.
+    """
+
+    both: Tensor
+    here: Tensor
+    following: Tensor
+
+
+def _gain(A: Canonical, G: Canonical) -> Gain:
+    """With g = 1 / (1 - s_G s_A^T); a denominator of exactly 0 counts as 1, as in the authors' program."""
+    denominator = 1.0 - torch.outer(G.s, A.s)
+    g = torch.where(denominator == 0, torch.ones_like(denominator), denominator).reciprocal_()
+    here, following = (torch.outer(G.share(of), A.share(of)).mul_(g) for of in ("Z", "K"))
+    return Gain(g, here, following)
 
 
 def _chain(matrices: list[Tensor]) -> Tensor:
@@ -119,45 +155,35 @@ def _chain(matrices: list[Tensor]) -> Tensor:
     return result
 
 
-def _gain(A: Canonical, G: Canonical) -> Tensor:
-    """1 / (1 - s_G s_A^T), entry by entry; a denominator of exactly 0 counts as 1, as in the authors' program."""
-    denominator = 1.0 - torch.outer(G.s, A.s)
-    return torch.where(denominator == 0, torch.ones_like(denominator), denominator).reciprocal_()
-
-
-def _transposed(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(factor.T for factor in reversed(factors))
-
-
-def _between(left: tuple[Tensor, ...], V: Tensor, right: tuple[Tensor, ...]) -> Tensor:
-    """Left V right; zero if no correlation was kept."""
-    if any(0 in factor.shape for factor in (*left, *right)):
-        return V.new_zeros(left[0].shape[0], right[-1].shape[1])
-    return _chain([*left, V, *right])
+def _add(target: Tensor, left: Tensor, core: Tensor, right: Tensor) -> None:
+    """target += left core right^T, in the cheaper order."""
+    if left.shape[0] * core.shape[1] * (core.shape[0] + right.shape[0]) <= (
+        right.shape[0] * core.shape[0] * (core.shape[1] + left.shape[0])
+    ):
+        target.addmm_(left @ core, right.T)
+    else:
+        target.addmm_(left, core @ right.T)
 
 
 class BlockTridiagonalFactorisation(Factorisation):
-    """Symmetric copies of A and G and copies of the cross moments, shared by all candidates of gamma."""
+    """The moments, shared by all candidates of gamma."""
 
     def __init__(self, layers: Sequence[LayerInfo], moments: Moments, config: BlockTridiagonalConfig) -> None:
         self._layers = layers
-        self._A, self._G = symmetric(moments[InputFactor]), symmetric(moments[OutputFactor])
-        self._Ax, self._Gx = moments.snapshot(InputCross), moments.snapshot(OutputCross)
+        self._A, self._G = (ready(moments[kind], config.power) for kind in (InputFactor, OutputFactor))
+        self._Ax, self._Gx = moments[InputCross], moments[OutputCross]
         self._config = config
 
     def damped(self, gamma: Tensor, *, pi: bool = True) -> BlockTridiagonalInverse:
         """Damp, temper, invert, and find the canonical correlations of adjacent layers."""
-        config = self._config
-        damped = damp(self._layers, self._A, self._G, gamma, pi=pi, power=config.power)
-        factors, notices = damped.factors, damped.notices
+        tolerance = self._config.tolerance
+        factors, roots, notices = damp(self._layers, self._A, self._G, gamma, pi=pi, power=self._config.power)
         found: dict[str, list[Canonical]] = {"A": [], "G": []}
-        for name, cross, inverted in (("A", self._Ax, factors.A), ("G", self._Gx, factors.G)):
-            if roots := damped.roots[name]:
-                cross = [R @ X @ S for R, X, S in zip(roots[:-1], cross, roots[1:], strict=True)]
-            sides = [Side(L, factor.inverse) for L, factor in zip(damped.lower[name], inverted, strict=True)]
-            for layer, X, here, following in zip(self._layers[:-1], cross, sides[:-1], sides[1:], strict=True):
-                pair, more = canonical(X, here, following, config.tolerance, layer.name, f"{name}x")
-                found[name].append(pair)
+        for side, cross in (("A", self._Ax), ("G", self._Gx)):
+            adjacent = pairwise(roots.pop(side))
+            for layer, X, (here, following) in zip(self._layers[:-1], cross, adjacent, strict=True):
+                pair, more = canonical(X, here, following, tolerance, layer.name, f"{side}x")
+                found[side].append(pair)
                 notices += tuple(more)
         return BlockTridiagonalInverse(self._layers, factors, found["A"], found["G"], notices)
 
@@ -171,10 +197,10 @@ class BlockTridiagonal(Approximation):
     structure = "chain"
 
     def factorise(self, moments: Moments) -> BlockTridiagonalFactorisation:
-        """Copy the moments."""
+        """Symmetrise A and G where the inverse will keep them."""
         return BlockTridiagonalFactorisation(moments.layers, moments, self.config)
 
     def load_inverse(self, state: Mapping[str, Any], layers: Sequence[LayerInfo]) -> BlockTridiagonalInverse:
         """From the damped factors and the canonical coordinates."""
-        A, G = ([Canonical.from_state(pair) for pair in state[side]] for side in "AG")
+        A, G = ([Canonical(**pair) for pair in state[side]] for side in "AG")
         return BlockTridiagonalInverse(layers, DampedFactors.from_state(state["factors"]), A, G)
