@@ -59,24 +59,21 @@ def kfac_operations(
     total += 2 * tau2 * cases * (4 * P - 2 * first)  # J v, two directions
     total += 2 * cases * P / lambda_every  # rho
     total += 2 * sum(b * b * a + b * a * a for a, b in blocks)  # Gd^-1 V Ad^-1
-    total += sum(a**3 + b**3 for a, b in blocks) / refresh_every  # Cholesky and inverse: 1/3 + 2/3
-    if tempered:
-        total += 11 * sum(a**3 + b**3 for a, b in blocks) / refresh_every  # an eigenproblem (about 9 d^3) and a product
+    # Cholesky and inverse, 1/3 + 2/3; or an eigenproblem (about 9 d^3) and a product.
+    total += (11 if tempered else 1) * sum(a**3 + b**3 for a, b in blocks) / refresh_every
     if approx == "blockdiag":
         return total
-    if tempered:
-        total += 2 * sum(a**3 + b**3 for a, b in blocks) / refresh_every  # the roots that carry over Ax and Gx
+    dense = 2 if tempered else 1  # eigenvectors are full where Cholesky factors are triangular
     for (a, b), (c, d) in pairwise(blocks):
         total += 2 * tau1 * cases * (a * c + b * d)  # Ax and Gx
-        total += 2 * 2 * min(b * d * c + b * c * a, d * c * a + b * d * a)  # Psi V and Psi^T V
         p, q = min(a, c), min(b, d)  # canonical correlations of the pair
-        total += 2 * 2 * min(q * b * a + q * a * p, b * a * p + q * b * p)  # the correction of Sigma^-1
+        for width, height in ((a, b), (c, d)):  # K_G^T V K_A and back, Z_G^T V Z_A and back
+            total += 2 * 2 * min(q * height * width + q * width * p, height * width * p + q * height * p)
         for n, k in ((a, c), (b, d)):
-            if tempered:
-                total += 2 * n * k * (n + k) / refresh_every
             low = min(n, k)
-            # Psi, the whitened product and its triangular solves, the eigenproblem (about 9 n^3), the vectors.
-            total += (2 * n * k * max(n, k) + 4 * n * k * low + 12 * low**3) / refresh_every
+            # The whitened cross moment, its Gram matrix, the eigenproblem, and the vectors of both layers.
+            total += (dense * (n + k) * n * k + 4 * n * k * low + 9 * low**3) / refresh_every
+            total += dense * (n * n + k * k) * low / refresh_every
     return total
 
 

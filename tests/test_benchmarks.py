@@ -45,8 +45,8 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def images() -> torch.Tensor:
-    return (torch.rand(CASES, WIDTHS[0], generator=torch.Generator().manual_seed(0)) > 0.5).float()
+def images(cases: int = CASES) -> torch.Tensor:
+    return (torch.rand(cases, WIDTHS[0], generator=torch.Generator().manual_seed(0)) > 0.5).float()
 
 
 def test_operations_of_sgd_are_those_dispatched() -> None:
@@ -68,6 +68,20 @@ def test_operations_of_a_block_diagonal_step_are_those_dispatched() -> None:
         optimizer.step(x, x)
     expected = kfac_operations(WIDTHS, CASES, "blockdiag", lambda_every=NEVER, refresh_every=NEVER)
     assert counter.operations == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["blockdiag", "tridiag"])
+def test_operations_of_a_solve_are_those_dispatched(kind: str) -> None:
+    """Without truncation, and with more cases in the statistics than a layer has units."""
+    approx = {"kind": kind, **({"tolerance": 0.0} if kind == "tridiag" else {})}
+    optimizer, x = kfac(build_chain(WIDTHS, CPU), approx), images(16 * max(WIDTHS))
+    optimizer.step(x, x)
+    assert optimizer.preconditioner is not None
+    blocks = [torch.rand(layer.shape) for layer in optimizer.preconditioner.layers]
+    with Products() as counter:
+        optimizer.preconditioner.solve(blocks)
+    expected = kfac_operations(WIDTHS, 0, kind, lambda_every=NEVER, refresh_every=NEVER)
+    assert counter.operations == pytest.approx(expected, rel=1e-6)
 
 
 def test_refreshes_and_adaptations_cost_their_share() -> None:
