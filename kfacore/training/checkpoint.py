@@ -22,8 +22,8 @@ from kfacore.training.files import atomic_write, disk_errors
 
 __all__ = ["FORMAT", "Checkpoint", "load_checkpoint", "save_checkpoint"]
 
-FORMAT = 1
-"""Raised when a checkpoint can no longer be read by older versions."""
+FORMAT = 2
+"""Raised when checkpoints of one version can no longer be read by another: 2 with the inverses as pairs of layers."""
 
 
 @dataclass(frozen=True)
