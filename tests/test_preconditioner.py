@@ -223,7 +223,8 @@ def fail_cholesky(monkeypatch: pytest.MonkeyPatch, broken: set[torch.dtype], up_
 
 
 def test_choleskys_that_fail_are_tried_in_double_then_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer = KFAC(dense.net(SIZES).float(), likelihood="gaussian", approx="blockdiag")
+    approx = {"kind": "blockdiag", "power": 1.0}
+    optimizer = KFAC(dense.net(SIZES).float(), likelihood="gaussian", approx=approx)
     x, y = dense.randn(40, 4).float(), dense.randn(40, 3).float()
     broken = {torch.float32}
     fail_cholesky(monkeypatch, broken)
@@ -242,7 +243,7 @@ def test_choleskys_that_fail_are_tried_in_double_then_kept(monkeypatch: pytest.M
 
 
 def test_choleskys_that_never_work_name_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer = KFAC(dense.net(SIZES), likelihood="gaussian")
+    optimizer = KFAC(dense.net(SIZES), likelihood="gaussian", approx={"kind": "blockdiag", "power": 1.0})
     fail_cholesky(monkeypatch, {Float})
     with pytest.raises(NumericalError, match=r"^0: factor A could not be factorised even with jitter"):
         step_of(optimizer)
