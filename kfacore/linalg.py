@@ -18,7 +18,7 @@ from kfacore.errors import NumericalError
 from kfacore.pace import worked
 from kfacore.roles.approx import Notice
 
-__all__ = ["CholeskyRoot", "Root", "Spd", "eigh_again", "eigh_psd", "factor_spd", "pi_of", "try_eigh"]
+__all__ = ["CholeskyRoot", "Root", "Spd", "eigh_again", "eigh_psd", "factor_spd", "pi_of", "shifted", "try_eigh"]
 
 _EIGENPROBLEM = 5
 """Cost of an eigenproblem in those of a Cholesky factor and inverse, as measured; only the pace depends on it."""
@@ -108,6 +108,13 @@ class CholeskyRoot(Root):
         return result
 
 
+def shifted(base: Tensor, shift: Tensor) -> Tensor:
+    """X + shift I, in the dtype of X."""
+    damped = base.clone()
+    damped.diagonal().add_(shift.to(base.dtype))
+    return damped
+
+
 def factor_spd(
     bases: Sequence[Tensor], shifts: Sequence[Tensor], names: Sequence[tuple[str, str]], *, keep_lower: bool = True
 ) -> tuple[list[Spd], list[Tensor], list[Notice]]:
@@ -148,8 +155,7 @@ def factor_spd(
 
 
 def _cholesky(base: Tensor, shift: Tensor, keep_lower: bool = True) -> tuple[Spd, Tensor, Tensor]:
-    damped = base.clone()
-    damped.diagonal().add_(shift)
+    damped = shifted(base, shift)
     # In place, column by column as LAPACK wants it: touching fresh memory costs as much as a third of the arithmetic.
     L, info = damped.mT, torch.empty((), dtype=torch.int32, device=base.device)
     torch.linalg.cholesky_ex(L, out=(L, info))

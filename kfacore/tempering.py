@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kfacore.errors import NumericalError
-from kfacore.linalg import Root, eigh_again, try_eigh
+from kfacore.linalg import Root, eigh_again, shifted, try_eigh
 from kfacore.roles.approx import Notice
 
 __all__ = ["Tempered", "temper"]
@@ -79,7 +79,7 @@ def temper(
     """
     found, checks = [], []
     for base, shift in zip(bases, shifts, strict=True):
-        damped = _shifted(base, shift)
+        damped = shifted(base, shift)
         values, vectors, count = try_eigh(damped, damped.dtype)
         factor, fine = _powers(values, vectors, shift, power)
         found.append(factor)
@@ -87,7 +87,7 @@ def temper(
     notices: list[Notice] = []
     for i, (solved, fine) in enumerate(torch.stack(checks).tolist()):
         if not solved:
-            values, vectors, notice = eigh_again(_shifted(bases[i], shifts[i]), *names[i])
+            values, vectors, notice = eigh_again(shifted(bases[i], shifts[i]), *names[i])
             found[i], again = _powers(values, vectors, shifts[i], power)
             notices.append(notice)
         if not (fine if solved else again):
@@ -99,14 +99,8 @@ def temper(
     return found, notices
 
 
-def _shifted(base: Tensor, shift: Tensor) -> Tensor:
-    damped = base.clone()
-    damped.diagonal().add_(shift.to(base.dtype))
-    return damped
-
-
 def _powers(values: Tensor, vectors: Tensor, shift: Tensor, power: float) -> tuple[Tempered, Tensor]:
-    """The tempered factor, and whether its eigenvalues and theirs inverse are finite and positive."""
+    """The tempered factor, and whether its eigenvalues and those of its inverse are finite and positive."""
     ratio = (values / shift).clamp(min=1.0)  # rounding must not undercut the damping
     tempered = ratio**power * shift
     damped, tempered, inverted = torch.stack([ratio * shift, tempered, 1.0 / tempered]).to(vectors.dtype)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kfacore.linalg import Root, eigh_psd
+from kfacore.pace import worked
 from kfacore.roles.approx import Notice
 
 __all__ = ["Canonical", "canonical"]
@@ -78,6 +79,8 @@ def canonical(
         NumericalError: The eigenproblem failed even in double precision; names the layer.
     """
     T = following.whiten(here.whiten(X).T).T
+    (n, k), low = X.shape, min(X.shape)
+    worked(n * k * (n + k) + low * (n * n + k * k + 2 * n * k))  # the products here and below
     above = max(tolerance, _ROUNDING * torch.finfo(X.dtype).eps)
     if X.shape[1] <= X.shape[0]:
         s, W, notices = eigh_psd(T.T @ T, layer, factor, above)
