@@ -30,6 +30,13 @@ def _resident() -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
+def _peak() -> int:
+    """Most bytes of the process that ever were in memory; not getrusage's, which begins with those of the parent."""
+    with open("/proc/self/status") as file:
+        (line,) = (line for line in file if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
 def _peak_of(name: str, net: str, batch: int, gamma: str) -> int:
     """Bytes that training adds at its peak; runs in the child process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,7 +54,7 @@ def _peak_of(name: str, net: str, batch: int, gamma: str) -> int:
         step(turn)
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated() - before)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return _peak() - before
 
 
 def measure(report: Report, net: str, batch: int, gamma: str = "tied") -> None:

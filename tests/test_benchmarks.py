@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +25,7 @@ from benchmarks.limit import kfac_operations, sgd_operations
 from benchmarks.nets import build_chain
 from benchmarks.report import Report
 
+ROOT = Path(__file__).parents[1]
 WIDTHS = (12, 9, 4, 9, 12)
 CASES = 64
 NEVER = 10**12
@@ -137,6 +139,14 @@ def test_an_ordinary_step_is_within_its_launches() -> None:
     for name, limit in (("blockdiag", 40), ("tridiag", 60), ("tridiag, tolerance 0", 60)):
         assert rows[f"{name}, ordinary"]["a layer"] <= limit
         assert rows[f"{name}, ordinary"]["waits"] == 0
+
+
+def test_a_peak_is_the_process_own() -> None:
+    """A child must not begin with the peak of a parent that has run other benchmarks before."""
+    large = bytearray(b"x" * 2**30)
+    code = "from benchmarks.memory import _peak; print(_peak())"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, text=True, cwd=ROOT)
+    assert 2**24 < int(done.stdout) < len(large)
 
 
 def test_kept_correlations_are_a_share() -> None:
