@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kfacore.config.slots import PiRule
 from kfacore.layers import LayerInfo
 from kfacore.linalg import CholeskyRoot, Root, Spd, factor_spd, pi_of
 from kfacore.roles.approx import Notice
@@ -87,7 +88,7 @@ def damp(
     G: Sequence[Tensor],
     gamma: Tensor,
     *,
-    pi: bool,
+    pi: PiRule,
     power: float = 1.0,
     keep_roots: bool = True,
 ) -> Damped:
@@ -98,7 +99,7 @@ def damp(
         A: Input factors, as `ready` gives them.
         G: Output factors, likewise.
         gamma: Strength, a scalar on the device.
-        pi: Split gamma by trace norms; otherwise add it to both factors as it is.
+        pi: How gamma is split, see `pi_of`.
         power: Exponent of `kfacore.tempering.temper`; 1 leaves the factors as they are.
         keep_roots: Whether roots, which cross moments need, are wanted.
 
@@ -106,10 +107,9 @@ def damp(
         NumericalError: A factor could not be factorised; names the layer.
     """
     shifts_A, shifts_G = [], []
-    for a, g in zip(A, G, strict=True):
-        split = pi_of(a, g).to(gamma.dtype) if pi else torch.ones_like(gamma)
-        shifts_A.append(split * gamma)
-        shifts_G.append(gamma / split)
+    for split in pi_of(A, G, pi):
+        shifts_A.append(split.to(gamma.dtype) * gamma)
+        shifts_G.append(gamma / split.to(gamma.dtype))
     names = [(layer.name, side) for side in "AG" for layer in layers]
     factors: Sequence[Factor]
     roots: Sequence[Root]

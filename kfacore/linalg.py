@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfacore.config.slots import PiRule
 from kfacore.errors import NumericalError
 from kfacore.pace import worked
 from kfacore.roles.approx import Notice
@@ -31,13 +32,26 @@ _OVERFLOWED = (
 _JITTERS = (0.0, 1e-7, 1e-5, 1e-3, 1e-1)
 
 
-def pi_of(A: Tensor, G: Tensor) -> Tensor:
-    """pi = sqrt((tr A / dim A) / (tr G / dim G)), the trace-norm split of gamma (paper, section 6.3).
+def pi_of(A: Sequence[Tensor], G: Sequence[Tensor], rule: PiRule = "layer") -> list[Tensor]:
+    """pi of each layer, which splits gamma into pi gamma for A and gamma / pi for G.
 
-    Where one of the two traces is zero (a dead layer) there is nothing to balance: 1.
+    - ``"layer"``: pi_i = sqrt((tr A_i / dim A_i) / (tr G_i / dim G_i)), the trace norms (paper, section 6.3);
+    - ``"net"``: the geometric mean of all pi_i, for every layer. Like pi_i it follows the scale of the objective;
+    - None: 1.
+
+    Where one of the two traces is zero (a dead layer) there is nothing to balance: pi_i is 1, and left out of the mean.
+
+    Returns:
+        One scalar a layer, in the dtype of its G.
     """
-    ratio = (A.diagonal().mean() / G.diagonal().mean()).sqrt()
-    return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
+    if rule is None:
+        return [g.new_ones(()) for g in G]
+    pi = torch.stack([(a.diagonal().mean() / g.diagonal().mean()).sqrt() for a, g in zip(A, G, strict=True)])
+    alive = torch.isfinite(pi) & (pi > 0)
+    pi = torch.where(alive, pi, torch.ones_like(pi))
+    if rule == "net":
+        pi = (pi.log().sum() / alive.sum().clamp_min(1)).exp().expand_as(pi)
+    return list(pi.unbind())
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from kfacore.background import BackgroundRefresh, Made
+from kfacore.config.slots import PiRule
 from kfacore.errors import ConfigError, NumericalError
 from kfacore.layers import LayerInfo
 from kfacore.moments import Moments
@@ -81,7 +82,7 @@ class Preconditioner:
         return self._wanted(step, gammas) or self._background.due == step
 
     def candidates(
-        self, step: int, gammas: Sequence[Tensor], *, pi: bool
+        self, step: int, gammas: Sequence[Tensor], *, pi: PiRule
     ) -> tuple[Sequence[tuple[Tensor, Inverse]], list[Notice]]:
         """New inverses to compare in this step, if it is time for any; the one in use goes on until `use`.
 
@@ -109,7 +110,7 @@ class Preconditioner:
             self._background.start(lambda: self._make(moments, gammas, pi), step + delay, delay)
         return found
 
-    def refresh(self, gammas: Sequence[Tensor], *, pi: bool) -> tuple[Sequence[tuple[Tensor, Inverse]], list[Notice]]:
+    def refresh(self, gammas: Sequence[Tensor], *, pi: PiRule) -> tuple[Sequence[tuple[Tensor, Inverse]], list[Notice]]:
         """New inverses at each gamma, from the statistics as they are now. Does not yet use any: see `use`.
 
         Returns:
@@ -127,7 +128,7 @@ class Preconditioner:
     def _wanted(self, step: int, gammas: Sequence[Tensor]) -> bool:
         return self.due(step) or len(gammas) > 1
 
-    def _make(self, moments: Moments, gammas: Sequence[Tensor], pi: bool) -> Made:
+    def _make(self, moments: Moments, gammas: Sequence[Tensor], pi: PiRule) -> Made:
         """Factorise and damp; touches nothing but its arguments, for it may run on another thread."""
         pairs: list[tuple[Tensor, Inverse]] = []
         failure: str | None = None

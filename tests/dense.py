@@ -5,6 +5,7 @@ Parameter vectors: layer by layer, the columns of each block [W b] stacked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacore.layers import LayerInfo
+from kfacore.plugin import PiRule
 from kfacore.roles import LayerSamples
 
 Float = torch.float64
@@ -157,12 +159,14 @@ class Kronecker:
         G = [[mean(s.gradients.flatten(0, 1), t.gradients.flatten(0, 1)) for t in samples] for s in samples]
         return cls(A, G)
 
-    def damped(self, gamma: float, *, pi: bool = True) -> Kronecker:
+    def damped(self, gamma: float, *, pi: PiRule = "layer") -> Kronecker:
         """Only the diagonal factors are damped."""
         A, G = [list(row) for row in self.A], [list(row) for row in self.G]
-        for i in range(len(A)):
-            a, g = A[i][i], G[i][i]
-            split = float(((torch.trace(a) / len(a)) / (torch.trace(g) / len(g))) ** 0.5) if pi else 1.0
+        pairs = [(A[i][i], G[i][i]) for i in range(len(A))]
+        splits = [float(((torch.trace(a) / len(a)) / (torch.trace(g) / len(g))) ** 0.5) for a, g in pairs]
+        if pi != "layer":
+            splits = [1.0 if pi is None else math.prod(splits) ** (1 / len(splits))] * len(splits)
+        for i, ((a, g), split) in enumerate(zip(pairs, splits, strict=True)):
             A[i][i] = a + split * gamma * torch.eye(len(a), dtype=a.dtype)
             G[i][i] = g + gamma / split * torch.eye(len(g), dtype=g.dtype)
         return Kronecker(A, G)

@@ -74,7 +74,7 @@ def test_show_lists_keys_with_type_default_and_help() -> None:
     shown = ask("show", "damping/levenberg-marquardt")
     assert "damping.lambda0  (float > 0.0 | none, default 150.0)" in shown
     assert "damping.lambda_every  (int >= 1, default 5)\n      Steps between" in shown
-    assert "damping.pi  (bool, default true)" in shown
+    assert "damping.pi  ('layer' | 'net' | none, default \"layer\")" in shown
     assert "kfac_plugins.damping" in shown
     assert "kfacore " + kfacore.__version__ in shown
 

@@ -43,7 +43,7 @@ def test_everything_has_a_default(registry) -> None:
 
 def test_paper_is_the_authors_program(registry) -> None:
     config = resolve(registry, preset="paper")
-    assert (config.damping.kind, config.damping.lambda0, config.damping.pi) == ("levenberg-marquardt", 150.0, True)
+    assert (config.damping.kind, config.damping.lambda0, config.damping.pi) == ("levenberg-marquardt", 150.0, "layer")
     assert (config.damping.lambda_every, config.damping.gamma_every, config.damping.rate) == (5, 20, 0.95)
     assert (config.damping.gamma_rule, config.approx.tolerance) == ("compared", 0.0)
     assert (config.estimator.kind, config.estimator.tau1, config.estimator.decay) == ("monte-carlo", 0.125, 0.95)
@@ -66,7 +66,7 @@ def test_a_preset_leaves_out_what_the_chosen_kind_does_not_have(registry, monkey
 
 def test_heskes(registry) -> None:
     config = resolve(registry, preset="heskes")
-    assert (config.damping.kind, config.damping.pi, config.estimator.kind) == ("fixed", False, "exact")
+    assert (config.damping.kind, config.damping.pi, config.estimator.kind) == ("fixed", None, "exact")
     assert (config.momentum.kind, config.momentum.lr, config.momentum.mu) == ("fixed", 1.0, 0.0)
 
 
@@ -143,9 +143,9 @@ def test_bad_suggestion_names_the_problem(registry, monkeypatch) -> None:
 
 
 def test_new_kind_keeps_the_keys_it_has_and_drops_the_others(registry, write) -> None:
-    file = write('[damping]\nkind = "levenberg-marquardt"\nlambda0 = 3.0\nlambda_every = 7\npi = false\n')
+    file = write('[damping]\nkind = "levenberg-marquardt"\nlambda0 = 3.0\nlambda_every = 7\npi = "none"\n')
     damping = resolve(registry, files=[file], flags={"damping": "fixed"}).damping
-    assert damping.model_dump() == {"kind": "fixed", "lambda0": 3.0, "pi": False, "gamma": None}
+    assert damping.model_dump() == {"kind": "fixed", "lambda0": 3.0, "pi": None, "gamma": None}
     # A key may come before the kind that has it.
     early = write("[damping]\ngamma = 0.5\n", "early.toml")
     assert resolve(registry, files=[early], sets=["damping=fixed"]).damping.gamma == 0.5
@@ -177,13 +177,13 @@ def test_values_of_set(registry) -> None:
             'dtype="float64"',
             "weight_decay=1e-3",
             "batch={start = 5}",
-            "damping.pi=false",
+            "damping.pi=net",
             " seed = 4",
             "averaging.decay=0",
         ],
     )
     assert (config.device, config.dtype, config.weight_decay, config.seed) == ("cuda:1", "float64", 1e-3, 4)
-    assert (config.batch.start, config.batch.target_step, config.damping.pi) == (5, 500, False)
+    assert (config.batch.start, config.batch.target_step, config.damping.pi) == (5, 500, "net")
     assert config.averaging.decay == 0.0
 
 
@@ -242,6 +242,8 @@ def test_a_saved_configuration_is_a_file_too(registry, write) -> None:
         ({"sets": ["batch=5"]}, r"--set batch=5: batch = 5: needs a table with the keys schedule, start, target_step"),
         ({"sets": ["batch.strat=5"]}, r"unknown key 'strat' in batch, did you mean 'start'\?"),
         ({"sets": ["batch.start.x=5"]}, r"batch\.start = \{'x': 5\}: input should be a valid integer"),
+        ({"sets": ["damping.pi=false"]}, r"damping.pi = False is not known, known: layer, net, none \("),
+        ({"sets": ["damping.pi=nett"]}, r"damping.pi = 'nett' is not known, did you mean 'net'\? \("),
         ({"sets": ["batch.schedule=exponentail"]}, r"'exponentail' is not known, did you mean 'exponential'\?"),
         ({"sets": ["batch.target_step=1"]}, r"batch\.target_step = 1: input should be greater"),
         ({"sets": ["averaging.decay=1.0"]}, r"averaging\.decay = 1\.0: input should be less than 1"),
@@ -268,8 +270,8 @@ def test_a_saved_configuration_is_a_file_too(registry, write) -> None:
             r"--approx: the optimizer 'nesterov' does not use approx",
         ),
         (
-            {"flags": {"optimizer": "adam"}, "sets": ["damping.pi=true"]},
-            r"--set damping\.pi=true: .*'adam' does not use",
+            {"flags": {"optimizer": "adam"}, "sets": ["damping.pi=net"]},
+            r"--set damping\.pi=net: .*'adam' does not use",
         ),
     ],
 )

@@ -8,6 +8,7 @@ import dense
 import torch
 from torch import Tensor
 
+from kfacore.plugin import PiRule
 from kfacore.registry import get_registry
 from kfacore.roles import Likelihood
 from kfacore.testing import (
@@ -24,14 +25,14 @@ from kfacore.testing import (
 class TestBlockDiagonal(ApproxSuite):
     name = "blockdiag"
 
-    def fisher(self, case: ApproxCase, gamma: float, *, pi: bool) -> Tensor:
+    def fisher(self, case: ApproxCase, gamma: float, *, pi: PiRule) -> Tensor:
         return torch.block_diag(*[torch.kron(*case.damped(i, gamma, pi=pi)) for i in range(len(case.layers))])
 
 
 class TestBlockTridiagonal(ApproxSuite):
     name = "tridiag"
 
-    def fisher(self, case: ApproxCase, gamma: float, *, pi: bool) -> Tensor:
+    def fisher(self, case: ApproxCase, gamma: float, *, pi: PiRule) -> Tensor:
         every = range(len(case.layers))
         factors = dense.Kronecker(
             [[case.input_factor(i, j) for j in every] for i in every],
@@ -49,7 +50,7 @@ class TestTemperedBlockDiagonal(ApproxSuite):
     name = "blockdiag"
     options: ClassVar[dict[str, Any]] = {"power": 0.7}
 
-    def fisher(self, case: ApproxCase, gamma: float, *, pi: bool) -> Tensor:
+    def fisher(self, case: ApproxCase, gamma: float, *, pi: PiRule) -> Tensor:
         """gamma^2 (Ad (x) Gd / gamma^2)^p, block by block."""
         damped = [torch.kron(*case.damped(i, gamma, pi=pi)) for i in range(len(case.layers))]
         return torch.block_diag(*[gamma**2 * power_of(block / gamma**2, 0.7) for block in damped])
@@ -59,7 +60,7 @@ class TestTemperedBlockTridiagonal(ApproxSuite):
     name = "tridiag"
     options: ClassVar[dict[str, Any]] = {"power": 0.7}
 
-    def fisher(self, case: ApproxCase, gamma: float, *, pi: bool) -> Tensor:
+    def fisher(self, case: ApproxCase, gamma: float, *, pi: PiRule) -> Tensor:
         """D^1/2 Fd^-1/2 F-hat Fd^-1/2 D^1/2: the chain of whitened layers, with the tempered blocks D."""
         plain = TestBlockTridiagonal().fisher(case, gamma, pi=pi)
         damped = [torch.kron(*case.damped(i, gamma, pi=pi)) for i in range(len(case.layers))]
@@ -75,7 +76,7 @@ def power_of(M: Tensor, p: float) -> Tensor:
 class TestDiagonalFisher(ApproxSuite):
     name = "diagonal"
 
-    def fisher(self, case: ApproxCase, gamma: float, *, pi: bool) -> Tensor:
+    def fisher(self, case: ApproxCase, gamma: float, *, pi: PiRule) -> Tensor:
         rows = case.per_case()
         return torch.diag(rows.square().sum(0) + gamma**2)
 
@@ -83,7 +84,7 @@ class TestDiagonalFisher(ApproxSuite):
 class TestExactFisher(ApproxSuite):
     name = "exact"
 
-    def fisher(self, case: ApproxCase, gamma: float, *, pi: bool) -> Tensor:
+    def fisher(self, case: ApproxCase, gamma: float, *, pi: PiRule) -> Tensor:
         rows = case.per_case()
         return rows.T @ rows + gamma**2 * torch.eye(case.size, dtype=rows.dtype)
 

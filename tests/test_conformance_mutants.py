@@ -19,6 +19,7 @@ from kfac_plugins.momentum.quadratic_model import QuadraticModelMomentum
 from kfacore.kronecker import damp
 from kfacore.linalg import Spd
 from kfacore.moments import InputFactor, OutputFactor
+from kfacore.plugin import PiRule
 from kfacore.testing import ApproxCase, ApproxSuite, DampingSuite, EstimatorSuite, LikelihoodSuite, MomentumSuite
 
 
@@ -28,11 +29,11 @@ class Factorisation:
     def __init__(self, layers: Any, A: list[Tensor], G: list[Tensor], inverse: Any = BlockDiagonalInverse) -> None:
         self.layers, self.A, self.G, self.inverse = layers, A, G, inverse
 
-    def damped(self, gamma: Tensor, *, pi: bool = True) -> Any:
+    def damped(self, gamma: Tensor, *, pi: PiRule = "layer") -> Any:
         factors, *_, notices = damp(self.layers, self.A, self.G, gamma, pi=self.split(pi))
         return self.inverse(self.layers, self.change(factors), notices)
 
-    def split(self, pi: bool) -> bool:
+    def split(self, pi: PiRule) -> PiRule:
         return pi
 
     def change(self, factors: Any) -> Any:
@@ -50,8 +51,8 @@ class Mutant(BlockDiagonal):
 class MissingPi(Mutant):
     def make(self, moments: Any, A: list[Tensor], G: list[Tensor]) -> Any:
         class Wrong(Factorisation):
-            def split(self, pi: bool) -> bool:
-                return False
+            def split(self, pi: PiRule) -> PiRule:
+                return None
 
         return Wrong(moments.layers, A, G)
 
@@ -59,8 +60,19 @@ class MissingPi(Mutant):
 class AlwaysPi(Mutant):
     def make(self, moments: Any, A: list[Tensor], G: list[Tensor]) -> Any:
         class Wrong(Factorisation):
-            def split(self, pi: bool) -> bool:
-                return True
+            def split(self, pi: PiRule) -> PiRule:
+                return "layer"
+
+        return Wrong(moments.layers, A, G)
+
+
+class OnePiOfEach(Mutant):
+    """Takes "net" for "layer"."""
+
+    def make(self, moments: Any, A: list[Tensor], G: list[Tensor]) -> Any:
+        class Wrong(Factorisation):
+            def split(self, pi: PiRule) -> PiRule:
+                return "layer" if pi == "net" else pi
 
         return Wrong(moments.layers, A, G)
 
@@ -157,7 +169,7 @@ def suite_of(base: type, part: Callable[..., Any], **methods: Any) -> Any:
     return found
 
 
-def fisher(self: Any, case: ApproxCase, gamma: float, *, pi: bool) -> Tensor:
+def fisher(self: Any, case: ApproxCase, gamma: float, *, pi: PiRule) -> Tensor:
     return torch.block_diag(*[torch.kron(*case.damped(i, gamma, pi=pi)) for i in range(len(case.layers))])
 
 
@@ -165,14 +177,20 @@ APPROXIMATIONS: dict[str, tuple[type[Mutant], str, dict[str, Any], str]] = {
     "missing pi": (
         MissingPi,
         "test_multiply_is_the_dense_matrix",
-        {"shape": "narrowing", "pi": True},
-        r"agrees with pi = False: gamma is split the wrong way",
+        {"shape": "narrowing", "pi": "layer"},
+        r"agrees with pi = None: gamma is split the wrong way",
     ),
     "pi always": (
         AlwaysPi,
         "test_solve_is_the_dense_inverse",
-        {"shape": "narrowing", "pi": False},
-        r"agrees with pi = True: gamma is split the wrong way",
+        {"shape": "narrowing", "pi": None},
+        r"agrees with pi = 'layer': gamma is split the wrong way",
+    ),
+    "one pi of each": (
+        OnePiOfEach,
+        "test_multiply_is_the_dense_matrix",
+        {"shape": "narrowing", "pi": "net"},
+        r"agrees with pi = 'layer': gamma is split the wrong way",
     ),
     "undamped factor": (
         UndampedFactor,
@@ -183,7 +201,7 @@ APPROXIMATIONS: dict[str, tuple[type[Mutant], str, dict[str, Any], str]] = {
     "undamped factor, dense": (
         UndampedFactor,
         "test_multiply_is_the_dense_matrix",
-        {"shape": "narrowing", "pi": True},
+        {"shape": "narrowing", "pi": "layer"},
         r"largest difference is in block \(layer",
     ),
     "wrong transpose": (WrongTranspose, "test_symmetric", {}, r"solve is not symmetric .* misplaced transpose"),
@@ -200,7 +218,7 @@ APPROXIMATIONS: dict[str, tuple[type[Mutant], str, dict[str, Any], str]] = {
     "exchanged": (
         Exchanged,
         "test_solve_is_the_dense_inverse",
-        {"shape": "widening", "pi": True},
+        {"shape": "widening", "pi": "layer"},
         r"agrees with the inverse matrix: solve and multiply are exchanged",
     ),
 }
@@ -225,7 +243,7 @@ def test_without_the_error_the_same_test_passes(name: str) -> None:
 
 def test_a_reference_is_needed() -> None:
     with pytest.raises(NotImplementedError, match=r"must define fisher\(case, gamma, pi=\.\.\.\)"):
-        suite_of(ApproxSuite, Mutant).test_multiply_is_the_dense_matrix(shape="narrowing", pi=True)
+        suite_of(ApproxSuite, Mutant).test_multiply_is_the_dense_matrix(shape="narrowing", pi="layer")
 
 
 def targets(self: Any, n: int, generator: torch.Generator) -> Tensor:

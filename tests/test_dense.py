@@ -15,6 +15,7 @@ from kfac_plugins.approx.blockdiag import BlockDiagonal
 from kfac_plugins.approx.tridiag import BlockTridiagonal
 from kfacore.layers import LayerInfo
 from kfacore.moments import Moments
+from kfacore.plugin import PiRule
 from kfacore.roles import Approximation, Inverse, LayerSamples
 
 TOLERANCE = 1e-10
@@ -35,12 +36,12 @@ class Case:
     samples: list[LayerSamples]
     factors: dense.Kronecker
 
-    def inverse(self, approx: Approximation, gamma: float, *, pi: bool = True) -> Inverse:
+    def inverse(self, approx: Approximation, gamma: float, *, pi: PiRule = "layer") -> Inverse:
         return damped(approx, self.layers, self.samples, gamma, pi=pi)
 
 
 def damped(
-    approx: Approximation, layers: list[LayerInfo], samples: list[LayerSamples], gamma: float, *, pi: bool = True
+    approx: Approximation, layers: list[LayerInfo], samples: list[LayerSamples], gamma: float, *, pi: PiRule = "layer"
 ) -> Inverse:
     moments = Moments(approx.moments, layers, samples[0].inputs)
     moments.update(samples, 0.95)
@@ -76,8 +77,8 @@ def off_tridiagonal(matrix: Tensor, layers: list[LayerInfo]) -> Tensor:
 
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("gamma", GAMMAS)
-@pytest.mark.parametrize("pi", [True, False])
-def test_blockdiag_is_the_inverse_of_the_damped_diagonal_blocks(name: str, gamma: float, pi: bool) -> None:
+@pytest.mark.parametrize("pi", ["layer", "net", None])
+def test_blockdiag_is_the_inverse_of_the_damped_diagonal_blocks(name: str, gamma: float, pi: PiRule) -> None:
     case = make(name)
     F = dense.block_diagonal(case.factors.damped(gamma, pi=pi))
     inverse = case.inverse(BlockDiagonal(), gamma, pi=pi)
@@ -87,8 +88,8 @@ def test_blockdiag_is_the_inverse_of_the_damped_diagonal_blocks(name: str, gamma
 
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("gamma", GAMMAS)
-@pytest.mark.parametrize("pi", [True, False])
-def test_tridiag_is_the_matrix_of_its_definition(name: str, gamma: float, pi: bool) -> None:
+@pytest.mark.parametrize("pi", ["layer", "net", None])
+def test_tridiag_is_the_matrix_of_its_definition(name: str, gamma: float, pi: PiRule) -> None:
     case = make(name)
     reference = dense.tridiagonal_inverse(case.factors.damped(gamma, pi=pi))
     inverse = case.inverse(tridiag(), gamma, pi=pi)

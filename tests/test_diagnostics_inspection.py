@@ -33,7 +33,7 @@ def subject(likelihood="bernoulli", sizes=(5, 4, 3, 4), cases=60, model=None, ga
     exact = ExactModel(
         model or net(sizes), get_registry().build("likelihood", likelihood), x, y, weight_decay=1e-5, lam=0.01
     )
-    return Subject("a net", "test", 0, exact, gamma, True, 0)
+    return Subject("a net", "test", 0, exact, gamma, "layer", 0)
 
 
 def test_everything_is_measured_on_a_small_net():
@@ -91,7 +91,7 @@ def test_one_approximation_that_cannot_step_without_damping_does_not_stop_the_ot
             made = super().factorise(moments)
 
             class Made:
-                def damped(self, gamma, *, pi=True):
+                def damped(self, gamma, *, pi="layer"):
                     if float(gamma) == 0.0:
                         raise NumericalError("0: not without damping")
                     return made.damped(gamma, pi=pi)

@@ -53,7 +53,7 @@ def test_pi_has_nothing_to_split() -> None:
     model, x = dense.net(SIZES), dense.randn(6, 4)
     factorisation = Diagonal().factorise(averages([dense.case_samples(model, x, dense.randn(1, 6, 2))], model))
     gamma = torch.tensor(0.3, dtype=dense.Float)
-    assert torch.equal(factorisation.damped(gamma, pi=True).dense(), factorisation.damped(gamma, pi=False).dense())
+    assert torch.equal(factorisation.damped(gamma, pi="layer").dense(), factorisation.damped(gamma, pi=None).dense())
 
 
 def test_a_dead_weight_without_damping_is_named() -> None:

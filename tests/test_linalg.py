@@ -197,11 +197,24 @@ def test_eigenproblem_of_nan_is_named() -> None:
 
 
 def test_pi_balances_the_traces() -> None:
-    A, G = spd(5), 100 * spd(3)
-    pi = float(pi_of(A, G))
-    assert pi == pytest.approx(float((A.trace() / 5) / (G.trace() / 3)) ** 0.5, rel=1e-14)
+    A, G = [spd(5), spd(4)], [100 * spd(3), spd(2)]
+    wanted = [float(a.diagonal().mean() / g.diagonal().mean()) ** 0.5 for a, g in zip(A, G, strict=True)]
+    assert [float(pi) for pi in pi_of(A, G)] == pytest.approx(wanted, rel=1e-14)
+    assert [float(pi) for pi in pi_of(A, G, "net")] == pytest.approx([(wanted[0] * wanted[1]) ** 0.5] * 2, rel=1e-14)
+    assert [float(pi) for pi in pi_of(A, G, None)] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("c", [0.01, 7.0])
+def test_pi_follows_the_scale_of_the_objective(c: float) -> None:
+    """F times c is G times c, and gamma times sqrt(c): pi gamma stays, gamma / pi is times c."""
+    A, G = [spd(5), spd(4)], [100 * spd(3), spd(2)]
+    for rule in ("layer", "net"):
+        before, after = pi_of(A, G, rule), pi_of(A, [c * g for g in G], rule)
+        assert [float(b) for b in after] == pytest.approx([float(a) / c**0.5 for a in before], rel=1e-13)
 
 
 def test_pi_of_dead_layers_is_one() -> None:
     zero, A = torch.zeros(3, 3, dtype=Double), spd(3)
-    assert float(pi_of(A, zero)) == float(pi_of(zero, A)) == float(pi_of(zero, zero)) == 1.0
+    assert [float(pi) for pi in pi_of([A, zero, zero], [zero, A, zero])] == [1.0] * 3
+    assert float(pi_of([A, zero], [4 * A, A], "net")[1]) == pytest.approx(0.5, rel=1e-14)
+    assert [float(pi) for pi in pi_of([zero], [A], "net")] == [1.0]

@@ -15,6 +15,7 @@ from kfac_plugins.approx.blockdiag import BlockDiagonal
 from kfac_plugins.approx.tridiag import BlockTridiagonal
 from kfacore import KFAC
 from kfacore.errors import ConfigError, NumericalError
+from kfacore.plugin import PiRule
 from kfacore.preconditioner import Preconditioner
 from kfacore.roles import Approximation, LayerSamples
 
@@ -40,7 +41,7 @@ def test_first_three_steps_and_every_t3_refresh() -> None:
     preconditioner = make(BlockDiagonal(BlockDiagonalConfig(refresh_every=10)))
     preconditioner.update(samples())
     assert preconditioner.due(7)  # nothing to reuse yet
-    ((_, inverse),), _ = preconditioner.refresh([gamma(0.1)], pi=True)
+    ((_, inverse),), _ = preconditioner.refresh([gamma(0.1)], pi="layer")
     preconditioner.use(inverse)
     assert [k for k in range(1, 41) if preconditioner.due(k)] == [1, 2, 3, 10, 20, 30, 40]
 
@@ -49,7 +50,7 @@ def test_early_refreshes_come_when_the_step_number_has_grown() -> None:
     """s + max(1, floor(g s)) until that is T_3; the same whatever was asked before."""
     preconditioner = make(BlockDiagonal(BlockDiagonalConfig(refresh_every=10, refresh_growth=0.25)))
     preconditioner.update(samples())
-    ((_, inverse),), _ = preconditioner.refresh([gamma(0.1)], pi=True)
+    ((_, inverse),), _ = preconditioner.refresh([gamma(0.1)], pi="layer")
     preconditioner.use(inverse)
     wanted = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22, 27, 33, 41, 51, 61]
     assert [k for k in range(1, 65) if preconditioner.due(k)] == wanted
@@ -64,7 +65,7 @@ def test_solve_uses_the_inverse_in_use_and_none_other() -> None:
     blocks = [dense.randn(*layer.shape) for layer in preconditioner.layers]
     with pytest.raises(ConfigError, match="no inverse yet"):
         preconditioner.solve(blocks)
-    made, notices = preconditioner.refresh([gamma(0.1), gamma(1.0)], pi=True)
+    made, notices = preconditioner.refresh([gamma(0.1), gamma(1.0)], pi="layer")
     assert [float(g) for g, _ in made] == [0.1, 1.0]
     assert notices == []
     with pytest.raises(ConfigError, match="no inverse yet"):
@@ -79,7 +80,7 @@ def test_solve_uses_the_inverse_in_use_and_none_other() -> None:
 def test_state_round_trip(approx: type[Approximation]) -> None:
     first, second = make(approx()), make(approx())
     first.update(samples())
-    ((_, inverse),), _ = first.refresh([gamma(0.1)], pi=True)
+    ((_, inverse),), _ = first.refresh([gamma(0.1)], pi="layer")
     first.use(inverse)
     first.update(samples(seed=1))
     second.load_state_dict(first.state_dict())
@@ -87,8 +88,8 @@ def test_state_round_trip(approx: type[Approximation]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.solve(blocks), second.solve(blocks), strict=True))
     for p in (first, second):
         p.update(samples(seed=2))
-    ((_, a),), _ = first.refresh([gamma(0.2)], pi=True)
-    ((_, b),), _ = second.refresh([gamma(0.2)], pi=True)
+    ((_, a),), _ = first.refresh([gamma(0.2)], pi="layer")
+    ((_, b),), _ = second.refresh([gamma(0.2)], pi="layer")
     assert all(torch.equal(x, y) for x, y in zip(a.solve(blocks), b.solve(blocks), strict=True))
 
 
@@ -109,7 +110,7 @@ class Fragile(BlockDiagonal):
         real, bad = super().factorise(moments), self.bad
 
         class Factorisation:
-            def damped(self, gamma: Tensor, *, pi: bool = True) -> Any:
+            def damped(self, gamma: Tensor, *, pi: PiRule = "layer") -> Any:
                 if float(gamma) in bad:
                     raise NumericalError("deep.layer: factor A could not be factorised")
                 return real.damped(gamma, pi=pi)
@@ -122,7 +123,7 @@ def test_a_candidate_that_fails_is_left_out_and_reported() -> None:
     approx.bad = (0.1,)
     preconditioner = make(approx)
     preconditioner.update(samples())
-    made, notices = preconditioner.refresh([gamma(0.1), gamma(0.2), gamma(0.3)], pi=True)
+    made, notices = preconditioner.refresh([gamma(0.1), gamma(0.2), gamma(0.3)], pi="layer")
     assert [float(g) for g, _ in made] == [0.2, 0.3]
     (notice,) = notices
     assert notice.layer == "deep.layer"
@@ -135,18 +136,18 @@ def test_without_any_inverse_a_failure_is_an_error() -> None:
     preconditioner = make(approx)
     preconditioner.update(samples())
     with pytest.raises(NumericalError, match=r"^deep\.layer: factor A could not be factorised$"):
-        preconditioner.refresh([gamma(0.1), gamma(0.2)], pi=True)
+        preconditioner.refresh([gamma(0.1), gamma(0.2)], pi="layer")
 
 
 def test_the_last_good_inverse_is_kept_and_each_failure_counted() -> None:
     approx = Fragile()
     preconditioner = make(approx)
     preconditioner.update(samples())
-    ((_, inverse),), _ = preconditioner.refresh([gamma(0.1)], pi=True)
+    ((_, inverse),), _ = preconditioner.refresh([gamma(0.1)], pi="layer")
     preconditioner.use(inverse)
     approx.bad = (0.1, 0.2, 0.3)
     for _ in range(3):
-        made, (notice,) = preconditioner.refresh([gamma(0.1), gamma(0.2), gamma(0.3)], pi=True)
+        made, (notice,) = preconditioner.refresh([gamma(0.1), gamma(0.2), gamma(0.3)], pi="layer")
         assert made == []
         assert "the previous inverse was kept" in str(notice)
     assert preconditioner.inverse is inverse

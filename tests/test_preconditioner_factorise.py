@@ -36,12 +36,12 @@ def test_the_inverse_in_use_is_kept_and_the_layer_is_named_once() -> None:
     gammas = [torch.tensor(g, dtype=dense.Float) for g in (0.1, 0.2, 0.3)]
     approx = Failing()
     found = preconditioner(approx)
-    made, notices = found.refresh(gammas, pi=True)
+    made, notices = found.refresh(gammas, pi="layer")
     assert [float(gamma) for gamma, _ in made] == [0.1, 0.2, 0.3]
     assert approx.calls == 1  # one factorisation serves all candidates
     assert notices == []
     found.use(made[0][1])
-    made, notices = found.refresh(gammas, pi=True)
+    made, notices = found.refresh(gammas, pi="layer")
     assert made == []
     assert [str(n) for n in notices] == ["0: the eigenproblem of A failed (the previous inverse was kept)"]
     assert approx.calls == 2
@@ -52,4 +52,4 @@ def test_without_an_earlier_inverse_it_is_an_error() -> None:
     approx = Failing()
     approx.calls = 1
     with pytest.raises(NumericalError, match="0: the eigenproblem of A failed"):
-        preconditioner(approx).refresh([torch.tensor(0.1, dtype=dense.Float)], pi=True)
+        preconditioner(approx).refresh([torch.tensor(0.1, dtype=dense.Float)], pi="layer")

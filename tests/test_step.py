@@ -100,7 +100,7 @@ def test_presets_fill_what_is_left_out() -> None:
     assert paper.momentum.config.tau2 == 1.0
     assert default.damping.config.kind == "levenberg-marquardt"
     assert float(default.damping.lam) < 150.0
-    assert not heskes.damping.config.pi
+    assert heskes.damping.config.pi is None
     assert heskes.estimator.config.kind == "exact"
     assert mixed.momentum.config.kind == "none"
     assert float(mixed.damping.lam) == 150.0

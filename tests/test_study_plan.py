@@ -89,9 +89,9 @@ class TestVariants:
         assert [run.seed for run in plan.study.runs] == [3, 1]
 
     def test_tables_and_switches_as_values(self, tmp_path) -> None:
-        text = '[one_at_a_time]\ndamping = [{ kind = "fixed", gamma = 0.1 }]\ndamping.pi = [false]\n'
+        text = '[one_at_a_time]\ndamping = [{ kind = "fixed", gamma = 0.1 }]\ndamping.pi = ["none"]\n'
         text = text.replace("damping = [", '"damping" = [').replace("damping.pi", '"damping.pi"')
-        assert names_of(plan_of(tmp_path, text)) == ["base", "damping=fixed(gamma=0.1)", "damping.pi=false"]
+        assert names_of(plan_of(tmp_path, text)) == ["base", "damping=fixed(gamma=0.1)", "damping.pi=none"]
 
 
 class TestPairing:
@@ -191,7 +191,7 @@ ERRORS = [
     ("[[variants]]\nname = 'a'\n[[variants]]\nname = 'a'\napprox = 'blockdiag'\n", "two variants are called 'a'"),
     ("[[variants]]\napprox = 'blockdiag'\n", "'variants.0.name' is missing"),
     ("[[variants]]\nname = 'a'\nbatch.strt = 3\n", "variant 'a'.*unknown key 'strt' in batch, did you mean 'start'"),
-    ("[[variants]]\nname = 'a'\noptimizer = 'sgd'\ndamping.pi = false\n", "variant 'a'.*'sgd' does not use damping"),
+    ("[[variants]]\nname = 'a'\noptimizer = 'sgd'\ndamping.pi = 'none'\n", "variant 'a'.*'sgd' does not use damping"),
     ("reference = 'bse'\n", "reference = 'bse' is no variant, did you mean 'base'"),
     ("target = { measure = 'eror', value = 1.0 }\n", "target.measure = 'eror' is not known"),
     ("target.measure = 'train_error'\n", "'target.value' is missing"),

@@ -39,8 +39,8 @@ def test_a_tempered_block_is_a_power_of_the_damped_block_whatever_pi_is() -> Non
     """The block of a layer is gamma^2 (Ad (x) Gd / gamma^2)^p: pi moves nothing between the two sides."""
     A, G = factors()
     gamma, p = 0.3, 0.7
-    plain, *_ = damp(LAYERS, A, G, torch.tensor(gamma, dtype=Float), pi=True)
-    found, *_ = damp(LAYERS, A, G, torch.tensor(gamma, dtype=Float), pi=True, power=p)
+    plain, *_ = damp(LAYERS, A, G, torch.tensor(gamma, dtype=Float), pi="layer")
+    found, *_ = damp(LAYERS, A, G, torch.tensor(gamma, dtype=Float), pi="layer", power=p)
     for i, layer in enumerate(LAYERS):
         eye = [torch.eye(d, dtype=Float) for d in (layer.d_in, layer.d_out)]
         block = torch.kron(plain.A[i].times(eye[0]), plain.G[i].times(eye[1]))
@@ -53,8 +53,8 @@ def test_tempering_keeps_the_units_of_the_objective() -> None:
     """F times c, with gamma^2 times c, is the tempered F times c."""
     A, G = factors()
     c = 7.0
-    one, *_ = damp(LAYERS, A, G, torch.tensor(0.3, dtype=Float), pi=True, power=0.85)
-    other, *_ = damp(LAYERS, A, [c * g for g in G], torch.tensor(0.3 * c**0.5, dtype=Float), pi=True, power=0.85)
+    one, *_ = damp(LAYERS, A, G, torch.tensor(0.3, dtype=Float), pi="layer", power=0.85)
+    other, *_ = damp(LAYERS, A, [c * g for g in G], torch.tensor(0.3 * c**0.5, dtype=Float), pi="layer", power=0.85)
     for i, layer in enumerate(LAYERS):
         V = dense.randn(*layer.shape)
         assert dense.relative(other.multiply(i, V), c * one.multiply(i, V)) < 1e-12
@@ -63,7 +63,7 @@ def test_tempering_keeps_the_units_of_the_objective() -> None:
 def test_tempering_needs_damping() -> None:
     A, G = factors()
     with pytest.raises(NumericalError, match=r"a: factor A cannot be tempered with a damping of 0; raise the damping"):
-        damp(LAYERS, A, G, torch.tensor(0.0, dtype=Float), pi=True, power=0.85)
+        damp(LAYERS, A, G, torch.tensor(0.0, dtype=Float), pi="layer", power=0.85)
 
 
 def test_tempering_a_factor_with_many_zero_rows_in_single_precision() -> None:

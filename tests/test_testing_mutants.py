@@ -16,6 +16,7 @@ from torch import Tensor
 from kfac_plugins.approx.diagonal import Diagonal, DiagonalFactorisation, DiagonalInverse, DiagonalMoment
 from kfac_plugins.approx.exact import DenseMoment, Exact, ExactFactorisation
 from kfacore.config.slots import ApproxConfig
+from kfacore.plugin import PiRule
 from kfacore.roles import LayerSamples
 from kfacore.testing import ApproxCase, ApproxSuite
 
@@ -92,7 +93,7 @@ def with_moment(moment: type[DiagonalMoment]) -> type[Diagonal]:
 class Unsquared(Diagonal):
     def factorise(self, moments: Any) -> Any:
         made = super().factorise(moments)
-        return SimpleNamespace(damped=lambda gamma, pi=True: made.damped(gamma.sqrt(), pi=pi))
+        return SimpleNamespace(damped=lambda gamma, pi="layer": made.damped(gamma.sqrt(), pi=pi))
 
 
 class Hopeful(Diagonal):
@@ -108,7 +109,7 @@ class Transposing(Diagonal):
             def solve(self, blocks: Any) -> Any:
                 return [block.T for block in super().solve(blocks)]
 
-        def damped(gamma: Tensor, *, pi: bool = True) -> Any:
+        def damped(gamma: Tensor, *, pi: PiRule = "layer") -> Any:
             made = super(Transposing, self).factorise(moments).damped(gamma)
             return Inverse(made.layers, made._curvature)
 
@@ -139,7 +140,7 @@ class Lopsided(Exact):
         (F,) = moments[DenseMoment]
         made = ExactFactorisation(moments.layers, F.clone()).damped
 
-        def damped(gamma: Tensor, *, pi: bool = True) -> Any:
+        def damped(gamma: Tensor, *, pi: PiRule = "layer") -> Any:
             inverse = made(gamma)
             inverse._matrix.inverse.triu_()
             return inverse
@@ -153,7 +154,7 @@ class Downhill(Exact):
     def factorise(self, moments: Any) -> Any:
         (F,) = moments[DenseMoment]
 
-        def damped(gamma: Tensor, *, pi: bool = True) -> Any:
+        def damped(gamma: Tensor, *, pi: PiRule = "layer") -> Any:
             inverse = ExactFactorisation(moments.layers, F.clone()).damped(gamma)
             inverse._matrix.inverse.copy_(torch.linalg.inv(F - gamma.square() * torch.eye(len(F), dtype=F.dtype)))
             return inverse
@@ -161,11 +162,11 @@ class Downhill(Exact):
         return SimpleNamespace(damped=damped)
 
 
-def diagonal_reference(self: Any, case: ApproxCase, gamma: float, *, pi: bool) -> Tensor:
+def diagonal_reference(self: Any, case: ApproxCase, gamma: float, *, pi: PiRule) -> Tensor:
     return torch.diag(case.per_case().square().sum(0) + gamma**2)
 
 
-def exact_reference(self: Any, case: ApproxCase, gamma: float, *, pi: bool) -> Tensor:
+def exact_reference(self: Any, case: ApproxCase, gamma: float, *, pi: PiRule) -> Tensor:
     rows = case.per_case()
     return rows.T @ rows + gamma**2 * torch.eye(case.size, dtype=rows.dtype)
 
@@ -180,13 +181,13 @@ def approx_suite(part: Approx) -> Any:
 
 
 DENSE = "test_multiply_is_the_dense_matrix"
-NARROW = {"shape": "narrowing", "pi": True}
+NARROW = {"shape": "narrowing", "pi": "layer"}
 
 APPROXIMATIONS: dict[str, tuple[Approx, str, dict[str, Any], str]] = {
     "mean over passes": (
         with_moment(PassMean),
         DENSE,
-        {"shape": "one layer, several passes", "pi": True},
+        {"shape": "one layer, several passes", "pi": "layer"},
         r"agrees with passes that are averaged: second moments are summed over passes",
     ),
     "sum over cases": (with_moment(CaseSum), DENSE, NARROW, r"agrees with a sum over cases: second moments are means"),

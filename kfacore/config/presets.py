@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "lambda0": 150.0,
             "rate": 0.95,
             "gamma_rule": "compared",
-            "pi": True,
+            "pi": "layer",
         },
         "momentum": {"kind": "quadratic-model", "tau2": 1.0},
         "weight_decay": 1e-5,
@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # re-scaling of the step by the quadratic model.
     "heskes": {
         "estimator": {"kind": "exact"},
-        "damping": {"kind": "fixed", "gamma": 0.1, "pi": False},
+        "damping": {"kind": "fixed", "gamma": 0.1, "pi": None},
         "momentum": {"kind": "fixed", "lr": 1.0, "mu": 0.0},
     },
 }

@@ -21,6 +21,7 @@ __all__ = [
     "Model",
     "MomentumConfig",
     "OptimizerConfig",
+    "PiRule",
     "ProblemConfig",
     "SinkConfig",
     "SlotConfig",
@@ -29,6 +30,7 @@ __all__ = [
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 
+PiRule = Literal["layer", "net"] | None
 
 NONE = "none"
 """How files and ``--set`` write None, for which TOML has no word."""
@@ -107,8 +109,9 @@ class ApproxConfig(SlotConfig):
 class DampingConfig(SlotConfig):
     """Options of a damping strategy."""
 
-    pi: bool = True
-    """Split gamma between the two factors by their trace norms (pi_i); false adds gamma to both."""
+    pi: PiRule = "layer"
+    """How gamma is split between A and G by their mean traces: "layer" with a pi of each layer (pi_i), "net" with the
+    geometric mean of all of these for every layer; none adds gamma to both as it is."""
 
 
 class MomentumConfig(SlotConfig):

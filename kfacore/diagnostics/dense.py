@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kfacore.config.slots import PiRule
 from kfacore.errors import ConfigError
 from kfacore.layers import LayerInfo
 from kfacore.linalg import pi_of
@@ -105,12 +106,12 @@ class FactorPairs:
             [[g.T @ h / n for h in rows] for g in rows],
         )
 
-    def damped(self, gamma: float, *, pi: bool = True) -> FactorPairs:
+    def damped(self, gamma: float, *, pi: PiRule = "layer") -> FactorPairs:
         """Factored Tikhonov damping of the diagonal pairs (paper, section 6.3); the others are kept."""
         A, G = [list(row) for row in self.A], [list(row) for row in self.G]
-        for i in range(len(A)):
-            a, g = A[i][i], G[i][i]
-            split = float(pi_of(a, g)) if pi else 1.0
+        count = range(len(A))
+        for i, each in enumerate(pi_of([A[i][i] for i in count], [G[i][i] for i in count], pi)):
+            a, g, split = A[i][i], G[i][i], float(each)
             A[i][i] = a + split * gamma * torch.eye(len(a), dtype=a.dtype, device=a.device)
             G[i][i] = g + gamma / split * torch.eye(len(g), dtype=g.dtype, device=g.device)
         return FactorPairs(A, G)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kfacore.config.slots import PiRule
 from kfacore.diagnostics.cumulants import CumulantReport, cumulant_report
 from kfacore.diagnostics.dense import Difference, FactorPairs, compare, exact_fisher, inverse_of
 from kfacore.diagnostics.quality import inverses
@@ -75,7 +76,7 @@ def dense_report(
     approximations: Mapping[str, Approximation],
     gamma: float,
     *,
-    pi: bool = True,
+    pi: PiRule = "layer",
     first: int = 1,
 ) -> DenseReport:
     """Matrices of some adjacent layers and all their errors.

@@ -134,11 +134,11 @@ def trained_classifier(
         optimizer.step(train.inputs, train.targets)
         error = evaluate(model, likelihood, train).error
         say(f"training: step {optimizer.steps}, {100 * error:.1f}% training error")
-    lam, gamma = float(optimizer.damping.lam), float(optimizer.damping.gamma)
+    lam, gamma, pi = float(optimizer.damping.lam), float(optimizer.damping.gamma), optimizer.damping.config.pi
     inputs, targets = training_cases(train.inputs, train.targets, cases, config.seed)
     exact = ExactModel(model, likelihood, inputs, targets, weight_decay=config.weight_decay, lam=lam)
     name = f"{config.problem.kind}, {optimizer.steps} steps of K-FAC ({100 * error:.1f}% training error)"
-    subject = Subject(name, str(config.problem.kind), optimizer.steps, exact, gamma, True, config.seed)
+    subject = Subject(name, str(config.problem.kind), optimizer.steps, exact, gamma, pi, config.seed)
     facts = {
         "optimizer": f"kfac, tridiag, lambda0 {_LAMBDA0:g}, all training cases in every step (tau_1 = tau_2 = 1)",
         "steps": optimizer.steps,

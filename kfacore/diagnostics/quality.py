@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfacore.config.slots import PiRule
 from kfacore.diagnostics.exact import ExactModel, dot, norm
 from kfacore.diagnostics.natural import NaturalGradient
 from kfacore.layers import LayerInfo
@@ -77,7 +78,7 @@ def inverses(
     samples: Sequence[LayerSamples],
     gammas: Sequence[float],
     *,
-    pi: bool = True,
+    pi: PiRule = "layer",
 ) -> Iterator[tuple[float, Inverse]]:
     """The approximation's inverse at each gamma, one at a time: inverses of large nets fill the memory.
 
@@ -86,7 +87,7 @@ def inverses(
         layers: The layers that the samples belong to.
         samples: What they saw; taken as one mini-batch.
         gammas: Strengths of the damping.
-        pi: Split gamma by the factors' traces.
+        pi: How gamma is split, see `kfacore.linalg.pi_of`.
 
     Raises:
         NumericalError: A factor could not be factorised; names the layer.

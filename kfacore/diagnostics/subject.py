@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from kfacore.config.slots import PiRule
 from kfacore.diagnostics.exact import ExactModel
 from kfacore.errors import ConfigError, DataError
 from kfacore.linearize import Linearizer
@@ -37,7 +38,7 @@ class Subject:
         step: Steps that trained it; 0 at initialisation.
         exact: The exact quadratic model on the chosen cases.
         gamma: gamma of the approximations.
-        pi: Whether gamma is split by the factors' traces.
+        pi: How gamma is split, see `kfacore.linalg.pi_of`.
         seed: Seed of the choice of cases and of every draw.
     """
 
@@ -46,7 +47,7 @@ class Subject:
     step: int
     exact: ExactModel
     gamma: float
-    pi: bool
+    pi: PiRule
     seed: int
 
     def generator(self, purpose: str) -> torch.Generator:
@@ -147,7 +148,7 @@ def _subject(
         step=0 if checkpoint is None else checkpoint.step,
         exact=exact,
         gamma=gamma,
-        pi=config.damping.pi if config.damping is not None else True,
+        pi=config.damping.pi if config.damping is not None else "layer",
         seed=config.seed,
     )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kfacore.config.slots import ApproxConfig
+from kfacore.config.slots import ApproxConfig, PiRule
 from kfacore.layers import LayerInfo
 from kfacore.roles.base import Part
 
@@ -98,13 +98,13 @@ class Factorisation(ABC):
         self,
         gamma: Tensor,  # ()
         *,
-        pi: bool = True,
+        pi: PiRule = "layer",
     ) -> Inverse:
         """The inverse with factored Tikhonov damping gamma (method, section 3).
 
         Args:
             gamma: Strength, a scalar on the device.
-            pi: Split gamma by the trace norms of the factors; otherwise add it to both as it is.
+            pi: How gamma is split between the factors, see `kfacore.linalg.pi_of`.
 
         Raises:
             NumericalError: No factorisation of some layer's factor was finite; the message names the layer.

@@ -6,12 +6,13 @@ the rest. Needs pytest, which nothing else in kfacore does.
 Example:
     ```python
     import torch
+    from kfacore.plugin import PiRule
     from kfacore.testing import ApproxCase, ApproxSuite
 
     class TestBlockDiagonal(ApproxSuite):
         name = "blockdiag"
 
-        def fisher(self, case: ApproxCase, gamma: float, *, pi: bool) -> torch.Tensor:
+        def fisher(self, case: ApproxCase, gamma: float, *, pi: PiRule) -> torch.Tensor:
             return torch.block_diag(*[torch.kron(*case.damped(i, gamma, pi=pi)) for i in range(len(case.layers))])
     ```
 """

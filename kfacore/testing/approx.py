@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kfacore.config.slots import PiRule
 from kfacore.errors import NumericalError
 from kfacore.layers import LayerInfo
 from kfacore.moments import Moment
@@ -26,6 +27,8 @@ from kfacore.testing.base import ComponentSuite, devices, differs, reload, same
 from kfacore.testing.cases import ApproxCase, chain_case, feed
 
 __all__ = ["ApproxSuite"]
+
+_PI_RULES: tuple[PiRule, ...] = ("layer", "net", None)
 
 _CASES: dict[str, dict[str, Any]] = {
     "narrowing": {"sizes": (4, 3, 2)},
@@ -47,18 +50,18 @@ class ApproxSuite(ComponentSuite):
     tolerance: ClassVar[float] = 1e-10
     gammas: ClassVar[tuple[float, ...]] = (0.05, 0.7)
 
-    def fisher(self, case: ApproxCase, gamma: float, *, pi: bool) -> Tensor:
+    def fisher(self, case: ApproxCase, gamma: float, *, pi: PiRule) -> Tensor:
         """The damped approximation F-hat, (P, P), from its definition, in double precision.
 
         Args:
             case: Statistics; `ApproxCase.input_factor`, `ApproxCase.output_factor` and `ApproxCase.damped` give
                 second moments, `ApproxCase.per_case` the gradients of each case.
             gamma: Strength of damping.
-            pi: Whether gamma is split by trace norms.
+            pi: How gamma is split, see `kfacore.linalg.pi_of`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define fisher(case, gamma, pi=...), the dense F-hat")
 
-    def inverse(self, case: ApproxCase, gamma: float = 0.3, *, pi: bool = True, **where: Any) -> Inverse:
+    def inverse(self, case: ApproxCase, gamma: float = 0.3, *, pi: PiRule = "layer", **where: Any) -> Inverse:
         """The implementation's inverse of a case."""
         approx: Approximation = self.build()
         strength = torch.tensor(gamma, dtype=torch.float64, device=where.get("device", "cpu"))
@@ -67,8 +70,8 @@ class ApproxSuite(ComponentSuite):
     # --- against the dense matrix --------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("shape", _CASES)
-    @pytest.mark.parametrize("pi", [True, False], ids=["pi", "no pi"])
-    def test_multiply_is_the_dense_matrix(self, shape: str, pi: bool) -> None:
+    @pytest.mark.parametrize("pi", _PI_RULES)
+    def test_multiply_is_the_dense_matrix(self, shape: str, pi: PiRule) -> None:
         """F-hat v, entry by entry."""
         case = chain_case(**_CASES[shape])
         for gamma in self.gammas:
@@ -77,8 +80,8 @@ class ApproxSuite(ComponentSuite):
             self._compare("multiply", found, wanted, case, gamma, pi)
 
     @pytest.mark.parametrize("shape", _CASES)
-    @pytest.mark.parametrize("pi", [True, False], ids=["pi", "no pi"])
-    def test_solve_is_the_dense_inverse(self, shape: str, pi: bool) -> None:
+    @pytest.mark.parametrize("pi", _PI_RULES)
+    def test_solve_is_the_dense_inverse(self, shape: str, pi: PiRule) -> None:
         """F-hat^-1 v, entry by entry."""
         case = chain_case(**_CASES[shape])
         for gamma in self.gammas:
@@ -119,7 +122,7 @@ class ApproxSuite(ComponentSuite):
     def test_large_gamma_is_plain_gradient_descent(self) -> None:
         """F-hat^-1 -> I / gamma^2: the damping of a block is gamma^2 in all."""
         case, gamma = chain_case((4, 3, 2)), 1e5
-        for pi in (True, False):
+        for pi in _PI_RULES:
             matrix = self.inverse(case, gamma, pi=pi).dense() * gamma**2
             error = differs(matrix, torch.eye(case.size, dtype=matrix.dtype))
             assert error < 1e-2, (
@@ -320,7 +323,7 @@ class ApproxSuite(ComponentSuite):
 
     # --- looking into a difference ---------------------------------------------------------------------------------
 
-    def _compare(self, what: str, found: Tensor, wanted: Tensor, case: ApproxCase, gamma: float, pi: bool) -> None:
+    def _compare(self, what: str, found: Tensor, wanted: Tensor, case: ApproxCase, gamma: float, pi: PiRule) -> None:
         error = differs(found, wanted)
         if error < self.tolerance:
             return
@@ -332,13 +335,13 @@ class ApproxSuite(ComponentSuite):
         where = _worst_block(found - wanted, wanted, case.layers)
         hint = f"it agrees with {' and with '.join(causes)}" if causes else f"the largest difference is in {where}"
         pytest.fail(
-            f"{what} differs from the dense matrix by {error:.1e} relative at gamma = {gamma:g}, pi = {pi}; {hint}"
+            f"{what} differs from the dense matrix by {error:.1e} relative at gamma = {gamma:g}, pi = {pi!r}; {hint}"
         )
 
-    def _mistakes(self, what: str, case: ApproxCase, gamma: float, pi: bool) -> dict[str, Callable[[], Tensor]]:
+    def _mistakes(self, what: str, case: ApproxCase, gamma: float, pi: PiRule) -> dict[str, Callable[[], Tensor]]:
         """Matrices that well-known mistakes give."""
 
-        def matrix(of: ApproxCase = case, strength: float = gamma, split: bool = pi) -> Tensor:
+        def matrix(of: ApproxCase = case, strength: float = gamma, split: PiRule = pi) -> Tensor:
             F = self.fisher(of, strength, pi=split)
             return F if what == "multiply" else torch.linalg.inv(F)
 
@@ -347,7 +350,11 @@ class ApproxSuite(ComponentSuite):
 
         rows = _rows_first(case.layers)
         found: dict[str, Callable[[], Tensor]] = {
-            f"pi = {not pi}: gamma is split the wrong way": lambda: matrix(split=not pi),
+            **{
+                f"pi = {other!r}: gamma is split the wrong way": partial(matrix, split=other)
+                for other in _PI_RULES
+                if other != pi
+            },
             "no damping at all": lambda: matrix(strength=0.0),
             "gamma squared in place of gamma": lambda: matrix(strength=gamma**2),
             "the square root of gamma in place of gamma: where gamma^2 belongs, gamma was added": (

@@ -6,6 +6,7 @@ stacked, so that a Kronecker-factored block is A (x) G.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kfacore.config.slots import PiRule
 from kfacore.layers import LayerInfo
 from kfacore.moments import Moments
 from kfacore.roles.approx import Approximation
@@ -58,14 +60,19 @@ class ApproxCase:
             found.append(torch.cat(parts, dim=2).flatten(0, 1) * scale)
         return torch.cat(found)
 
-    def damped(self, i: int, gamma: float, *, pi: bool) -> tuple[Tensor, Tensor]:
-        """Ad_i = A_i + pi_i gamma I and Gd_i = G_i + gamma / pi_i I (method, section 3)."""
+    def damped(self, i: int, gamma: float, *, pi: PiRule) -> tuple[Tensor, Tensor]:
+        """Ad_i = A_i + pi_i gamma I and Gd_i = G_i + gamma / pi_i I (method, section 3), pi_i by its rule."""
         A, G = self.input_factor(i), self.output_factor(i)
-        split = float(((A.trace() / len(A)) / (G.trace() / len(G))).sqrt()) if pi else 1.0
+        logs = [self._log_pi(j) for j in range(len(self.layers))]
+        split = math.exp({"layer": logs[i], "net": sum(logs) / len(logs), None: 0.0}[pi])
         return (
             A + split * gamma * torch.eye(len(A), dtype=A.dtype),
             G + gamma / split * torch.eye(len(G), dtype=G.dtype),
         )
+
+    def _log_pi(self, i: int) -> float:
+        mean_A, mean_G = (float(X.diagonal().mean()) for X in (self.input_factor(i), self.output_factor(i)))
+        return 0.5 * math.log(mean_A / mean_G)
 
     def moments(
         self,

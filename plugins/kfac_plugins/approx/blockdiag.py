@@ -18,6 +18,7 @@ from kfac_plugins.approx import BlockDiagonalConfig
 from kfacore.kronecker import DampedFactors, damp, ready
 from kfacore.layers import LayerInfo
 from kfacore.moments import InputFactor, Moments, OutputFactor
+from kfacore.plugin import PiRule
 from kfacore.roles.approx import Approximation, Factorisation, Inverse, Notice
 
 __all__ = ["BlockDiagonal"]
@@ -59,7 +60,7 @@ class BlockDiagonalFactorisation(Factorisation):
         self._layers, self._power = layers, power
         self._A, self._G = (ready(moments[kind], power) for kind in (InputFactor, OutputFactor))
 
-    def damped(self, gamma: Tensor, *, pi: bool = True) -> BlockDiagonalInverse:
+    def damped(self, gamma: Tensor, *, pi: PiRule = "layer") -> BlockDiagonalInverse:
         """Damp, temper and invert."""
         found = damp(self._layers, self._A, self._G, gamma, pi=pi, power=self._power, keep_roots=False)
         return BlockDiagonalInverse(self._layers, found.factors, found.notices)

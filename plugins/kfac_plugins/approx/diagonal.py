@@ -21,6 +21,7 @@ from kfac_plugins.approx import DiagonalConfig
 from kfacore.errors import NumericalError
 from kfacore.layers import LayerInfo
 from kfacore.moments import Moment, Moments
+from kfacore.plugin import PiRule
 from kfacore.roles.approx import Approximation, Factorisation, Inverse
 from kfacore.roles.estimator import LayerSamples
 
@@ -75,7 +76,7 @@ class DiagonalFactorisation(Factorisation):
     def __init__(self, layers: Sequence[LayerInfo], diagonal: Sequence[Tensor]) -> None:
         self._layers, self._diagonal = layers, diagonal
 
-    def damped(self, gamma: Tensor, *, pi: bool = True) -> DiagonalInverse:
+    def damped(self, gamma: Tensor, *, pi: PiRule = "layer") -> DiagonalInverse:
         """D + gamma^2; pi has nothing to split.
 
         Raises:

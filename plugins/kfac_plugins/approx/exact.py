@@ -23,6 +23,7 @@ from kfacore.errors import NumericalError, UnsupportedModelError
 from kfacore.layers import LayerInfo
 from kfacore.linalg import Spd, factor_spd
 from kfacore.moments import Moment, Moments
+from kfacore.plugin import PiRule
 from kfacore.roles.approx import Approximation, Factorisation, Inverse, Notice
 from kfacore.roles.estimator import LayerSamples
 
@@ -100,7 +101,7 @@ class ExactFactorisation(Factorisation):
     def __init__(self, layers: Sequence[LayerInfo], F: Tensor) -> None:
         self._layers, self._F = layers, F
 
-    def damped(self, gamma: Tensor, *, pi: bool = True) -> ExactInverse:
+    def damped(self, gamma: Tensor, *, pi: PiRule = "layer") -> ExactInverse:
         """F + gamma^2 I; pi has nothing to split.
 
         Raises:

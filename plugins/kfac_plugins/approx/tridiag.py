@@ -36,6 +36,7 @@ from kfac_plugins.approx.canonical import Canonical, canonical
 from kfacore.kronecker import DampedFactors, damp, ready
 from kfacore.layers import LayerInfo
 from kfacore.moments import InputCross, InputFactor, Moments, OutputCross, OutputFactor
+from kfacore.plugin import PiRule
 from kfacore.roles.approx import Approximation, Factorisation, Inverse, Notice
 
 __all__ = ["BlockTridiagonal"]
@@ -174,7 +175,7 @@ class BlockTridiagonalFactorisation(Factorisation):
         self._Ax, self._Gx = moments[InputCross], moments[OutputCross]
         self._config = config
 
-    def damped(self, gamma: Tensor, *, pi: bool = True) -> BlockTridiagonalInverse:
+    def damped(self, gamma: Tensor, *, pi: PiRule = "layer") -> BlockTridiagonalInverse:
         """Damp, temper, invert, and find the canonical correlations of adjacent layers."""
         tolerance = self._config.tolerance
         factors, roots, notices = damp(self._layers, self._A, self._G, gamma, pi=pi, power=self._config.power)

@@ -40,6 +40,7 @@ from kfacore.kronecker import symmetric
 from kfacore.layers import LayerInfo
 from kfacore.linalg import eigh_psd, pi_of
 from kfacore.moments import InputFactor, Moment, Moments, OutputFactor
+from kfacore.plugin import PiRule
 from kfacore.roles import Approximation, Factorisation, Inverse, LayerSamples, Notice
 from torch import Tensor
 
@@ -179,7 +180,7 @@ class EkfacFactorisation(Factorisation):
     Args:
         layers: The layers.
         spectra: Basis and second moments of each layer.
-        pi: The split of gamma by trace norms, a scalar a layer.
+        factors: A and G of each layer, whose traces split gamma.
         made: Number of mini-batches seen when the basis was made.
         notices: What the eigenproblems had to report.
     """
@@ -188,22 +189,22 @@ class EkfacFactorisation(Factorisation):
         self,
         layers: Sequence[LayerInfo],
         spectra: Sequence[Spectrum],
-        pi: Sequence[Tensor],
+        factors: tuple[Sequence[Tensor], Sequence[Tensor]],
         made: int,
         notices: Sequence[Notice],
     ) -> None:
-        self._layers, self._spectra, self._pi = layers, spectra, pi
+        self._layers, self._spectra, self._factors = layers, spectra, factors
         self._made, self._notices = made, notices
 
-    def damped(self, gamma: Tensor, *, pi: bool = True) -> EkfacInverse:
+    def damped(self, gamma: Tensor, *, pi: PiRule = "layer") -> EkfacInverse:
         """D = S + pi gamma g + (gamma / pi) a + gamma^2, entry by entry.
 
         Raises:
             NumericalError: Some D is not finite, or not above 0; names the layer.
         """
         curvature = []
-        for s, split in zip(self._spectra, self._pi, strict=True):
-            p = split.to(gamma.dtype) if pi else torch.ones_like(gamma)
+        for s, split in zip(self._spectra, pi_of(*self._factors, pi), strict=True):
+            p = split.to(gamma.dtype)
             # In gamma's double precision until the last moment, so that the dtype of S decides about the rest.
             add_g, add_a, both = (x.to(s.S.dtype) for x in (p * gamma, gamma / p, gamma.square()))
             curvature.append(s.S + (add_g * s.g).unsqueeze(1) + add_a * s.a + both)
@@ -238,8 +239,8 @@ class Ekfac(Approximation):
             made = seen
         else:
             spectra = [Spectrum(s.S.clone(), s.a.clone(), s.g.clone(), s.U_A, s.U_G) for s in old]
-        pi = [pi_of(A, G) for A, G in zip(moments[InputFactor], moments[OutputFactor], strict=True)]
-        return EkfacFactorisation(moments.layers, spectra, pi, made, notices)
+        factors = moments[InputFactor], moments[OutputFactor]
+        return EkfacFactorisation(moments.layers, spectra, factors, made, notices)
 
     def load_inverse(self, state: Mapping[str, Any], layers: Sequence[LayerInfo]) -> EkfacInverse:
         """From its state."""

@@ -9,6 +9,7 @@ import torch
 from kfacore import KFAC
 from kfacore.layers import LayerInfo
 from kfacore.moments import Moments
+from kfacore.plugin import PiRule
 from kfacore.roles import LayerSamples
 from kfacore.testing import ApproxCase, ApproxSuite
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ GAMMA = torch.tensor(0.2, dtype=Float)
 class TestEkfac(ApproxSuite):
     name = "ekfac"
 
-    def fisher(self, case: ApproxCase, gamma: float, *, pi: bool) -> Tensor:
+    def fisher(self, case: ApproxCase, gamma: float, *, pi: PiRule) -> Tensor:
         """As long as no inverse has been taken up there is no basis to average in: K-FAC, damped like K-FAC."""
         return torch.block_diag(*[torch.kron(*case.damped(i, gamma, pi=pi)) for i in range(len(case.layers))])
 
