@@ -62,16 +62,22 @@ def torch_step(model: nn.Module, batches: Callable[[int], Tensor], name: str) ->
 
 
 def kfac(
-    model: nn.Module, approx: dict[str, Any], *, gamma: str = "tied", refresh_every: int = 20, refresh: str = "inline"
+    model: nn.Module,
+    approx: dict[str, Any],
+    *,
+    gamma: str = "tied",
+    refresh_every: int = 20,
+    refresh: str = "inline",
+    tau2: float = 0.25,
 ) -> KFAC:
-    """The default preset in its steady state: tau_1 = 1/8, tau_2 = 1/4, T_1 = 5, a refresh every T_3 steps."""
+    """The default preset in its steady state: tau_1 = 1/8, T_1 = 5, a refresh every T_3 steps; the paper's tau_2."""
     return KFAC(
         model,
         likelihood="bernoulli",
         approx={**approx, "refresh_every": refresh_every, "refresh_growth": None, "refresh": refresh},
         estimator={"kind": "monte-carlo", "tau1": 0.125},
         damping={"kind": "levenberg-marquardt", "gamma_rule": gamma},
-        momentum={"kind": "quadratic-model", "tau2": 0.25},
+        momentum={"kind": "quadratic-model", "tau2": tau2, "min_cases": 1},
     )
 
 

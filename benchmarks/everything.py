@@ -26,6 +26,7 @@ def main(arguments: list[str]) -> int:
     step.measure(report, "mnist", 250, device, approximations=DEFAULTS, turns=20, adam=False)
     step.measure(report, "curves", 1000, device, approximations=DEFAULTS, turns=20)
     step.measure(report, "mnist", 1000, device, approximations=DEFAULTS[:2], turns=20, gamma="compared", adam=False)
+    step.measure(report, "mnist", 1000, device, approximations=ends, turns=20, tau2=0.125, adam=False)  # the preset's
     for period in (1, 5):
         step.measure(report, "mnist", 1000, device, approximations=ends, turns=10, refresh_every=period, adam=False)
     spike.measure(report, "mnist", 1000, device, 200, ["background"])

@@ -33,6 +33,7 @@ def measure(
     refresh_every: int = 20,
     refresh: str = "inline",
     adam: bool = True,
+    tau2: float = 0.25,
 ) -> None:
     """Time the contenders and add one table to the report."""
     batches = Batches(device, batch)
@@ -41,7 +42,12 @@ def measure(
         contenders["adam"] = torch_step(build(net, device), batches, "adam")
     for name in approximations:
         optimizer = kfac(
-            build(net, device), APPROXIMATIONS[name], gamma=gamma, refresh_every=refresh_every, refresh=refresh
+            build(net, device),
+            APPROXIMATIONS[name],
+            gamma=gamma,
+            refresh_every=refresh_every,
+            refresh=refresh,
+            tau2=tau2,
         )
         contenders[name] = kfac_step(optimizer, batches)
     # Warm-up passes the three refreshes of the first steps and ends on a multiple of 20.
@@ -54,7 +60,7 @@ def measure(
         if name in APPROXIMATIONS:
             approx = APPROXIMATIONS[name]
             operations = kfac_operations(
-                widths, batch, approx["kind"], refresh_every=refresh_every, tempered="power" not in approx
+                widths, batch, approx["kind"], refresh_every=refresh_every, tempered="power" not in approx, tau2=tau2
             )
         truncated = name in ("tridiag", "tridiag, power 1")  # they do fewer operations than are counted
         rows.append(
@@ -71,8 +77,8 @@ def measure(
             }
         )
     title = (
-        f"step: {net} net, batch {batch}, {turns} steps, T_3 {refresh_every}, gamma {gamma}, refresh {refresh}, "
-        f"{torch.get_num_threads()} threads, {device}, {rate / 1e9:.0f} GFLOP/s"
+        f"step: {net} net, batch {batch}, {turns} steps, T_3 {refresh_every}, tau_2 {tau2:g}, gamma {gamma}, "
+        f"refresh {refresh}, {torch.get_num_threads()} threads, {device}, {rate / 1e9:.0f} GFLOP/s"
     )
     report.table(title, rows)
 
@@ -88,6 +94,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--approx", choices=list(APPROXIMATIONS), action="append", help="repeatable; all if left out")
     parser.add_argument("--gamma", choices=["tied", "compared"], default="tied")
+    parser.add_argument("--tau2", type=float, default=0.25, help="share of the cases in the quadratic model")
     parser.add_argument("--refresh", choices=["inline", "background"], default="inline")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
@@ -106,6 +113,7 @@ def main(arguments: list[str]) -> int:
                     gamma=options.gamma,
                     refresh_every=refresh_every,
                     refresh=options.refresh,
+                    tau2=options.tau2,
                 )
     report.save(options.json)
     return 0

@@ -35,14 +35,15 @@ class LayerInfo:
         return self.d_out * self.d_in
 
 
-def share_of(cases: int, share: float) -> int:
+def share_of(cases: int, share: float, least: int = 1) -> int:
     """The first ceil(share * cases) cases, at least one; immune to rounding of the product.
 
     Args:
         cases: Size of the mini-batch.
         share: tau_1 or tau_2, in (0, 1].
+        least: No fewer than this, as far as there are so many.
 
     Returns:
         A number of cases in 1..cases.
     """
-    return max(1, min(cases, math.ceil(share * cases - 1e-9)))
+    return min(cases, max(least, math.ceil(share * cases - 1e-9)))

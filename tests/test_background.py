@@ -64,7 +64,7 @@ def test_inverse_comes_from_the_moments_of_the_step_that_began_it(approx: str) -
         if k == 10:
             moments = optimizer.preconditioner.moments.frozen()
         if k == 14:
-            expected = optimizer.approx.factorise(moments).damped(optimizer.damping.gamma)
+            expected = optimizer.approx.factorise(moments).damped(optimizer.damping.gamma, pi="net")
     assert expected is not None
     found = optimizer.preconditioner.in_use
     blocks = [torch.ones(layer.shape) for layer in found.layers]

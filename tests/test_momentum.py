@@ -67,6 +67,11 @@ def test_cases_of_the_quadratic_model(tau2: float, batch: int, cases: int) -> No
     assert QuadraticModelMomentum(QuadraticModelConfig(tau2=tau2)).cases(batch) == cases
 
 
+@pytest.mark.parametrize(("least", "batch", "cases"), [(60, 1000, 250), (300, 1000, 300), (300, 100, 100), (1, 2, 1)])
+def test_the_quadratic_model_has_its_least_cases(least: int, batch: int, cases: int) -> None:
+    assert QuadraticModelMomentum(QuadraticModelConfig(tau2=0.25, min_cases=least)).cases(batch) == cases
+
+
 @pytest.mark.parametrize(
     "table",
     [
@@ -74,6 +79,7 @@ def test_cases_of_the_quadratic_model(tau2: float, batch: int, cases: int) -> No
         {"kind": "fixed", "mu": 1.0},
         {"kind": "none", "tau2": 0.0},
         {"kind": "none", "tau2": 1.5},
+        {"kind": "none", "min_cases": 0},
         {"kind": "quadratic-model", "lr": 1.0},
     ],
 )

@@ -181,7 +181,7 @@ def test_a_first_step_from_its_definition(approx: str) -> None:
         approx={"kind": approx, "power": 1.0},
         estimator={"kind": "exact", "tau1": 1.0},
         damping={"kind": "fixed", "lambda0": lam, "gamma": gamma},
-        momentum={"kind": "quadratic-model", "tau2": tau2},
+        momentum={"kind": "quadratic-model", "tau2": tau2, "min_cases": 1},
         weight_decay=eta,
     )
     report = optimizer.step(x, y)

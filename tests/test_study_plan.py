@@ -135,8 +135,9 @@ class TestHash:
             assert run_hash(registry, resolve(registry, sets=[change])) == run_hash(registry, base), change
         # A preset is a name for values; the values count, the name does not.
         same = ["preset=default", "damping.lambda0=0.1", "damping.gamma_rule=tied", "damping.rate=0.95",
-                "momentum.tau2=0.25", "approx.tolerance=0.02", "approx.refresh_growth=0.2", "approx.power=0.85",
-                "batch.start=500", "batch.sampling=epochs"]  # fmt: skip
+                "damping.pi=net", "momentum.tau2=0.125", "momentum.min_cases=250", "approx.tolerance=0.02",
+                "approx.refresh_growth=0.4", "approx.power=0.85", "batch.start=500", "batch.sampling=epochs",
+                "averaging.start=20", "averaging.decay=0.9"]  # fmt: skip
         values = resolve(registry, sets=["preset=heskes", "estimator=monte-carlo", "damping=levenberg-marquardt",
                                          "momentum=quadratic-model", *same[1:]])  # fmt: skip
         assert run_hash(registry, values) == run_hash(registry, resolve(registry, sets=same))

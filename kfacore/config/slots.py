@@ -119,6 +119,8 @@ class MomentumConfig(SlotConfig):
 
     tau2: Fraction = 1.0
     """Share of the mini-batch, its first cases, used for the quadratic model (tau_2)."""
+    min_cases: Annotated[int, Field(strict=True, ge=1)] = 1
+    """No fewer cases than this for the quadratic model, whatever tau2 says; all of a mini-batch that has fewer."""
 
 
 class OptimizerConfig(SlotConfig):

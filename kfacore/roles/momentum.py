@@ -27,8 +27,8 @@ class Momentum(Part):
     uses_previous: ClassVar[bool] = True
 
     def cases(self, batch_size: int) -> int:
-        """Cases of the quadratic model, ceil(tau_2 m)."""
-        return share_of(batch_size, self.config.tau2)
+        """Cases of the quadratic model, ceil(tau_2 m), or ``min_cases`` if that is more."""
+        return share_of(batch_size, self.config.tau2, self.config.min_cases)
 
     @abstractmethod
     def coefficients(
