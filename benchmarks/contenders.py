@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.nets import images
 from kfacore import KFAC
 
-__all__ = ["APPROXIMATIONS", "DEFAULTS", "Batches", "Step", "kfac", "kfac_step", "torch_step"]
+__all__ = ["APPROXIMATIONS", "DEFAULTS", "PLAIN", "Batches", "Step", "kfac", "kfac_step", "torch_step"]
 
 Step = Callable[[int], None]
 """One training step, given the number of the turn."""
@@ -28,6 +28,9 @@ APPROXIMATIONS: dict[str, dict[str, Any]] = {
 
 DEFAULTS = ["blockdiag", "tridiag, tolerance 0", "tridiag"]
 """Those that temper their factors, as the preset does."""
+
+PLAIN = ["blockdiag, power 1", "tridiag, tolerance 0, power 1"]
+"""The paper's own inverses."""
 
 
 class Batches:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import launches, memory, phases, spike, step, tolerance, width
-from benchmarks.contenders import APPROXIMATIONS, DEFAULTS
+from benchmarks.contenders import DEFAULTS, PLAIN
 from benchmarks.report import Report
 
 __all__ = ["main"]
@@ -21,12 +21,10 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report, ends = Report("all"), ["blockdiag", "tridiag"]  # where the form without truncation would only take time
-    step.measure(report, "mnist", 1000, device, approximations=list(APPROXIMATIONS))
+    step.measure(report, "mnist", 1000, device, approximations=[*DEFAULTS, *PLAIN])
     step.measure(report, "mnist", 4000, device, approximations=DEFAULTS, turns=20, adam=False)
     step.measure(report, "mnist", 250, device, approximations=DEFAULTS, turns=20, adam=False)
     step.measure(report, "curves", 1000, device, approximations=DEFAULTS, turns=20)
-    step.measure(report, "mnist", 1000, device, approximations=DEFAULTS[:2], turns=20, gamma="compared", adam=False)
-    step.measure(report, "mnist", 1000, device, approximations=ends, turns=20, tau2=0.125, adam=False)  # the preset's
     for period in (1, 5):
         step.measure(report, "mnist", 1000, device, approximations=ends, turns=10, refresh_every=period, adam=False)
     spike.measure(report, "mnist", 1000, device, 200, ["background"])

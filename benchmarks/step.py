@@ -50,8 +50,8 @@ def measure(
             tau2=tau2,
         )
         contenders[name] = kfac_step(optimizer, batches)
-    # Warm-up passes the three refreshes of the first steps and ends on a multiple of 20.
-    timings = interleave(contenders, turns, warmup=20)
+    # Warm-up passes the three refreshes of the first steps and ends on a multiple of T_3, early correlations being few.
+    timings = interleave(contenders, turns, warmup=max(5, refresh_every))
     rate = multiplication_rate(device)
     widths = NETS[net]
     rows = []

@@ -68,7 +68,7 @@ def measure(report: Report, net: str, device: torch.device, steps: int = 60) -> 
 
     def inverse_at(tolerance: float) -> Inverse:
         approx = registry.build("approx", config.model_copy(update={"tolerance": tolerance}))
-        return approx.factorise(moments).damped(gamma)
+        return approx.factorise(moments).damped(gamma, pi=optimizer.damping.config.pi)
 
     rows: list[dict[str, Any]] = []
     exact, best = None, 0.0
