@@ -106,18 +106,16 @@ def damp(
     Raises:
         NumericalError: A factor could not be factorised; names the layer.
     """
-    shifts_A, shifts_G = [], []
-    for split in pi_of(A, G, pi):
-        shifts_A.append(split.to(gamma.dtype) * gamma)
-        shifts_G.append(gamma / split.to(gamma.dtype))
+    splits = [split.to(gamma.dtype) for split in pi_of(A, G, pi)]
+    shifts = [*(split * gamma for split in splits), *(gamma / split for split in splits)]
     names = [(layer.name, side) for side in "AG" for layer in layers]
     factors: Sequence[Factor]
     roots: Sequence[Root]
     if power == 1.0:
-        factors, lower, notices = factor_spd([*A, *G], [*shifts_A, *shifts_G], names, keep_lower=keep_roots)
+        factors, lower, notices = factor_spd([*A, *G], shifts, names, keep_lower=keep_roots)
         roots = [CholeskyRoot(L) for L in lower]
     else:
-        factors, notices = temper([*A, *G], [*shifts_A, *shifts_G], names, power)
+        factors, notices = temper([*A, *G], shifts, names, power)
         roots = factors if keep_roots else []
     count = len(layers)
     return Damped(

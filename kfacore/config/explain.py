@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
-from kfacore.config.slots import NONE, may_be_none
+from kfacore.config.slots import NONE, literals_of, may_be_none
 from kfacore.errors import nearest
 
 if TYPE_CHECKING:
@@ -94,10 +94,9 @@ def _literals_at(model: type[BaseModel], location: Location) -> tuple[Any, ...]:
     """The values a Literal field takes, and the word for None if it takes that."""
     parent = _model_at(model, location[:-1])
     field = parent.model_fields.get(str(location[-1])) if parent is not None and location else None
-    if field is None or get_origin(field.annotation) is Literal:
-        return get_args(field.annotation) if field is not None else ()
-    options = [value for part in get_args(field.annotation) if get_origin(part) is Literal for value in get_args(part)]
-    return (*options, NONE) if may_be_none(field.annotation) else tuple(options)
+    if field is None:
+        return ()
+    return (*literals_of(field.annotation), *([NONE] if may_be_none(field.annotation) else []))
 
 
 def _model_at(model: type[BaseModel], location: Location) -> type[BaseModel] | None:

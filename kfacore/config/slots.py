@@ -25,15 +25,23 @@ __all__ = [
     "ProblemConfig",
     "SinkConfig",
     "SlotConfig",
+    "literals_of",
     "may_be_none",
 ]
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 
 PiRule = Literal["layer", "net"] | None
+"""How damping is split between the two factors of a layer, see `kfacore.linalg.pi_of`."""
 
 NONE = "none"
 """How files and ``--set`` write None, for which TOML has no word."""
+
+
+def literals_of(annotation: Any) -> list[Any]:
+    """The values of a Literal, or of those in a union."""
+    parts = (annotation, *get_args(annotation))
+    return [value for part in parts if get_origin(part) is Literal for value in get_args(part)]
 
 
 def may_be_none(annotation: Any) -> bool:
@@ -41,8 +49,7 @@ def may_be_none(annotation: Any) -> bool:
     arguments = get_args(annotation)
     if get_origin(annotation) is Annotated:
         return may_be_none(arguments[0])
-    literals = [value for part in arguments if get_origin(part) is Literal for value in get_args(part)]
-    return type(None) in arguments and NONE not in literals
+    return type(None) in arguments and NONE not in literals_of(annotation)
 
 
 class Model(BaseModel):

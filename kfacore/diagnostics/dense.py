@@ -109,9 +109,8 @@ class FactorPairs:
     def damped(self, gamma: float, *, pi: PiRule = "layer") -> FactorPairs:
         """Factored Tikhonov damping of the diagonal pairs (paper, section 6.3); the others are kept."""
         A, G = [list(row) for row in self.A], [list(row) for row in self.G]
-        count = range(len(A))
-        for i, each in enumerate(pi_of([A[i][i] for i in count], [G[i][i] for i in count], pi)):
-            a, g, split = A[i][i], G[i][i], float(each)
+        own_A, own_G = ([row[i] for i, row in enumerate(rows)] for rows in (A, G))
+        for i, (a, g, split) in enumerate(zip(own_A, own_G, pi_of(own_A, own_G, pi), strict=True)):
             A[i][i] = a + split * gamma * torch.eye(len(a), dtype=a.dtype, device=a.device)
             G[i][i] = g + gamma / split * torch.eye(len(g), dtype=g.dtype, device=g.device)
         return FactorPairs(A, G)

@@ -274,7 +274,7 @@ class Linearization:
         with torch.no_grad(), _uncompiled(self._model), fwd.dual_level(), self._tangents(directions, n):
             try:
                 z = self._model(repeat_cases(slice_cases(self._inputs, 0, n), k))
-            except NotImplementedError as error:
+            except NotImplementedError as error:  # what torch raises where it has no formula for an operation
                 raise UnsupportedModelError(
                     f"{type(self._model).__name__}: an operation of the model has no forward-mode derivative, which "
                     f"the exact quadratic model needs ({str(error).splitlines()[0]}); use momentum = 'fixed'"
