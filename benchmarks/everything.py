@@ -23,10 +23,10 @@ def main(arguments: list[str]) -> int:
     report, ends = Report("all"), ["blockdiag", "tridiag"]  # where the form without truncation would only take time
     step.measure(report, "mnist", 1000, device, approximations=[*DEFAULTS, *PLAIN])
     step.measure(report, "mnist", 4000, device, approximations=DEFAULTS, turns=20, adam=False)
-    step.measure(report, "mnist", 250, device, approximations=DEFAULTS, turns=20, adam=False)
-    step.measure(report, "curves", 1000, device, approximations=DEFAULTS, turns=20)
+    step.measure(report, "mnist", 250, device, approximations=ends, turns=20, adam=False)
+    step.measure(report, "curves", 1000, device, approximations=ends, turns=20)
     for period in (1, 5):
-        step.measure(report, "mnist", 1000, device, approximations=ends, turns=10, refresh_every=period, adam=False)
+        step.measure(report, "mnist", 1000, device, approximations=ends, turns=5, refresh_every=period, adam=False)
     spike.measure(report, "mnist", 1000, device, 200, ["background"])
     phases.measure(report, "mnist", 1000, device, 20)
     tolerance.measure(report, "mnist", device)
