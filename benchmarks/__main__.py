@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from benchmarks import everything, launches, memory, phases, spike, step, target, tolerance, width
+from benchmarks import everything, launches, memory, phases, refresh, spike, step, target, tolerance, width
 
 BENCHMARKS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "all": (everything.main, "every benchmark that is quick enough for `make bench`"),
     "launches": (launches.main, "dispatched operations and waits of ordinary and refresh steps"),
     "memory": (memory.main, "peak memory of training against Adam"),
     "phases": (phases.main, "where a step's time goes"),
+    "refresh": (refresh.main, "factors side by side against one after another, also beside other work"),
     "spike": (spike.main, "the slowest step against the median one"),
     "step": (step.main, "cost of a K-FAC step against SGD with momentum on the same model and batch"),
     "target": (target.main, "seconds, steps and cases to a training error; takes as long as training"),

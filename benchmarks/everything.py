@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import launches, memory, phases, spike, step, tolerance, width
+from benchmarks import launches, memory, phases, refresh, spike, step, tolerance, width
 from benchmarks.contenders import DEFAULTS, PLAIN
 from benchmarks.report import Report
 
@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> int:
         step.measure(report, "mnist", 1000, device, approximations=ends, turns=5, refresh_every=period, adam=False)
     spike.measure(report, "mnist", 1000, device, 200, ["background"])
     phases.measure(report, "mnist", 1000, device, 20)
+    refresh.measure(report, "mnist")
     tolerance.measure(report, "mnist", device)
     memory.measure(report, "mnist", 1000)
     width.measure(report, [512, 1024], 1000, device, ends)

@@ -15,14 +15,27 @@ import torch
 from torch import Tensor
 
 from kfacore.config.slots import PiRule
+from kfacore.cores import on_each_core
 from kfacore.errors import NumericalError
 from kfacore.pace import worked
 from kfacore.roles.approx import Notice
 
-__all__ = ["CholeskyRoot", "Root", "Spd", "eigh_again", "eigh_psd", "factor_spd", "pi_of", "shifted", "try_eigh"]
+__all__ = [
+    "EIGENPROBLEM",
+    "CholeskyRoot",
+    "Root",
+    "Spd",
+    "eigh_again",
+    "eigh_psd",
+    "factor_spd",
+    "pi_of",
+    "shifted",
+    "try_eigh",
+]
 
-_EIGENPROBLEM = 5
-"""Cost of an eigenproblem in those of a Cholesky factor and inverse, as measured; only the pace depends on it."""
+EIGENPROBLEM = 5
+"""Cost of an eigenproblem in those of a Cholesky factor and inverse, as measured; only when and where something is done
+depends on it."""
 
 _OVERFLOWED = (
     "has NaN or infinite entries; the forward or backward pass overflowed. Check the data and the initialisation, or "
@@ -147,17 +160,16 @@ def factor_spd(
     Raises:
         NumericalError: Some factor is not finite or could not be factorised with any jitter; names the layer.
     """
-    results: list[Spd] = []
-    lower: list[Tensor] = []
-    checks: list[Tensor] = []
-    for base, shift in zip(bases, shifts, strict=True):
-        result, L, info = _cholesky(base, shift.to(base.dtype), keep_lower)
-        results.append(result)
-        if keep_lower:
-            lower.append(L)
-        checks.append((info == 0) & torch.isfinite(result.inverse.diagonal().sum()))
-        worked(base.shape[0] ** 3)
-    good = torch.stack(checks).tolist()
+
+    def one(i: int) -> tuple[Spd, Tensor, Tensor]:
+        result, L, info = _cholesky(bases[i], shifts[i].to(bases[i].dtype), keep_lower)
+        worked(bases[i].shape[0] ** 3)
+        return result, L, (info == 0) & torch.isfinite(result.inverse.diagonal().sum())
+
+    costs = [base.shape[0] ** 3 for base in bases]
+    done = on_each_core(one, range(len(bases)), costs, bases[0].device)
+    results, lower = [result for result, _, _ in done], [L for _, L, _ in done if keep_lower]
+    good = torch.stack([check for _, _, check in done]).tolist()
     notices: list[Notice] = []
     for i, fine in enumerate(good):
         if not fine:
@@ -228,8 +240,7 @@ def try_eigh(M: Tensor, dtype: torch.dtype, above: float = -math.inf) -> tuple[T
     Returns:
         Values (ascending), vectors, and how many of the values are larger than `above`; -1 if the result is wrong.
     """
-    M = 0.5 * (M + M.T)
-    worked(_EIGENPROBLEM * M.shape[0] ** 3)
+    worked(EIGENPROBLEM * M.shape[0] ** 3)
     try:
         values, vectors = torch.linalg.eigh(M.to(dtype))
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but missing from the stubs

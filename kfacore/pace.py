@@ -11,7 +11,7 @@ import threading
 import time
 from types import TracebackType
 
-__all__ = ["Pace", "worked"]
+__all__ = ["Pace", "current_pace", "worked"]
 
 _LOOK = 0.2
 """Seconds after which a resting thread looks whether the process is about to end."""
@@ -74,8 +74,14 @@ class Pace:
         _local.pace = None
 
 
+def current_pace() -> Pace | None:
+    """The pace set for this thread; threads that share its work enter it too."""
+    pace: Pace | None = getattr(_local, "pace", None)
+    return pace
+
+
 def worked(operations: float) -> None:
     """Say that a factorisation was done, a moment at which the thread may rest; nothing if nobody set a pace."""
-    pace = getattr(_local, "pace", None)
+    pace = current_pace()
     if pace is not None:
         pace.work(operations)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfacore.cores import on_each_core
 from kfacore.errors import NumericalError
-from kfacore.linalg import Root, eigh_again, shifted, try_eigh
+from kfacore.linalg import EIGENPROBLEM, Root, eigh_again, shifted, try_eigh
 from kfacore.roles.approx import Notice
 
 __all__ = ["Tempered", "temper"]
@@ -77,15 +78,18 @@ def temper(
     Raises:
         NumericalError: A factor is not finite, there is no damping, or an eigenproblem failed; names the layer.
     """
-    found, checks = [], []
-    for base, shift in zip(bases, shifts, strict=True):
-        damped = shifted(base, shift)
+
+    def one(i: int) -> tuple[Tempered, Tensor]:
+        damped = shifted(bases[i], shifts[i])
         values, vectors, count = try_eigh(damped, damped.dtype)
-        factor, fine = _powers(values, vectors, shift, power)
-        found.append(factor)
-        checks.append(torch.stack([count >= 0, fine]))
+        factor, fine = _powers(values, vectors, shifts[i], power)
+        return factor, torch.stack([count >= 0, fine])
+
+    costs = [EIGENPROBLEM * base.shape[0] ** 3 for base in bases]
+    done = on_each_core(one, range(len(bases)), costs, bases[0].device)
+    found = [factor for factor, _ in done]
     notices: list[Notice] = []
-    for i, (solved, fine) in enumerate(torch.stack(checks).tolist()):
+    for i, (solved, fine) in enumerate(torch.stack([check for _, check in done]).tolist()):
         if not solved:
             values, vectors, notice = eigh_again(shifted(bases[i], shifts[i]), *names[i])
             found[i], again = _powers(values, vectors, shifts[i], power)

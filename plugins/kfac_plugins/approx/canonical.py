@@ -25,11 +25,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfacore.linalg import Root, eigh_psd
+from kfacore.linalg import EIGENPROBLEM, Root, eigh_psd
 from kfacore.pace import worked
 from kfacore.roles.approx import Notice
 
-__all__ = ["Canonical", "canonical"]
+__all__ = ["Canonical", "canonical", "cost_of"]
 
 
 _ROUNDING = 10.0
@@ -57,6 +57,16 @@ class Canonical:
         return self.s if self.scaled == of else torch.ones_like(self.s)
 
 
+def cost_of(X: Tensor) -> float:
+    """Operations of `canonical` for a cross moment."""
+    return _products(X) + EIGENPROBLEM * float(min(X.shape)) ** 3
+
+
+def _products(X: Tensor) -> float:
+    (n, k), low = X.shape, min(X.shape)
+    return float(n * k * (n + k) + low * (n * n + k * k + 2 * n * k))
+
+
 def canonical(
     X: Tensor,  # (d_i, d_{i+1})
     here: Root,
@@ -79,8 +89,7 @@ def canonical(
         NumericalError: The eigenproblem failed even in double precision; names the layer.
     """
     T = following.whiten(here.whiten(X).T).T
-    (n, k), low = X.shape, min(X.shape)
-    worked(n * k * (n + k) + low * (n * n + k * k + 2 * n * k))  # the products here and below
+    worked(_products(X))  # here and below; the eigenproblem counts itself
     above = max(tolerance, _ROUNDING * torch.finfo(X.dtype).eps)
     if X.shape[1] <= X.shape[0]:
         s, W, notices = eigh_psd(T.T @ T, layer, factor, above)

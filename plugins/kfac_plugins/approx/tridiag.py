@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from kfac_plugins.approx import BlockTridiagonalConfig
-from kfac_plugins.approx.canonical import Canonical, canonical
+from kfac_plugins.approx.canonical import Canonical, canonical, cost_of
+from kfacore.cores import on_each_core
 from kfacore.kronecker import DampedFactors, damp, ready
 from kfacore.layers import LayerInfo
 from kfacore.moments import InputCross, InputFactor, Moments, OutputCross, OutputFactor
@@ -177,16 +178,17 @@ class BlockTridiagonalFactorisation(Factorisation):
 
     def damped(self, gamma: Tensor, *, pi: PiRule = "layer") -> BlockTridiagonalInverse:
         """Damp, temper, invert, and find the canonical correlations of adjacent layers."""
-        tolerance = self._config.tolerance
         factors, roots, notices = damp(self._layers, self._A, self._G, gamma, pi=pi, power=self._config.power)
-        found: dict[str, list[Canonical]] = {"A": [], "G": []}
-        for side, cross in (("A", self._Ax), ("G", self._Gx)):
-            adjacent = pairwise(roots.pop(side))
-            for layer, X, (here, following) in zip(self._layers[:-1], cross, adjacent, strict=True):
-                pair, more = canonical(X, here, following, tolerance, layer.name, f"{side}x")
-                found[side].append(pair)
-                notices += tuple(more)
-        return BlockTridiagonalInverse(self._layers, factors, found["A"], found["G"], notices)
+        pairs = [
+            (X, here, following, self._config.tolerance, layer.name, f"{side}x")
+            for side, cross in (("A", self._Ax), ("G", self._Gx))
+            for layer, X, (here, following) in zip(self._layers[:-1], cross, pairwise(roots.pop(side)), strict=True)
+        ]
+        costs = [cost_of(X) for X, *_ in pairs]
+        found = on_each_core(lambda pair: canonical(*pair), pairs, costs, gamma.device)
+        notices += tuple(notice for _, more in found for notice in more)
+        both, edges = [pair for pair, _ in found], len(self._layers) - 1
+        return BlockTridiagonalInverse(self._layers, factors, both[:edges], both[edges:], notices)
 
 
 class BlockTridiagonal(Approximation):

@@ -35,10 +35,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from kfacore.cores import on_each_core
 from kfacore.errors import NumericalError
 from kfacore.kronecker import symmetric
 from kfacore.layers import LayerInfo
-from kfacore.linalg import eigh_psd, pi_of
+from kfacore.linalg import EIGENPROBLEM, eigh_psd, pi_of
 from kfacore.moments import InputFactor, Moment, Moments, OutputFactor
 from kfacore.plugin import PiRule
 from kfacore.roles import Approximation, Factorisation, Inverse, LayerSamples, Notice
@@ -249,11 +250,15 @@ class Ekfac(Approximation):
 
 def _new_spectra(moments: Moments, old: Sequence[Spectrum] | None, notices: list[Notice]) -> list[Spectrum]:
     """Eigenvectors of A and G as they are now, with S carried over from the old basis, or K-FAC's if there is none."""
-    found = []
-    factors = zip(moments.layers, symmetric(moments[InputFactor]), symmetric(moments[OutputFactor]), strict=True)
-    for i, (layer, A, G) in enumerate(factors):
-        a, U_A, more_A = eigh_psd(A, layer.name, "A")
-        g, U_G, more_G = eigh_psd(G, layer.name, "G")
+    found, count = [], len(moments.layers)
+    factors = [
+        (factor, layer.name, side)
+        for side, kind in (("A", InputFactor), ("G", OutputFactor))
+        for layer, factor in zip(moments.layers, symmetric(moments[kind]), strict=True)
+    ]
+    costs = [EIGENPROBLEM * factor.shape[0] ** 3 for factor, _, _ in factors]
+    solved = on_each_core(lambda factor: eigh_psd(*factor), factors, costs, factors[0][0].device)
+    for i, ((a, U_A, more_A), (g, U_G, more_G)) in enumerate(zip(solved[:count], solved[count:], strict=True)):
         notices += [*more_A, *more_G]
         a, g = a.clamp_min(0.0), g.clamp_min(0.0)  # rounding makes eigenvalues of 0 negative
         if old is None:
