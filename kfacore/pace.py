@@ -43,13 +43,13 @@ class Pace:
         """One more step's share may be done."""
         with self._condition:
             self._granted += self._share or 0.0
-            self._condition.notify()
+            self._condition.notify_all()
 
     def release(self) -> None:
         """Hold nothing back any more: somebody waits for the result."""
         with self._condition:
             self._share = None
-            self._condition.notify()
+            self._condition.notify_all()
 
     def work(self, operations: float) -> None:
         """Count what was done, and rest until the steps have granted that much."""

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from threading import Thread
 from typing import Any
 
@@ -72,6 +73,17 @@ def test_inverse_comes_from_the_moments_of_the_step_that_began_it(approx: str) -
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture(params=[2, 4])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Torch threads of which the worker has one, or two that factorise side by side however small the factors are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    monkeypatch.setattr("kfacore.cores._WORTH_A_THREAD", 0.0)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("approx", ["blockdiag", "tridiag"])
 def test_results_do_not_depend_on_timing(approx: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []

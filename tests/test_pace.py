@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -62,6 +63,27 @@ def test_release_holds_nothing_back() -> None:
     thread.join(10.0)
     assert not thread.is_alive()
     assert len(seen) == 12
+
+
+def test_all_threads_that_share_a_pace_are_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kfacore.pace._LOOK", 60.0)  # so that none looks by itself
+    pace, counted = Pace(4, 2.0), threading.Barrier(3, timeout=10.0)
+
+    def run() -> None:
+        with pace:
+            counted.wait()
+            worked(1.0)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    counted.wait()
+    while pace.done < 2.0:
+        time.sleep(0.001)
+    pace.release()
+    for thread in threads:
+        thread.join(10.0)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_a_thread_that_nobody_asks_goes_on_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
