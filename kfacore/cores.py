@@ -77,7 +77,8 @@ def on_each_core(
     finally:
         left.clear()  # interrupted: nothing new begins
         for helper in helpers:
-            helper.join()
+            if helper.is_alive():  # one that could not start cannot be waited for
+                helper.join()
         torch.set_num_threads(threads)
     if failures:
         raise failures[min(failures)]

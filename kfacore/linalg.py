@@ -216,7 +216,7 @@ def eigh_psd(M: Tensor, layer: str, factor: str, above: float = -math.inf) -> tu
     """Eigenvalues (ascending) and eigenvectors of a symmetric positive semi-definite matrix, checked.
 
     Args:
-        M: (d, d), symmetric up to rounding.
+        M: (d, d), symmetric up to rounding; only its lower half is factorised.
         layer: Name of the layer, for notices.
         factor: Name of the matrix, for notices.
         above: Leave out eigenvalues that are not larger; how many are is learned in the one wait of the check.
