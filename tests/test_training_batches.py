@@ -96,6 +96,18 @@ def test_seeds_differ_by_purpose_and_index():
     assert derive_seed(0, "model") == derive_seed(0, "model")
 
 
+def test_sizes_are_held() -> None:
+    """Steps 1 to 10 have the size of step 1, 11 to 20 that of step 11; the target step has all cases all the same."""
+    grows = BatchSchedule("exponential", 60_000, 500, 25)
+    holds = BatchSchedule("exponential", 60_000, 500, 25, hold=10)
+    firsts = [1] * 10 + [11] * 10 + [21] * 4
+    assert [holds.size(k) for k in range(1, 25)] == [grows.size(k) for k in firsts]
+    assert [holds.size(k) for k in (25, 26)] == [60_000, 60_000]
+    assert len({grows.size(k) for k in range(1, 26)}) == 25
+    with pytest.raises(ConfigError, match="hold must be at least 1, found 0"):
+        BatchSchedule("constant", 10, 5, 5, hold=0)
+
+
 def _passes(schedule, seed=0):
     inputs = torch.zeros(schedule.cases, 1)
     return BatchSampler(Split(inputs, inputs), schedule, seed, "epochs")

@@ -58,6 +58,8 @@ class BatchConfig(Model):
     """Cases in the first mini-batch (m_1)."""
     target_step: Annotated[int, Field(strict=True, ge=2)] = 500
     """Step at which the exponential schedule reaches the whole training set (K)."""
+    hold: Count = 1
+    """Steps that share one size before it grows; each new size costs oneDNN new kernels in bfloat16, ten keep them."""
     sampling: Literal["independent", "epochs"] = "independent"
     """Draw each mini-batch from the whole training set, or all of them in turn from passes over it in random order."""
 

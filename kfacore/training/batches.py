@@ -50,6 +50,7 @@ class BatchSchedule:
         cases: N, the size of the training set.
         start: m_1.
         target_step: K, the step at which the whole training set is reached.
+        hold: Steps that share one size: that of the first of them, until K.
 
     Raises:
         ConfigError: The training set is empty or a number is below 1.
@@ -59,11 +60,12 @@ class BatchSchedule:
     cases: int
     start: int
     target_step: int
+    hold: int = 1
 
     def __post_init__(self) -> None:
-        for name, value in (("cases", self.cases), ("start", self.start), ("target_step", self.target_step)):
-            if value < 1:
-                raise ConfigError(f"batch schedule: {name} must be at least 1, found {value}")
+        for name in ("cases", "start", "target_step", "hold"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"batch schedule: {name} must be at least 1, found {getattr(self, name)}")
 
     def size(self, step: int) -> int:
         """m_k.
@@ -81,7 +83,8 @@ class BatchSchedule:
         # The last point is exact by definition; computing it would leave the floor at the mercy of rounding.
         if step >= self.target_step:
             return self.cases
-        growth = (self.cases / self.start) ** ((step - 1) / (self.target_step - 1))
+        grown = step - 1 - (step - 1) % self.hold
+        growth = (self.cases / self.start) ** (grown / (self.target_step - 1))
         return min(int(self.start * growth * (1.0 + 1e-12)), self.cases)
 
 

@@ -118,8 +118,9 @@ class _Run:
         self.parts = parts
         self.listeners = listeners
         self.sinks: list[Sink] = [registry.build("sink", sink) for sink in config.sink]
-        schedule = BatchSchedule(config.batch.schedule, len(parts.train), config.batch.start, config.batch.target_step)
-        self.sampler = BatchSampler(parts.train, schedule, config.seed, config.batch.sampling)
+        batch = config.batch
+        schedule = BatchSchedule(batch.schedule, len(parts.train), batch.start, batch.target_step, batch.hold)
+        self.sampler = BatchSampler(parts.train, schedule, config.seed, batch.sampling)
         self.notices = NoticeLog()
         self.step = 0
         self.seconds = 0.0
