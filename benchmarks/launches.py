@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,17 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A dispatch mode sees its own thread only, and a refresh on a CPU would use others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def measure(report: Report, net: str, device: torch.device) -> dict[str, Counter[str]]:
     """Add one table to the report.
 
@@ -84,7 +97,7 @@ def measure(report: Report, net: str, device: torch.device) -> dict[str, Counter
         optimizer = kfac(build(net, device), APPROXIMATIONS[name])
         kinds = {4: "ordinary", 5: "adapts lambda", 20: "refreshes"}
         for step in range(1, 21):
-            with Launches() as launches:
+            with _one_thread(), Launches() as launches:
                 optimizer.step(x, x)
             if step in kinds:
                 total = sum(launches.operations.values())
