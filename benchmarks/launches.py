@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.contenders import APPROXIMATIONS, DEFAULTS, kfac
 from benchmarks.nets import NETS, build
 from benchmarks.report import Report
+from kfacore.cores import torch_threads
 
 __all__ = ["Launches", "main", "measure"]
 
@@ -73,17 +72,6 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """A dispatch mode sees its own thread only, and a refresh on a CPU would use others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def measure(report: Report, net: str, device: torch.device) -> dict[str, Counter[str]]:
     """Add one table to the report.
 
@@ -97,7 +85,8 @@ def measure(report: Report, net: str, device: torch.device) -> dict[str, Counter
         optimizer = kfac(build(net, device), APPROXIMATIONS[name])
         kinds = {4: "ordinary", 5: "adapts lambda", 20: "refreshes"}
         for step in range(1, 21):
-            with _one_thread(), Launches() as launches:
+            # A dispatch mode sees its own thread only, and a refresh on a CPU would use others.
+            with torch_threads(1), Launches() as launches:
                 optimizer.step(x, x)
             if step in kinds:
                 total = sum(launches.operations.values())

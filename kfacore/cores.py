@@ -8,8 +8,8 @@ What is computed does not depend on which thread does it, nor on the order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from threading import Thread
 from typing import TypeVar
 
@@ -17,13 +17,25 @@ import torch
 
 from kfacore.pace import current_pace
 
-__all__ = ["on_each_core"]
+__all__ = ["on_each_core", "torch_threads"]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _WORTH_A_THREAD = 1e8
 """Operations below which starting threads costs more than it gains, a few milliseconds of work."""
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Run with a number of CPU threads; the process gets its own back."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def on_each_core(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kfacore.cores import torch_threads
 from kfacore.errors import ConfigError, DataError, NumericalError, ResourceError
 from kfacore.roles import Sink
 from kfacore.training.batches import BatchSampler, BatchSchedule
@@ -74,7 +75,7 @@ def train(
     folder = RunFolder(resume or out or default_folder(config.problem.kind, method_of(config)))
     if resume is None:
         folder.check_free()
-    with _threads(config.threads):
+    with torch_threads(config.threads):
         if resume is not None:
             folder.lock()
         try:
@@ -93,18 +94,6 @@ def train(
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Run with a number of CPU threads; the process gets its own back."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Run:

@@ -76,7 +76,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, dtype=torch.float64, device=device).add_(1.0).cpu()  # damping needs double precision
     # What torch raises for a device that it cannot use depends on the device.
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"device '{name}' cannot be used: {reason}; try auto or cpu") from error
     if device.type == "meta":
