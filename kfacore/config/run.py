@@ -59,7 +59,7 @@ class BatchConfig(Model):
     target_step: Annotated[int, Field(strict=True, ge=2)] = 500
     """Step at which the exponential schedule reaches the whole training set (K)."""
     hold: Count = 1
-    """Steps that share one size before it grows; ten let bfloat16 pay on a CPU, where each new size costs new kernels."""
+    """Steps that share one size before it grows; ten let bfloat16 pay on a CPU: each new size costs new kernels."""
     sampling: Literal["independent", "epochs"] = "independent"
     """Draw each mini-batch from the whole training set, or all of them in turn from passes over it in random order."""
 
