@@ -70,11 +70,11 @@ class LinearRule(LayerRule):
         return nn.functional.pad(x, (0, 1), value=1.0) if info.bias else x
 
     def gradient(self, rows: Tensor, g: Tensor, out: Tensor, *, accumulate: bool) -> None:
-        """g^T abar straight into the block; in mixed precision the product is formed in g's dtype."""
+        """g^T abar straight into the block; in mixed precision the product is formed in the dtype of the pass."""
         if g.dtype == out.dtype:
             out.addmm_(g.T, rows, beta=1.0 if accumulate else 0.0)
         else:
-            product = g.T @ rows.to(g.dtype)
+            product = g.T @ rows
             out.add_(product) if accumulate else out.copy_(product)
 
     def primal(self, module: nn.Module, x: Tensor) -> Tensor:

@@ -51,8 +51,20 @@ class Call:
 
     @cached_property
     def rows(self) -> Tensor:
-        """abar, (n, d_in): formed once for the statistics, the gradient and J v."""
-        return self.layer.rule.inputs(self.layer.info, self.x.to(self.dtype))
+        """abar, (n, d_in), in the parameters' dtype: formed once for the statistics, the gradient and J v."""
+        return self._abar(self.x, self.dtype)
+
+    @property
+    def low_rows(self) -> Tensor:
+        """abar in the dtype of the pass, for the gradient: in mixed precision not all cases are ever converted."""
+        return self.rows if self.s.dtype == self.dtype else self._abar(self.x, self.s.dtype)
+
+    def first_rows(self, n: int) -> Tensor:
+        """The first n of `rows`, without forming the others."""
+        return self.rows[:n] if self.s.dtype == self.dtype else self._abar(self.x[:n], self.dtype)
+
+    def _abar(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.layer.rule.inputs(self.layer.info, x.to(dtype))
 
     @property
     def overwritten(self) -> bool:
@@ -252,7 +264,7 @@ class Linearization:
         for index, (chunk, v) in enumerate(zip(self._chunks, vectors, strict=True)):
             gradients = _layer_gradients(chunk, v, retain=False)
             for call, g, block in zip(chunk.calls, gradients, out.blocks, strict=True):
-                call.layer.rule.gradient(call.rows, g, block, accumulate=index > 0)
+                call.layer.rule.gradient(call.low_rows, g, block, accumulate=index > 0)
         return out
 
     def jvp(
@@ -330,8 +342,8 @@ def _tangent_forward(layer: Layer, calls: list[Call], blocks: list[Tensor], n: i
 
     def forward(input: Tensor) -> Tensor:  # the name nn.Linear.forward has, for keyword calls
         x, dx = _unpack(input)
-        s = _first([call.s for call in calls], n, k).to(calls[0].dtype) if known else layer.rule.primal(layer.module, x)
-        tangent = layer.rule.tangent(layer.module, _first([call.rows for call in calls], n), dx, blocks)
+        s = _first(_outputs, calls, n, k).to(calls[0].dtype) if known else layer.rule.primal(layer.module, x)
+        tangent = layer.rule.tangent(layer.module, _first(Call.first_rows, calls, n), dx, blocks)
         return cast("Tensor", fwd.make_dual(s, tangent))  # type: ignore[no-untyped-call]  # torch has no types here
 
     return forward
@@ -350,11 +362,15 @@ def _unpack(dual: Tensor) -> tuple[Tensor, Tensor | None]:
     return primal, tangent
 
 
-def _first(parts: list[Tensor], n: int, copies: int = 1) -> Tensor:
-    """The first n rows of consecutive parts, several times over."""
+def _outputs(call: Call, n: int) -> Tensor:
+    return call.s[:n]
+
+
+def _first(of: Callable[[Call, int], Tensor], calls: list[Call], n: int, copies: int = 1) -> Tensor:
+    """What the first n cases have in consecutive chunks, several times over."""
     taken: list[Tensor] = []
-    for part in parts:
+    for call in calls:
         if n > 0:
-            taken.append(part[:n])
-        n -= part.shape[0]
+            taken.append(of(call, n))
+        n -= call.s.shape[0]
     return taken[0] if len(taken) * copies == 1 else torch.cat(taken * copies)

@@ -69,8 +69,8 @@ class LayerRule(ABC):
     @abstractmethod
     def gradient(
         self,
-        rows: Tensor,  # abar, as `inputs` gives it
-        g: Tensor,  # derivative by the module's output
+        rows: Tensor,  # abar, as `inputs` gives it, in the dtype of g
+        g: Tensor,  # derivative by the module's output; in mixed precision not in the dtype of out
         out: Tensor,  # (d_out, d_in)
         *,
         accumulate: bool,
