@@ -55,13 +55,14 @@ class Call:
         return self._abar(self.x, self.dtype)
 
     @property
-    def low_rows(self) -> Tensor:
-        """abar in the dtype of the pass, for the gradient: in mixed precision not all cases are ever converted."""
+    def gradient_rows(self) -> Tensor:
+        """abar in the dtype of the pass: in mixed precision not all cases are ever converted."""
         return self.rows if self.s.dtype == self.dtype else self._abar(self.x, self.s.dtype)
 
     def first_rows(self, n: int) -> Tensor:
-        """The first n of `rows`, without forming the others."""
-        return self.rows[:n] if self.s.dtype == self.dtype else self._abar(self.x[:n], self.dtype)
+        """The first n of `rows`; in mixed precision the others are not formed for it."""
+        whole = self.s.dtype == self.dtype or n >= self.x.shape[0]
+        return self.rows[:n] if whole else self._abar(self.x[:n], self.dtype)
 
     def _abar(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return self.layer.rule.inputs(self.layer.info, x.to(dtype))
@@ -264,7 +265,7 @@ class Linearization:
         for index, (chunk, v) in enumerate(zip(self._chunks, vectors, strict=True)):
             gradients = _layer_gradients(chunk, v, retain=False)
             for call, g, block in zip(chunk.calls, gradients, out.blocks, strict=True):
-                call.layer.rule.gradient(call.low_rows, g, block, accumulate=index > 0)
+                call.layer.rule.gradient(call.gradient_rows, g, block, accumulate=index > 0)
         return out
 
     def jvp(
