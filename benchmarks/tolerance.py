@@ -49,7 +49,7 @@ def _decrease(optimizer: KFAC, update: Sequence[Tensor], x: Tensor) -> float:
     proposal = BlockVector.zeros(optimizer.linearizer.layers)
     for block, value in zip(proposal.blocks, update, strict=True):
         block.copy_(-value)
-    M, b = optimizer._model(batch, [proposal], grad)
+    M, b = optimizer._model(optimizer._local(batch, grad), [proposal])
     return float(-model_value(M, b, optimizer.momentum.coefficients(M, b)))
 
 

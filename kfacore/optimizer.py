@@ -16,10 +16,12 @@ from kfacore.config.slots import ApproxConfig, DampingConfig, EstimatorConfig, L
 from kfacore.errors import ConfigError
 from kfacore.guards import check_form, require_finite, require_state
 from kfacore.linearize import BlockVector, Linearization, Linearizer
+from kfacore.local import LocalModel, combine
 from kfacore.nest import cases_of, map_nest
+from kfacore.objective import mean_losses, penalty
 from kfacore.options import KFACConfig, complete
 from kfacore.preconditioner import Preconditioner
-from kfacore.quadratic import fisher_gram, model_value, on_planes, symmetric_gram
+from kfacore.quadratic import model_value
 from kfacore.registry import get_registry
 from kfacore.roles.approx import Approximation, Inverse, Notice
 from kfacore.roles.damping import Damping
@@ -112,6 +114,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         self._grad: BlockVector | None = None
         self._delta: BlockVector | None = None
         self._proposals: list[BlockVector] = []
+        self._spare: list[BlockVector] = []
         torch.optim.Optimizer.__init__(self, parameters, {"weight_decay": float(eta)})
 
     @classmethod
@@ -180,7 +183,9 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         m = cases_of(inputs)
         self._follow_weight_decay()
         adapts = self.damping.adapts(k)
-        batch = self.linearizer(inputs, self.estimator.cases(m), None if adapts else low)
+        steps = self.momentum.iterations(m)
+        pulled = self.momentum.cases(m) if steps > 1 else 0
+        batch = self.linearizer(inputs, self.estimator.cases(m), None if adapts or steps > 1 else low, pulled)
         targets = self._check_targets(targets, m, batch.statistics_outputs())
         loss, objective, error = self._objective(batch, targets)
 
@@ -193,11 +198,13 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         if k == 1:
             self.damping.observe(mean_diagonal(samples))
             gammas = self.damping.candidates(k)
-        grad = self._gradient(batch, targets)
+        grad = self._gradient(batch, targets, retain=steps > 1)
 
         candidates, notices, refreshed = self._inverses(preconditioner, gammas, k)
         proposals = self._propose([inverse for _, inverse in candidates], grad)
-        M, b = self._model(batch, proposals, grad)
+        local = self._local(batch, grad)
+        used = self.momentum.uses_model or self.damping.uses_model or steps > 1
+        M, b = self._model(local, proposals, used)
         x = self.momentum.coefficients(M, b)
         values = model_value(M, b, x)
 
@@ -209,20 +216,26 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             preconditioner.use(inverse)
             self.damping.choose(gamma)
         lam, (alpha, mu), value = self.damping.lam, x[best], values[best]
+        further = None
+        if steps > 1:
+            further = self._copy_of_delta()
+            further.combine(mu, proposals[best], alpha)
+            previous = local.J[len(proposals) :].sum(0)  # zero in the first step, which has none
+            Jdelta = combine(alpha, local.J[best], mu, previous)
+            value = value + local.go_on(further, Jdelta, inverse, self.momentum, steps - 1, self._spare[1:])
         if adapts or refreshed:
             self._require_finite("quadratic model", value, inputs, targets)
-        self._take(proposals[best], alpha, mu)
+        self._take(further, proposals[best], alpha, mu)
 
         self.steps = k
         rho = self._adapt(inputs, targets, objective, value) if adapts else None
-        has_model = self.momentum.uses_model or self.damping.uses_model
         return StepReport(
             step=k,
             batch_size=m,
             loss=loss,
             objective=objective,
             error=error,
-            model_value=value if has_model else None,
+            model_value=value if used else None,
             rho=rho,
             lam=lam,
             gamma=gamma,
@@ -251,19 +264,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
 
     def _objective(self, batch: Linearization, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """loss, h = loss + eta/2 ||theta||^2, and the reported error, at the parameters of the forward pass."""
-        loss, error = self._losses(batch.outputs(), targets)
-        return loss, loss + self._penalty(), error
-
-    def _losses(self, outputs: list[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
-        losses, errors = [], []
-        for z, y in zip(outputs, torch.split(targets, [len(z) for z in outputs]), strict=True):
-            losses.append(self.likelihood.nll(z, y).sum(dtype=torch.float64))
-            errors.append(self.likelihood.error(z, y).sum(dtype=torch.float64))
-        return torch.stack(losses).sum() / len(targets), torch.stack(errors).sum() / len(targets)
-
-    def _penalty(self) -> Tensor:
-        norms = torch._foreach_norm(self._parameters())
-        return 0.5 * self.weight_decay * torch.stack(norms).double().square().sum()
+        loss, error = mean_losses(self.likelihood, batch.outputs(), targets)
+        return loss, loss + penalty(self._parameters(), self.weight_decay), error
 
     def _parameters(self) -> list[Tensor]:
         """The parameters in execution order, aligned with the parts of a `BlockVector`, without their graph."""
@@ -289,13 +291,13 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             self._grad, self._delta = self._vector(), self._vector()
         return self.preconditioner
 
-    def _gradient(self, batch: Linearization, targets: Tensor) -> BlockVector:
+    def _gradient(self, batch: Linearization, targets: Tensor, *, retain: bool = False) -> BlockVector:
         """Grad h = mean of J^T (d nll / dz) + eta theta."""
         assert self._grad is not None
         outputs = batch.outputs()
         parts = torch.split(targets, [len(z) for z in outputs])
         vectors = [self.likelihood.residual(z, y) / batch.cases for z, y in zip(outputs, parts, strict=True)]
-        grad = batch.gradient(vectors, self._grad)
+        grad = batch.gradient(vectors, self._grad, retain=retain)
         torch._foreach_add_(grad.parts, self._parameters(), alpha=self.weight_decay)
         return grad
 
@@ -315,38 +317,40 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             proposal.flat.neg_()
         return proposals
 
-    def _model(self, batch: Linearization, proposals: list[BlockVector], grad: BlockVector) -> tuple[Tensor, Tensor]:
-        """M and b on (Delta, delta_prev) for each candidate; zeros if no part uses the model."""
+    def _local(self, batch: Linearization, grad: BlockVector) -> LocalModel:
+        n = self.momentum.cases(batch.cases)
+        return LocalModel(batch, self.likelihood, grad, self.damping.lam + self.weight_decay, n)
+
+    def _model(self, local: LocalModel, proposals: list[BlockVector], used: bool = True) -> tuple[Tensor, Tensor]:
+        """M and b on (Delta, delta_prev) for each candidate; zeros if nothing uses the model."""
         assert self._delta is not None
-        c = len(proposals)
-        if not (self.momentum.uses_model or self.damping.uses_model):
-            empty = grad.flat.new_zeros(c, 2, 2, dtype=torch.float64)
+        if not used:
+            empty = self._delta.flat.new_zeros(len(proposals), 2, 2, dtype=torch.float64)
             return empty, empty[:, 0]
         moving = self.momentum.uses_previous and self.steps > 0
-        directions = [*proposals, self._delta] if moving else proposals
-        n = self.momentum.cases(batch.cases)
-        z = torch.cat(batch.outputs())[:n]
-        gram = fisher_gram(self.likelihood, z, batch.jvp([v.blocks for v in directions], n))
-        inner = symmetric_gram(lambda i, j: torch.dot(directions[i].flat, directions[j].flat), len(directions))
-        M = gram + (self.damping.lam + self.weight_decay) * inner
-        b = torch.stack([torch.dot(v.flat, grad.flat) for v in directions]).double()
-        if not moving:
-            M = nn.functional.pad(M, (0, 1, 0, 1))
-            b = nn.functional.pad(b, (0, 1))
-        return on_planes(M, b)
+        return local.planes([*proposals, self._delta] if moving else proposals, last=moving)
 
-    def _take(self, proposal: BlockVector, alpha: Tensor, mu: Tensor) -> None:
-        """delta <- alpha Delta + mu delta, theta <- theta + delta. Always: the method has no rejection."""
+    def _copy_of_delta(self) -> BlockVector:
+        """The previous step beside itself: what is made of it may turn out not to be finite."""
         assert self._delta is not None
-        delta = self._delta.flat
-        delta.mul_(mu.to(delta.dtype)).addcmul_(proposal.flat, alpha.to(delta.dtype))
+        self._spare = self._spare or [self._vector() for _ in range(4)]
+        self._spare[0].flat.copy_(self._delta.flat)
+        return self._spare[0]
+
+    def _take(self, further: BlockVector | None, proposal: BlockVector, alpha: Tensor, mu: Tensor) -> None:
+        """Theta <- theta + delta. Always: the method has no rejection."""
+        assert self._delta is not None
+        if further is None:
+            self._delta.combine(mu, proposal, alpha)
+        else:
+            self._delta.flat.copy_(further.flat)
         torch._foreach_add_(self._parameters(), self._delta.parts)
 
     def _adapt(self, inputs: Any, targets: Tensor, before: Tensor, predicted: Tensor) -> Tensor:
         """rho = (h(theta + delta) - h(theta)) / model value on the same mini-batch; -inf if h went up."""
         with torch.no_grad():
-            loss, _ = self._losses([self.model(inputs)], targets)
-        change = loss + self._penalty() - before
+            loss, _ = mean_losses(self.likelihood, [self.model(inputs)], targets)
+        change = loss + penalty(self._parameters(), self.weight_decay) - before
         rho = torch.where(change > 0, -torch.inf, change / predicted)
         self.damping.adapt(rho)
         return rho
@@ -392,7 +396,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         if self.preconditioner is not None:
             self.preconditioner.discard()
         self.preconditioner = self._grad = self._delta = None
-        self._proposals = []
+        self._proposals, self._spare = [], []
         if own["preconditioner"] is not None:
             moved = map_nest(lambda tensor: tensor.to(device), own["preconditioner"])
             self._prepare().load_state_dict(moved)

@@ -46,9 +46,9 @@ class RecordingKFAC(KFAC):
         self.record["gammas"] = [float(gamma) for gamma, _ in result[0]]
         return result
 
-    def _model(self, batch: Any, proposals: Any, grad: Any) -> tuple[Tensor, Tensor]:
-        M, b = super()._model(batch, proposals, grad)
-        self.record["grad"] = grad.flat.clone()
+    def _model(self, local: Any, proposals: Any, used: bool = True) -> tuple[Tensor, Tensor]:
+        M, b = super()._model(local, proposals, used)
+        self.record["grad"] = local.grad.flat.clone()
         self.record["proposals"] = [proposal.flat.clone() for proposal in proposals]
         self.record["values"] = model_value(M, b, self.momentum.coefficients(M, b)).tolist()
         return M, b

@@ -50,7 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "gamma_rule": "compared",
             "pi": "layer",
         },
-        "momentum": {"kind": "quadratic-model", "tau2": 1.0, "min_cases": 1},
+        "momentum": {"kind": "quadratic-model", "tau2": 1.0, "min_cases": 1, "iterations": 1},
         "weight_decay": 1e-5,
         "batch": {"schedule": "exponential", "start": 1000, "target_step": 500, "sampling": "independent"},
         "averaging": {"start": 200, "decay": 0.99},

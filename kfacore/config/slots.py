@@ -128,6 +128,10 @@ class MomentumConfig(SlotConfig):
     """Share of the mini-batch, its first cases, used for the quadratic model (tau_2)."""
     min_cases: Annotated[int, Field(strict=True, ge=1)] = 1
     """No fewer cases than this for the quadratic model, whatever tau2 says; all of a mini-batch that has fewer."""
+    iterations: Annotated[int, Field(strict=True, ge=1)] = 1
+    """Steps taken on the quadratic model before the parameters move, all with its one gradient; 1 is the paper's."""
+    iterations_from: Annotated[int, Field(strict=True, ge=1)] = 1
+    """Mini-batches with fewer cases than this take one such step, whatever iterations says."""
 
 
 class OptimizerConfig(SlotConfig):

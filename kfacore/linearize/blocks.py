@@ -49,6 +49,11 @@ class BlockVector:
         torch._foreach_copy_(self.blocks, list(blocks))
         return self
 
+    def combine(self, mu: Tensor, other: BlockVector, alpha: Tensor) -> BlockVector:
+        """Mu times itself plus alpha times another vector, in place, for scalars on the device; returns self."""
+        self.flat.mul_(mu.to(self.flat.dtype)).addcmul_(other.flat, alpha.to(self.flat.dtype))
+        return self
+
 
 def _stride(d_in: int) -> int:
     """Entries from one row of a block to the next."""

@@ -123,7 +123,7 @@ class Linearizer:
         self.ordered = True
 
     def __call__(
-        self, inputs: Any, statistics_cases: int | None = None, low: torch.dtype | None = None
+        self, inputs: Any, statistics_cases: int | None = None, low: torch.dtype | None = None, pulled_cases: int = 0
     ) -> Linearization:
         """Run the forward pass.
 
@@ -131,6 +131,7 @@ class Linearizer:
             inputs: Any nest of tensors whose first dimension is the case.
             statistics_cases: How many of the first cases the estimator will use; all if left out.
             low: Run forward and backward passes under autocast to this dtype.
+            pulled_cases: How many of the first cases `Linearization.pull_back` will be asked for.
 
         Raises:
             UnsupportedModelError: A layer was used twice or not at all, the layers' order changed, cases are mixed,
@@ -139,7 +140,7 @@ class Linearizer:
         self._require_same_parameters()
         m = cases_of(inputs)
         n = m if statistics_cases is None else statistics_cases
-        bounds = [0, n, m] if n < m else [0, m]
+        bounds = sorted({0, n, max(n, pulled_cases), m})
         chunks = [self._forward(slice_cases(inputs, a, b), low) for a, b in pairwise(bounds)]
         linearization = Linearization(self, inputs, chunks)
         modes = tuple(module.training for module in self.model.modules())
@@ -255,18 +256,36 @@ class Linearization:
         self,
         vectors: Sequence[Tensor],  # (n_c, o) a chunk
         out: BlockVector,
+        *,
+        retain: bool = False,
     ) -> BlockVector:
-        """J^T v summed over all cases, written into ``out``. Frees the graph: the last use of backward passes.
+        """J^T v summed over cases, written into ``out``.
 
         Args:
-            vectors: Derivatives by z of each chunk of `outputs`.
+            vectors: Derivatives by z of each chunk of `outputs`; the last chunks may be left out.
             out: Receives the result.
+            retain: Keep the graph for further backward passes; otherwise this is the last use of them.
         """
-        for index, (chunk, v) in enumerate(zip(self._chunks, vectors, strict=True)):
-            gradients = _layer_gradients(chunk, v, retain=False)
+        for index, (chunk, v) in enumerate(zip(self._chunks, vectors, strict=False)):
+            gradients = _layer_gradients(chunk, v, retain=retain)
             for call, g, block in zip(chunk.calls, gradients, out.blocks, strict=True):
                 call.layer.rule.gradient(call.gradient_rows, g, block, accumulate=index > 0)
         return out
+
+    def pull_back(
+        self,
+        v: Tensor,  # (n, o)
+        out: BlockVector,
+    ) -> BlockVector:
+        """J^T v summed over the first n cases, written into ``out``; keeps the graph, which `gradient` must retain."""
+        parts: list[Tensor] = []
+        for chunk in self._chunks:
+            if v.shape[0] == 0:
+                break
+            size = chunk.z.shape[0]
+            parts.append(nn.functional.pad(v[:size], (0, 0, 0, max(0, size - v.shape[0]))))
+            v = v[size:]
+        return self.gradient(parts, out, retain=True)
 
     def jvp(
         self,

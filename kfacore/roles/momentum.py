@@ -30,6 +30,10 @@ class Momentum(Part):
         """Cases of the quadratic model, ceil(tau_2 m), or ``min_cases`` if that is more."""
         return share_of(batch_size, self.config.tau2, self.config.min_cases)
 
+    def iterations(self, batch_size: int) -> int:
+        """Steps on the quadratic model of a mini-batch of this size."""
+        return self.config.iterations if batch_size >= self.config.iterations_from else 1
+
     @abstractmethod
     def coefficients(
         self,
