@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kfac_plugins.likelihoods.bernoulli import Bernoulli
 from kfacore import KFAC
-from kfacore.errors import ConfigError
+from kfacore.errors import ConfigError, NumericalError
 from kfacore.linearize import BlockVector, Linearizer
 from kfacore.local import LocalModel
 
@@ -196,6 +196,24 @@ def test_mixed_precision_waits_for_steps_of_one_iteration() -> None:
         thetas.append(whole)
     assert torch.equal(thetas[0][0], thetas[1][0])
     assert not torch.equal(thetas[0][1], thetas[1][1])
+
+
+def test_steps_that_are_not_finite_move_nothing_in_a_refresh_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the parameters nor the previous step, so that the next mini-batch starts from where this one did."""
+    kfac = optimizer(dense.net(SIZES), 3)
+    kfac.step(*data())
+    assert kfac._delta is not None
+    before, delta = dense.theta(kfac.model).clone(), kfac._delta.flat.clone()
+    original = LocalModel.go_on
+
+    def overflow(self: LocalModel, further: BlockVector, *given: Any) -> Tensor:
+        return original(self, further, *given) + further.flat.fill_(torch.inf)[0]
+
+    monkeypatch.setattr(LocalModel, "go_on", overflow)
+    with pytest.raises(NumericalError, match="step 2: the quadratic model is not finite"):
+        kfac.step(*data(seed=1))
+    assert torch.equal(dense.theta(kfac.model), before)
+    assert torch.equal(kfac._delta.flat, delta)
 
 
 @pytest.mark.parametrize(("key", "value"), [("iterations", 0), ("iterations", 1.5), ("iterations_from", 0)])
