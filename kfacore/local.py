@@ -8,6 +8,7 @@ F the exact Fisher on the first cases of a mini-batch (method, section 4; paper,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,11 @@ class LocalModel:
         self._likelihood = likelihood
         self._damping = damping
         self._cases = cases
-        self._z = torch.cat(batch.outputs())[:cases]
+
+    @cached_property
+    def _z(self) -> Tensor:
+        """Outputs of the cases; formed only where the model is used."""
+        return torch.cat(self._batch.outputs())[: self._cases]
 
     def push(self, directions: Sequence[BlockVector]) -> Tensor:  # (k, n, o)
         """J v for each direction, in one pass."""
@@ -82,7 +87,7 @@ class LocalModel:
         """A delta + grad, written into ``out``: one backward pass."""
         v = self._likelihood.fisher_product(self._z, Jdelta.unsqueeze(0))[0] / self._cases
         self._batch.pull_back(v, out)
-        out.flat.add_(self.grad.flat).add_(delta.flat * self._damping.to(delta.flat.dtype))
+        out.flat.add_(self.grad.flat).addcmul_(delta.flat, self._damping.to(delta.flat.dtype))
         return out
 
     def go_on(

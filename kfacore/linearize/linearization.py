@@ -259,18 +259,14 @@ class Linearization:
         *,
         retain: bool = False,
     ) -> BlockVector:
-        """J^T v summed over cases, written into ``out``.
+        """J^T v summed over all cases, written into ``out``.
 
         Args:
-            vectors: Derivatives by z of each chunk of `outputs`; the last chunks may be left out.
+            vectors: Derivatives by z of each chunk of `outputs`.
             out: Receives the result.
             retain: Keep the graph for further backward passes; otherwise this is the last use of them.
         """
-        for index, (chunk, v) in enumerate(zip(self._chunks, vectors, strict=False)):
-            gradients = _layer_gradients(chunk, v, retain=retain)
-            for call, g, block in zip(chunk.calls, gradients, out.blocks, strict=True):
-                call.layer.rule.gradient(call.gradient_rows, g, block, accumulate=index > 0)
-        return out
+        return _accumulate(self._chunks, vectors, out, retain=retain)
 
     def pull_back(
         self,
@@ -285,7 +281,7 @@ class Linearization:
             size = chunk.z.shape[0]
             parts.append(nn.functional.pad(v[:size], (0, 0, 0, max(0, size - v.shape[0]))))
             v = v[size:]
-        return self.gradient(parts, out, retain=True)
+        return _accumulate(self._chunks[: len(parts)], parts, out, retain=True)
 
     def jvp(
         self,
@@ -354,6 +350,15 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _layer_gradients(chunk: Chunk, v: Tensor, *, retain: bool) -> Sequence[Tensor]:
     """g of each layer for output vectors v."""
     return torch.autograd.grad(chunk.z, [call.edge for call in chunk.calls], v.to(chunk.z.dtype), retain_graph=retain)
+
+
+def _accumulate(chunks: list[Chunk], vectors: Sequence[Tensor], out: BlockVector, *, retain: bool) -> BlockVector:
+    """J^T v summed over chunks."""
+    for index, (chunk, v) in enumerate(zip(chunks, vectors, strict=True)):
+        gradients = _layer_gradients(chunk, v, retain=retain)
+        for call, g, block in zip(chunk.calls, gradients, out.blocks, strict=True):
+            call.layer.rule.gradient(call.gradient_rows, g, block, accumulate=index > 0)
+    return out
 
 
 def _tangent_forward(layer: Layer, calls: list[Call], blocks: list[Tensor], n: int) -> Callable[[Tensor], Tensor]:
