@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.contenders import APPROXIMATIONS, DEFAULTS, kfac
 from benchmarks.nets import NETS, build
 from benchmarks.report import Report
-from kfacore.cores import torch_threads
+from kfacore.parallel.cores import torch_threads
 
 __all__ = ["Launches", "main", "measure"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kfacore.models import autoencoder, sparse_init
+from kfacore.lab.models import autoencoder, sparse_init
 from kfacore.registry import get_registry
 
 __all__ = ["NETS", "build", "build_chain", "images"]

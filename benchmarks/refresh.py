@@ -20,8 +20,8 @@ from benchmarks.contenders import APPROXIMATIONS, Batches, kfac, kfac_step
 from benchmarks.interleave import interleave
 from benchmarks.nets import NETS, build
 from benchmarks.report import Report
-from kfacore.cores import on_each_core
-from kfacore.moments import InputFactor, OutputFactor
+from kfacore.curvature.moments import InputFactor, OutputFactor
+from kfacore.parallel.cores import on_each_core
 
 __all__ = ["main", "measure"]
 

@@ -21,10 +21,10 @@ from benchmarks.contenders import Batches, kfac, kfac_step
 from benchmarks.nets import NETS, build
 from benchmarks.report import Report
 from kfacore import KFAC
-from kfacore.linearize import BlockVector
-from kfacore.quadratic import model_value
+from kfacore.network import BlockVector
+from kfacore.optim.quadratic import model_value
 from kfacore.registry import get_registry
-from kfacore.roles.approx import Inverse
+from kfacore.roles.inverse import Inverse
 
 __all__ = ["main", "measure"]
 

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kfacore.curvature.preconditioner import Preconditioner
     from kfacore.errors import (
         ConfigError,
         DataError,
@@ -19,9 +20,8 @@ if TYPE_CHECKING:
         ResourceError,
         UnsupportedModelError,
     )
-    from kfacore.optimizer import KFAC
-    from kfacore.options import KFACConfig
-    from kfacore.preconditioner import Preconditioner
+    from kfacore.optim.kfac import KFAC
+    from kfacore.optim.options import KFACConfig
     from kfacore.roles.optimizer import StepReport
 
 __version__ = "0.1.0"
@@ -41,9 +41,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "KFAC": "kfacore.optimizer",
-    "KFACConfig": "kfacore.options",
-    "Preconditioner": "kfacore.preconditioner",
+    "KFAC": "kfacore.optim.kfac",
+    "KFACConfig": "kfacore.optim.options",
+    "Preconditioner": "kfacore.curvature.preconditioner",
     "StepReport": "kfacore.roles.optimizer",
 }
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import pluggy
 
-from kfacore.config.slots import (
+from kfacore.schema.slots import (
     ApproxConfig,
     DampingConfig,
     EstimatorConfig,

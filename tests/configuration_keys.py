@@ -10,12 +10,12 @@ from typing import Any
 
 from pydantic import create_model
 
-from kfacore.config.describe import KeyHelp, describe
-from kfacore.config.resolve import SLOT_DEFAULTS
-from kfacore.config.run import SECTIONS, RunConfig
-from kfacore.config.slots import Model
+from kfacore.lab.config.resolve import SLOT_DEFAULTS
+from kfacore.lab.config.run import SECTIONS, RunConfig
 from kfacore.plugin import SLOTS, Component
 from kfacore.registry import get_registry
+from kfacore.schema.describe import KeyHelp, describe
+from kfacore.schema.slots import Model
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "configuration.md"
 

@@ -13,9 +13,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from kfacore.layers import LayerInfo
 from kfacore.plugin import PiRule
 from kfacore.roles import LayerSamples
+from kfacore.roles.block import Block
 
 Float = torch.float64
 
@@ -44,12 +44,12 @@ def linears(model: nn.Module) -> list[nn.Linear]:
     return [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
 
 
-def infos(model: nn.Module) -> list[LayerInfo]:
+def infos(model: nn.Module) -> list[Block]:
     names = {id(m): name for name, m in model.named_modules()}
     found = []
     for m in linears(model):
         bias = m.bias is not None and m.bias.requires_grad
-        found.append(LayerInfo(names[id(m)], m.in_features + bias, m.out_features, bias))
+        found.append(Block(names[id(m)], m.in_features + bias, m.out_features, bias))
     return found
 
 
@@ -57,7 +57,7 @@ def vec(blocks: Sequence[Tensor]) -> Tensor:
     return torch.cat([block.T.reshape(-1) for block in blocks])
 
 
-def unvec(vector: Tensor, layers: Sequence[LayerInfo]) -> list[Tensor]:
+def unvec(vector: Tensor, layers: Sequence[Block]) -> list[Tensor]:
     blocks, start = [], 0
     for layer in layers:
         blocks.append(vector[start : start + layer.size].reshape(layer.d_in, layer.d_out).T)

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from kfacore.config.resolve import resolve
+from kfacore.lab.config.resolve import resolve
+from kfacore.lab.training.loop import train
 from kfacore.registry import get_registry
-from kfacore.training.loop import train
 
 KEYS = ("train_loss", "train_error", "test_loss", "test_error")
 EVAL_KEYS = {*KEYS, *(f"averaged_{key}" for key in KEYS)}

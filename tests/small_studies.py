@@ -106,9 +106,9 @@ class ForkedZygote:
     """What `subprocess.Popen` is to the local executor, forked from this process."""
 
     def __init__(self, command: list[str], **options: Any) -> None:
-        from kfacore.studies.zygote import serve
+        from kfacore.lab.studies.zygote import serve
 
-        assert command[1:3] == ["-m", "kfacore.studies.zygote"]
+        assert command[1:3] == ["-m", "kfacore.lab.studies.zygote"]
         orders, to_zygote = os.pipe()
         from_zygote, answers = os.pipe()
         self.pid = os.fork()
@@ -133,9 +133,9 @@ class ForkedZygote:
 
 
 def _runner(order: dict[str, Any]) -> int:
+    from kfacore.lab.studies.config import read_study
+    from kfacore.lab.studies.runner import run_study
     from kfacore.registry import get_registry
-    from kfacore.studies.config import read_study
-    from kfacore.studies.runner import run_study
 
     config = read_study(order["file"], sets=["executor.workers=2", "executor.start=fork"])
     result = run_study(get_registry(), config, Path(order["out"]), **order["options"])
@@ -144,8 +144,8 @@ def _runner(order: dict[str, Any]) -> int:
 
 def _nest() -> None:
     import kfac_plugins.executors.local as local
-    import kfacore.studies.zygote as zygote
-    import kfacore.training.loop as loop
+    import kfacore.lab.studies.zygote as zygote
+    import kfacore.lab.training.loop as loop
 
     zygote._preload()
     loop.draw_run = lambda *_: ()

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from kfacore.studies.plan import PlannedRun, Study, Target, Variant, load_study
-from kfacore.studies.state import RunState, state_folder, write_outcome
+from kfacore.lab.studies.plan import PlannedRun, Study, Target, Variant, load_study
+from kfacore.lab.studies.state import RunState, state_folder, write_outcome
 
 STEPS = 40
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from kfac_plugins.approx import BlockTridiagonalConfig
 from kfac_plugins.approx.blockdiag import BlockDiagonal
 from kfac_plugins.approx.tridiag import BlockTridiagonal
-from kfacore.layers import LayerInfo
-from kfacore.moments import Moments
 from kfacore.plugin import PiRule
 from kfacore.roles import Approximation, Inverse, LayerSamples
+from kfacore.roles.block import Block
+from kfacore.roles.moment import Moments
 
 TOLERANCE = 1e-10
 NETS = {
@@ -32,7 +32,7 @@ GAMMAS = (0.03, 0.5, 3.0)
 
 @dataclass
 class Case:
-    layers: list[LayerInfo]
+    layers: list[Block]
     samples: list[LayerSamples]
     factors: dense.Kronecker
 
@@ -41,7 +41,7 @@ class Case:
 
 
 def damped(
-    approx: Approximation, layers: list[LayerInfo], samples: list[LayerSamples], gamma: float, *, pi: PiRule = "layer"
+    approx: Approximation, layers: list[Block], samples: list[LayerSamples], gamma: float, *, pi: PiRule = "layer"
 ) -> Inverse:
     moments = Moments(approx.moments, layers, samples[0].inputs)
     moments.update(samples, 0.95)
@@ -60,12 +60,12 @@ def tridiag(tolerance: float = 0.0) -> BlockTridiagonal:
     return BlockTridiagonal(BlockTridiagonalConfig(tolerance=tolerance))
 
 
-def offsets(layers: list[LayerInfo]) -> list[slice]:
+def offsets(layers: list[Block]) -> list[slice]:
     stops = [sum(layer.size for layer in layers[: i + 1]) for i in range(len(layers))]
     return [slice(a, b) for a, b in pairwise([0, *stops])]
 
 
-def off_tridiagonal(matrix: Tensor, layers: list[LayerInfo]) -> Tensor:
+def off_tridiagonal(matrix: Tensor, layers: list[Block]) -> Tensor:
     """The blocks |i - j| > 1, the others set to zero."""
     spans, result = offsets(layers), matrix.clone()
     for i, rows in enumerate(spans):

@@ -23,9 +23,9 @@ from small_runs import KEYS, run
 
 import kfacore.errors
 from kfac_cli.main import app
-from kfacore.config.presets import PRESETS
-from kfacore.config.resolve import resolve
+from kfacore.lab.config.resolve import resolve
 from kfacore.registry import get_registry, reset_registry
+from kfacore.schema.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from kfacore.config.explain import explain
 from kfacore.errors import nearest
 from kfacore.plugin import SLOTS, Component, kind_of
+from kfacore.schema.explain import explain
 
 __all__ = ["check_component"]
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from pydantic import ValidationError
 
-from kfacore.config.explain import explain
-from kfacore.config.slots import SlotConfig
 from kfacore.errors import ConfigError, KfacError, PluginError, nearest
 from kfacore.plugin import SLOTS, Component
 from kfacore.registry.discovery import Plugin, PluginStatus, discover
+from kfacore.schema.explain import explain
+from kfacore.schema.slots import SlotConfig
 
 if TYPE_CHECKING:
     from kfacore.roles import Approximation, Damping, Estimator, Executor, Likelihood, Momentum, Part, Problem, Sink

@@ -6,57 +6,74 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kfacore.roles.approx import Approximation, Factorisation, Inverse, Notice
+    from kfacore.roles.approx import Approximation, Factorisation
     from kfacore.roles.base import Part
+    from kfacore.roles.block import Block, Side
     from kfacore.roles.damping import Damping
-    from kfacore.roles.estimator import Estimator, LayerSamples
+    from kfacore.roles.estimator import Estimator
     from kfacore.roles.executor import Ended, Executor
+    from kfacore.roles.inverse import Inverse, Notice
+    from kfacore.roles.layer import Layer, Use
     from kfacore.roles.likelihood import Likelihood
+    from kfacore.roles.moment import Moment, Moments
     from kfacore.roles.momentum import Momentum
     from kfacore.roles.optimizer import Optimizer, StepReport
     from kfacore.roles.problem import Problem, ProblemData, Split
+    from kfacore.roles.samples import LayerSamples
     from kfacore.roles.sink import Sink
 
 __all__ = [
     "Approximation",
+    "Block",
     "Damping",
     "Ended",
     "Estimator",
     "Executor",
     "Factorisation",
     "Inverse",
+    "Layer",
     "LayerSamples",
     "Likelihood",
+    "Moment",
+    "Moments",
     "Momentum",
     "Notice",
     "Optimizer",
     "Part",
     "Problem",
     "ProblemData",
+    "Side",
     "Sink",
     "Split",
     "StepReport",
+    "Use",
 ]
 
 _HOMES = {
     "Approximation": "approx",
+    "Block": "block",
     "Damping": "damping",
     "Ended": "executor",
     "Estimator": "estimator",
     "Executor": "executor",
     "Factorisation": "approx",
-    "Inverse": "approx",
-    "LayerSamples": "estimator",
+    "Inverse": "inverse",
+    "Layer": "layer",
+    "LayerSamples": "samples",
     "Likelihood": "likelihood",
     "Momentum": "momentum",
-    "Notice": "approx",
+    "Moment": "moment",
+    "Moments": "moment",
+    "Notice": "inverse",
     "Optimizer": "optimizer",
     "Part": "base",
     "Problem": "problem",
     "ProblemData": "problem",
+    "Side": "block",
     "Sink": "sink",
     "Split": "problem",
     "StepReport": "optimizer",
+    "Use": "layer",
 }
 
 

@@ -7,87 +7,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from kfacore.config.slots import ApproxConfig, PiRule
-from kfacore.layers import LayerInfo
 from kfacore.roles.base import Part
+from kfacore.roles.block import Block
+from kfacore.roles.inverse import Inverse
+from kfacore.roles.moment import Moment, Moments
+from kfacore.schema.slots import ApproxConfig, PiRule
 
-if TYPE_CHECKING:
-    from kfacore.moments import Moment, Moments
-
-__all__ = ["Approximation", "Factorisation", "Inverse", "Notice"]
-
-
-@dataclass(frozen=True)
-class Notice:
-    """Something that must not pass in silence: a factor that needed double precision or more jitter.
-
-    Attributes:
-        layer: Name of the layer.
-        message: What happened and what was done.
-    """
-
-    layer: str
-    message: str
-
-    def __str__(self) -> str:
-        """Layer first, as people look for it."""
-        return f"{self.layer}: {self.message}"
-
-
-class Inverse(ABC):
-    """A damped approximation F-hat at one gamma, ready to be applied. Immutable.
-
-    Blocks are the layers' weight blocks (d_out, d_in), in execution order.
-    """
-
-    layers: Sequence[LayerInfo]
-    notices: tuple[Notice, ...] = ()
-
-    @abstractmethod
-    def solve(self, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """F-hat^-1 v."""
-
-    def solve_into(self, blocks: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-        """F-hat^-1 v written over ``out``; worth an implementation where it saves the copy."""
-        torch._foreach_copy_(list(out), self.solve(blocks))
-
-    @abstractmethod
-    def multiply(self, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """F-hat v, the inverse of `solve`."""
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers and containers from which the approximation's `load_inverse` restores it bit for bit."""
-
-    def dense(self, *, inverse: bool = True) -> Tensor:
-        """The matrix of `solve` (or of `multiply`), for small nets: parameters layer by layer, columns stacked.
-
-        Returns:
-            (P, P), in the blocks' dtype; vec stacks the columns of each (d_out, d_in) block.
-        """
-        apply = self.solve if inverse else self.multiply
-        probe = self._like()
-        total = sum(layer.size for layer in self.layers)
-        columns = []
-        for position in range(total):
-            unit = torch.zeros(total, dtype=probe.dtype, device=probe.device)
-            unit[position] = 1.0
-            blocks, start = [], 0
-            for layer in self.layers:
-                blocks.append(unit[start : start + layer.size].reshape(layer.d_in, layer.d_out).T)
-                start += layer.size
-            columns.append(torch.cat([block.T.reshape(-1) for block in apply(blocks)]))
-        return torch.stack(columns, dim=1)
-
-    @abstractmethod
-    def _like(self) -> Tensor:
-        """Any tensor of the inverse, for its dtype and device."""
+__all__ = ["Approximation", "Factorisation"]
 
 
 class Factorisation(ABC):
@@ -104,7 +34,7 @@ class Factorisation(ABC):
 
         Args:
             gamma: Strength, a scalar on the device.
-            pi: How gamma is split between the factors, see `kfacore.linalg.pi_of`.
+            pi: How gamma is split between the factors, see `kfacore.curvature.linalg.pi_of`.
 
         Raises:
             NumericalError: No factorisation of some layer's factor was finite; the message names the layer.
@@ -123,7 +53,7 @@ class Approximation(Part):
     moments: ClassVar[tuple[type[Moment], ...]]
     structure: ClassVar[Literal["any", "chain"]] = "any"
 
-    def check_layers(self, layers: Sequence[LayerInfo]) -> None:
+    def check_layers(self, layers: Sequence[Block]) -> None:
         """Refuse layers that this approximation cannot serve, before memory is taken; nothing by default.
 
         Args:
@@ -146,5 +76,5 @@ class Approximation(Part):
         """
 
     @abstractmethod
-    def load_inverse(self, state: Mapping[str, Any], layers: Sequence[LayerInfo]) -> Inverse:
+    def load_inverse(self, state: Mapping[str, Any], layers: Sequence[Block]) -> Inverse:
         """Restore an inverse of this approximation from its `Inverse.state_dict`, bit for bit."""

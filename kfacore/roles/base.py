@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC
 from typing import ClassVar
 
-from kfacore.config.slots import SlotConfig
 from kfacore.errors import ConfigError
+from kfacore.schema.slots import SlotConfig
 
 __all__ = ["Part"]
 

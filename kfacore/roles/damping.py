@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kfacore.config.slots import DampingConfig
 from kfacore.roles.base import Part
+from kfacore.schema.slots import DampingConfig
 
 __all__ = ["Damping"]
 

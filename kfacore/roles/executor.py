@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kfacore.config.slots import ExecutorConfig
 from kfacore.roles.base import Part
+from kfacore.schema.slots import ExecutorConfig
 
 __all__ = ["Ended", "Executor"]
 
@@ -33,7 +33,7 @@ class Ended:
 class Executor(Part):
     """Starts a process for each run and tells when it has ended.
 
-    Every process does the same thing: `kfacore.studies.worker.execute` with the study folder and the run's hash. It
+    Every process does the same thing: `kfacore.lab.studies.worker.execute` with the study folder and the run's hash. It
     claims the run, trains or resumes it, and writes how it ended; the exit code matters only where it could not.
 
     Life: `open` once, then `submit` and `poll` as often as needed, `close` once, also after an error.

@@ -10,8 +10,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from kfacore.config.slots import LikelihoodConfig
 from kfacore.roles.base import Part
+from kfacore.schema.slots import LikelihoodConfig
 
 __all__ = ["Likelihood"]
 

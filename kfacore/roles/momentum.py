@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kfacore.config.slots import MomentumConfig
-from kfacore.layers import share_of
 from kfacore.roles.base import Part
+from kfacore.roles.block import share_of
+from kfacore.schema.slots import MomentumConfig
 
 __all__ = ["Momentum"]
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kfacore.config.slots import ProblemConfig
 from kfacore.roles.base import Part
+from kfacore.schema.slots import ProblemConfig
 
 __all__ = ["Problem", "ProblemData", "Split"]
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kfacore.config.slots import SinkConfig
 from kfacore.roles.base import Part
+from kfacore.schema.slots import SinkConfig
 
 __all__ = ["Sink"]
 

@@ -16,13 +16,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfacore.config.slots import PiRule, literals_of
 from kfacore.errors import NumericalError
-from kfacore.layers import LayerInfo
-from kfacore.moments import Moment
-from kfacore.optimizer import KFAC
-from kfacore.roles.approx import Approximation, Inverse
-from kfacore.roles.estimator import LayerSamples
+from kfacore.optim.kfac import KFAC
+from kfacore.roles.approx import Approximation
+from kfacore.roles.block import Block
+from kfacore.roles.inverse import Inverse
+from kfacore.roles.moment import Moment
+from kfacore.roles.samples import LayerSamples
+from kfacore.schema.slots import PiRule, literals_of
 from kfacore.testing.base import ComponentSuite, devices, differs, reload, same
 from kfacore.testing.cases import ApproxCase, chain_case, feed
 
@@ -57,7 +58,7 @@ class ApproxSuite(ComponentSuite):
             case: Statistics; `ApproxCase.input_factor`, `ApproxCase.output_factor` and `ApproxCase.damped` give
                 second moments, `ApproxCase.per_case` the gradients of each case.
             gamma: Strength of damping.
-            pi: How gamma is split, see `kfacore.linalg.pi_of`.
+            pi: How gamma is split, see `kfacore.curvature.linalg.pi_of`.
         """
         # Not an abstract method: pytest would meet a TypeError in every test, not a sentence in those that compare.
         raise NotImplementedError(f"{type(self).__name__} must define fisher(case, gamma, pi=...), the dense F-hat")
@@ -296,7 +297,7 @@ class ApproxSuite(ComponentSuite):
         approx: Approximation = self.build()
         assert approx.moments, "an approximation without moments sees no statistics"
         wrong = [kind for kind in approx.moments if not (isinstance(kind, type) and issubclass(kind, Moment))]
-        assert not wrong, f"moments must be subclasses of kfacore.moments.Moment, found {wrong}"
+        assert not wrong, f"moments must be subclasses of kfacore.curvature.moments.Moment, found {wrong}"
         assert approx.structure in ("any", "chain"), f"structure is 'any' or 'chain', found {approx.structure!r}"
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -383,7 +384,7 @@ def _scaled(case: ApproxCase, factor: float) -> ApproxCase:
     return ApproxCase(case.layers, batches)
 
 
-def _rows_first(layers: list[LayerInfo]) -> Tensor:
+def _rows_first(layers: list[Block]) -> Tensor:
     """Where each entry of the column-stacked vector lies in the row-stacked one."""
     found, start = [], 0
     for layer in layers:
@@ -392,7 +393,7 @@ def _rows_first(layers: list[LayerInfo]) -> Tensor:
     return torch.cat(found)
 
 
-def _worst_block(difference: Tensor, wanted: Tensor, layers: list[LayerInfo]) -> str:
+def _worst_block(difference: Tensor, wanted: Tensor, layers: list[Block]) -> str:
     """The pair of layers whose block differs most."""
     sizes = [layer.size for layer in layers]
     rows = [torch.split(row, sizes, dim=1) for row in torch.split(difference, sizes)]

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfacore.config.slots import SlotConfig
 from kfacore.errors import ConfigError
 from kfacore.plugin import Component
 from kfacore.registry import get_registry
+from kfacore.schema.slots import SlotConfig
 
 __all__ = ["ComponentSuite", "devices", "differs", "reload", "same"]
 

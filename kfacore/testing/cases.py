@@ -14,11 +14,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kfacore.config.slots import PiRule
-from kfacore.layers import LayerInfo
-from kfacore.moments import Moments
 from kfacore.roles.approx import Approximation
-from kfacore.roles.estimator import LayerSamples
+from kfacore.roles.block import Block
+from kfacore.roles.moment import Moments
+from kfacore.roles.samples import LayerSamples
+from kfacore.schema.slots import PiRule
 
 __all__ = ["ApproxCase", "chain_case"]
 
@@ -32,7 +32,7 @@ class ApproxCase:
         batches: One entry a mini-batch: what each layer saw.
     """
 
-    layers: list[LayerInfo]
+    layers: list[Block]
     batches: list[list[LayerSamples]]
 
     @property
@@ -132,7 +132,7 @@ def chain_case(
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     pairs = list(pairwise(sizes))
-    layers = [LayerInfo(f"layer{i}", a + bias, b, bias) for i, (a, b) in enumerate(pairs)]
+    layers = [Block(f"layer{i}", a + bias, b, bias) for i, (a, b) in enumerate(pairs)]
     weights = [draw(b, a) / a**0.5 for a, b in pairs]
     found = []
     for _ in range(batches):

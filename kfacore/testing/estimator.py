@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfacore.layers import share_of
-from kfacore.linearize import Linearizer
+from kfacore.network import Linearizer
 from kfacore.registry import get_registry
-from kfacore.roles.estimator import Estimator, LayerSamples
+from kfacore.roles.block import share_of
+from kfacore.roles.estimator import Estimator
 from kfacore.roles.likelihood import Likelihood
+from kfacore.roles.samples import LayerSamples
 from kfacore.testing.base import ComponentSuite, devices, differs, same
 
 __all__ = ["EstimatorSuite"]
@@ -121,7 +122,7 @@ class EstimatorSuite(ComponentSuite):
 
     def _collect(self, estimator: Estimator, x: Tensor, y: Tensor, seed: int = 0) -> list[LayerSamples]:
         batch = Linearizer(_model())(x, estimator.cases(len(x)))
-        return estimator.collect(batch, y, _likelihood("gaussian"), torch.Generator().manual_seed(seed))
+        return batch.samples(estimator, y, _likelihood("gaussian"), torch.Generator().manual_seed(seed))
 
 
 def _likelihood(name: str) -> Likelihood:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from kfacore.lab.studies.config import read_study
+from kfacore.lab.studies.folder import plan_into, write_planned
+from kfacore.lab.studies.plan import Study
+from kfacore.lab.studies.state import read_journal, read_state
 from kfacore.registry import get_registry
 from kfacore.roles.executor import Ended, Executor
-from kfacore.studies.config import read_study
-from kfacore.studies.folder import plan_into, write_planned
-from kfacore.studies.plan import Study
-from kfacore.studies.state import read_journal, read_state
 from kfacore.testing.base import ComponentSuite
 
 __all__ = ["ExecutorSuite"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfacore.layers import share_of
-from kfacore.quadratic import model_value
+from kfacore.optim.quadratic import model_value
+from kfacore.roles.block import share_of
 from kfacore.roles.momentum import Momentum
 from kfacore.testing.base import ComponentSuite, differs
 

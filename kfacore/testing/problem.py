@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from kfacore.config.resolve import resolve
-from kfacore.config.slots import ProblemConfig
-from kfacore.data.validation import check
 from kfacore.errors import ConfigError, DataError, UnsupportedModelError
-from kfacore.linearize import Linearizer
+from kfacore.lab.config.resolve import resolve
+from kfacore.lab.data.validation import check
+from kfacore.network import Linearizer
 from kfacore.registry import get_registry
 from kfacore.roles.problem import Problem, ProblemData
+from kfacore.schema.slots import ProblemConfig
 from kfacore.testing.base import ComponentSuite
 
 __all__ = ["ProblemSuite"]

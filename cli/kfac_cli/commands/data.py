@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from kfac_cli.answers import heading, print_json, table, warn_of_plugins
-from kfacore.data.fetch import mirrors_from
-from kfacore.data.places import cache_folder, search_folders
-from kfacore.data.status import DataStatus, FetchesData, ReportsData
 from kfacore.errors import ConfigError
+from kfacore.lab.data.fetch import mirrors_from
+from kfacore.lab.data.places import cache_folder, search_folders
+from kfacore.lab.data.status import DataStatus, FetchesData, ReportsData
 from kfacore.plugin import Component
 from kfacore.registry import get_registry
 

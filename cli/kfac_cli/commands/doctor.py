@@ -64,7 +64,7 @@ def _cores() -> int:
 
 def _data(registry: Registry) -> list[dict[str, Any]]:
     """State of the data of each problem that knows its files."""
-    from kfacore.data.status import ReportsData
+    from kfacore.lab.data.status import ReportsData
 
     found = []
     for component in registry.components("problem"):

@@ -14,9 +14,9 @@ from kfacore.errors import ConfigError
 from kfacore.registry import get_registry
 
 if TYPE_CHECKING:
-    from kfacore.config.run import RunConfig
-    from kfacore.diagnostics.inspection import Inspection
-    from kfacore.diagnostics.quality import UpdateQuality
+    from kfacore.lab.config.run import RunConfig
+    from kfacore.lab.diagnostics.inspection import Inspection
+    from kfacore.lab.diagnostics.quality import UpdateQuality
 
 __all__ = ["register"]
 
@@ -126,10 +126,10 @@ def _configure(
 ) -> RunConfig:
     """The configuration at initialisation, of the run, or of the net of the figures."""
     if run is not None:
-        from kfacore.training.resume import resume_config
+        from kfacore.lab.training.resume import resume_config
 
         return resume_config(get_registry(), run, flags={**flags, "preset": preset}, sets=sets or [], files=files or [])
-    from kfacore.config.resolve import resolve
+    from kfacore.lab.config.resolve import resolve
 
     if figure:
         if flags["problem"] not in (None, _PROBLEM_OF_FIGURES):
@@ -172,7 +172,7 @@ def _inspect(
     for name in wanted:
         registry.find("approx", name)  # a slip is answered before anything expensive
     out = out or (Path("inspect") if run is None else run / "inspect")
-    from kfacore.diagnostics.command import run_inspection
+    from kfacore.lab.diagnostics.command import run_inspection
 
     result, files = run_inspection(
         config,
@@ -195,7 +195,7 @@ def _inspect(
 
 
 def _figure(name: str, config: RunConfig, *, cases: int | None, out: Path | None, json: bool) -> None:
-    from kfacore.diagnostics.command import run_figure
+    from kfacore.lab.diagnostics.command import run_figure
 
     numbers, files = run_figure(name, config, get_registry(), cases=cases, out=out or Path("inspect"), say=_say)
     if json:

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kfacore.training.report import RunSummary
+    from kfacore.lab.training.report import RunSummary
 
 __all__ = ["register"]
 
@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
         json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
     ) -> None:
         """Compare runs: errors, steps, cases, seconds, and curves in one picture."""
-        from kfacore.training.report import compare
+        from kfacore.lab.training.report import compare
 
         rows, plots = compare(runs, target=target, measure=measure, out=out)
         if json:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kfac_cli.answers import print_json
-from kfacore.config.schema import run_config_schema
 from kfacore.errors import ConfigError, nearest
+from kfacore.lab.config.schema import run_config_schema
 from kfacore.registry import get_registry
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _study_schema(registry: Registry) -> dict[str, Any]:
-    from kfacore.studies.config import study_schema
+    from kfacore.lab.studies.config import study_schema
 
     return study_schema(registry)
 

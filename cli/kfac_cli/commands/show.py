@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from kfac_cli.answers import heading, print_json, table
-from kfacore.config.describe import describe
 from kfacore.errors import ConfigError
 from kfacore.plugin import SLOTS, Component
 from kfacore.registry import Registry, get_registry
+from kfacore.schema.describe import describe
 
 __all__ = ["register"]
 

@@ -15,9 +15,9 @@ import typer
 from kfacore.registry import get_registry
 
 if TYPE_CHECKING:
-    from kfacore.studies.plan import Study
-    from kfacore.studies.planner import Plan
-    from kfacore.studies.runner import StudyResult
+    from kfacore.lab.studies.plan import Study
+    from kfacore.lab.studies.planner import Plan
+    from kfacore.lab.studies.runner import StudyResult
 
 __all__ = ["register"]
 
@@ -62,9 +62,9 @@ def register(app: typer.Typer) -> None:
 
         Ctrl-C saves the runs under way and prints the command that goes on; a second one stops at once.
         """
-        from kfacore.studies.config import read_study
-        from kfacore.studies.folder import plan_into
-        from kfacore.studies.runner import run_study
+        from kfacore.lab.studies.config import read_study
+        from kfacore.lab.studies.folder import plan_into
+        from kfacore.lab.studies.runner import run_study
 
         given = [*(sets or []), *([f"executor.workers={workers}"] if workers is not None else [])]
         config = read_study(file, sets=given, executor=executor)
@@ -97,7 +97,7 @@ def register(app: typer.Typer) -> None:
     @study.command("status")
     def status(file: File, out: Out = None, json: Json = False) -> None:
         """Show how far a study is, run by run."""
-        from kfacore.studies.plan import load_study
+        from kfacore.lab.studies.plan import load_study
 
         study = load_study(_folder_of(file, out))
         if json:
@@ -115,7 +115,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
     ) -> None:
         """Write the report of a study: one HTML file, figures and tables."""
-        from kfacore.studies.report import write_report
+        from kfacore.lab.studies.report import write_report
 
         folder = _folder_of(file, out)
         written = write_report(folder, to if to is not None else folder / "report")
@@ -132,14 +132,14 @@ def _folder_of(file: Path, out: Path | None) -> Path:
         return out
     if file.is_dir():
         return file
-    from kfacore.studies.config import read_study
+    from kfacore.lab.studies.config import read_study
 
     return _default_folder(read_study(file).name)
 
 
 def _print_event(event: Mapping[str, Any]) -> None:
     """One line of strict JSON, at once."""
-    from kfacore.training.files import plain
+    from kfacore.lab.training.files import plain
 
     sys.stdout.write(jsonlib.dumps(plain(event), ensure_ascii=False, allow_nan=False) + "\n")
     sys.stdout.flush()
@@ -185,7 +185,7 @@ def _show_plan(plan: Plan, *, json: bool) -> None:
         )
         return
     from kfac_cli.answers import table
-    from kfacore.studies.tables import counted
+    from kfacore.lab.studies.tables import counted
 
     rows = [["run", "variant", "problem", "seed", "state"]]
     rows += [
@@ -213,7 +213,7 @@ def _show_status(study: Study) -> None:
     from kfac_cli.answers import table
     from kfac_cli.live import duration, figure
     from kfac_cli.study_live import counts_text
-    from kfacore.studies.runner import last_event
+    from kfacore.lab.studies.runner import last_event
 
     rows = [["variant", "problem", "seed", "state", "step", "error", "seconds", "run"]]
     for run in study.runs:

@@ -15,8 +15,8 @@ from kfacore.plugin import SLOTS
 from kfacore.registry import get_registry
 
 if TYPE_CHECKING:
-    from kfacore.config.run import RunConfig
-    from kfacore.training.describe import ModelTable
+    from kfacore.lab.config.run import RunConfig
+    from kfacore.lab.training.describe import ModelTable
 
 __all__ = ["register"]
 
@@ -32,7 +32,7 @@ def _names(slot: str) -> Callable[[str], list[str]]:
 
 def _presets(incomplete: str) -> list[str]:
     """Completion of --preset."""
-    from kfacore.config.presets import PRESETS
+    from kfacore.schema.presets import PRESETS
 
     return [name for name in PRESETS if name.startswith(incomplete)]
 
@@ -107,14 +107,14 @@ def _configure(
 ) -> RunConfig:
     """The configuration of a new run, or of the one to continue."""
     if resume is None:
-        from kfacore.config.resolve import resolve
+        from kfacore.lab.config.resolve import resolve
 
         # In one mapping a later key reaches into the table of an earlier one: --problem first, then --data-dir.
         return resolve(get_registry(), preset=preset, files=files, flags=flags, sets=sets)
     for name, value in (("--out", out), ("--init", init)):
         if value is not None:
             raise ConfigError(f"{name} {value}: a resumed run keeps its folder and parameters; leave {name} out")
-    from kfacore.training.resume import resume_config
+    from kfacore.lab.training.resume import resume_config
 
     return resume_config(get_registry(), resume, flags={**flags, "preset": preset}, sets=sets, files=files)
 
@@ -122,10 +122,10 @@ def _configure(
 def _train(config: RunConfig, *, out: Path | None, resume: Path | None, init: Path | None, json: bool) -> None:
     """Train with people or programs looking on."""
     from kfac_cli.live import LiveLine, duration, figure
-    from kfacore.training.signals import Interrupted
+    from kfacore.lab.training.signals import Interrupted
 
     with LiveLine() as live:
-        from kfacore.training.loop import train
+        from kfacore.lab.training.loop import train
 
         listeners: list[Callable[[Mapping[str, Any]], None]] = [live]
         if json:
@@ -155,7 +155,7 @@ def _train(config: RunConfig, *, out: Path | None, resume: Path | None, init: Pa
 
 def _print_event(event: Mapping[str, Any]) -> None:
     """One line of strict JSON, at once."""
-    from kfacore.training.files import plain
+    from kfacore.lab.training.files import plain
 
     sys.stdout.write(jsonlib.dumps(plain(event), ensure_ascii=False, allow_nan=False) + "\n")
     sys.stdout.flush()
@@ -163,7 +163,7 @@ def _print_event(event: Mapping[str, Any]) -> None:
 
 def _dry_run(config: RunConfig, init: Path | None, *, json: bool) -> None:
     """Show what would be trained."""
-    from kfacore.training.describe import describe
+    from kfacore.lab.training.describe import describe
 
     table = describe(config, get_registry(), init)
     if json:

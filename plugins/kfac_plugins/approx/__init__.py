@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kfacore.config.slots import Fraction
 from kfacore.plugin import ApproxConfig, Component
+from kfacore.schema.slots import Fraction
 
 __all__ = ["COMPONENTS", "BlockDiagonalConfig", "BlockTridiagonalConfig", "DiagonalConfig", "ExactConfig"]
 

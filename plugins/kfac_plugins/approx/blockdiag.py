@@ -4,7 +4,7 @@ Each layer's block of the Fisher is a Kronecker product, and the inverse acts on
 
     U_i = Gd_i^-1 V_i Ad_i^-1.
 
-With an exponent below 1 (``power``) the damped factors are tempered first, see `kfacore.tempering`.
+With an exponent below 1 (``power``) the damped factors are tempered first, see `kfacore.curvature.tempering`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from kfac_plugins.approx import BlockDiagonalConfig
-from kfacore.kronecker import DampedFactors, damp, ready
-from kfacore.layers import LayerInfo
-from kfacore.moments import InputFactor, Moments, OutputFactor
+from kfacore.curvature.kronecker import DampedFactors, damp, ready
+from kfacore.curvature.moments import InputFactor, OutputFactor
 from kfacore.plugin import PiRule
-from kfacore.roles.approx import Approximation, Factorisation, Inverse, Notice
+from kfacore.roles.approx import Approximation, Factorisation
+from kfacore.roles.block import Block
+from kfacore.roles.inverse import Inverse, Notice
+from kfacore.roles.moment import Moments
 
 __all__ = ["BlockDiagonal"]
 
@@ -27,7 +29,7 @@ __all__ = ["BlockDiagonal"]
 class BlockDiagonalInverse(Inverse):
     """F-hat = diag_i(Ad_i (x) Gd_i), any graph of layers."""
 
-    def __init__(self, layers: Sequence[LayerInfo], factors: DampedFactors, notices: tuple[Notice, ...] = ()) -> None:
+    def __init__(self, layers: Sequence[Block], factors: DampedFactors, notices: tuple[Notice, ...] = ()) -> None:
         self.layers = layers
         self.notices = notices
         self._factors = factors
@@ -56,7 +58,7 @@ class BlockDiagonalInverse(Inverse):
 class BlockDiagonalFactorisation(Factorisation):
     """A and G, shared by all candidates of gamma; each candidate is two Choleskys or eigenproblems a layer."""
 
-    def __init__(self, layers: Sequence[LayerInfo], moments: Moments, power: float) -> None:
+    def __init__(self, layers: Sequence[Block], moments: Moments, power: float) -> None:
         self._layers, self._power = layers, power
         self._A, self._G = (ready(moments[kind], power) for kind in (InputFactor, OutputFactor))
 
@@ -77,6 +79,6 @@ class BlockDiagonal(Approximation):
         """Symmetrise A and G where the inverse will keep them."""
         return BlockDiagonalFactorisation(moments.layers, moments, self.config.power)
 
-    def load_inverse(self, state: Mapping[str, Any], layers: Sequence[LayerInfo]) -> BlockDiagonalInverse:
+    def load_inverse(self, state: Mapping[str, Any], layers: Sequence[Block]) -> BlockDiagonalInverse:
         """From the damped factors."""
         return BlockDiagonalInverse(layers, DampedFactors.from_state(state))

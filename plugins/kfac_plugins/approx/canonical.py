@@ -25,9 +25,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfacore.linalg import EIGENPROBLEM, Root, eigh_psd
-from kfacore.pace import worked
-from kfacore.roles.approx import Notice
+from kfacore.curvature.linalg import EIGENPROBLEM, Root, eigh_psd
+from kfacore.parallel.pace import worked
+from kfacore.roles.inverse import Notice
 
 __all__ = ["Canonical", "canonical", "cost_of"]
 

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from kfac_plugins.approx import DiagonalConfig
 from kfacore.errors import NumericalError
-from kfacore.layers import LayerInfo
-from kfacore.moments import Moment, Moments
 from kfacore.plugin import PiRule
-from kfacore.roles.approx import Approximation, Factorisation, Inverse
-from kfacore.roles.estimator import LayerSamples
+from kfacore.roles.approx import Approximation, Factorisation
+from kfacore.roles.block import Block
+from kfacore.roles.inverse import Inverse
+from kfacore.roles.moment import Moment, Moments
+from kfacore.roles.samples import LayerSamples
 
 __all__ = ["Diagonal", "DiagonalMoment"]
 
@@ -31,7 +32,7 @@ __all__ = ["Diagonal", "DiagonalMoment"]
 class DiagonalMoment(Moment):
     """D_i = E[(g_i abar_{i-1}^T)^2], entry by entry, (d_out, d_in); summed over passes."""
 
-    def shapes(self, layers: Sequence[LayerInfo]) -> list[tuple[int, ...]]:
+    def shapes(self, layers: Sequence[Block]) -> list[tuple[int, ...]]:
         """(d_out, d_in) a layer."""
         return [layer.shape for layer in layers]
 
@@ -50,7 +51,7 @@ class DiagonalInverse(Inverse):
         curvature: D + gamma^2, (d_out, d_in) a layer.
     """
 
-    def __init__(self, layers: Sequence[LayerInfo], curvature: Sequence[Tensor]) -> None:
+    def __init__(self, layers: Sequence[Block], curvature: Sequence[Tensor]) -> None:
         self.layers = layers
         self._curvature = list(curvature)
 
@@ -73,7 +74,7 @@ class DiagonalInverse(Inverse):
 class DiagonalFactorisation(Factorisation):
     """D, shared by all candidates of gamma; each candidate is one addition."""
 
-    def __init__(self, layers: Sequence[LayerInfo], diagonal: Sequence[Tensor]) -> None:
+    def __init__(self, layers: Sequence[Block], diagonal: Sequence[Tensor]) -> None:
         self._layers, self._diagonal = layers, diagonal
 
     def damped(self, gamma: Tensor, *, pi: PiRule = "layer") -> DiagonalInverse:
@@ -110,6 +111,6 @@ class Diagonal(Approximation):
         """Nothing to prepare."""
         return DiagonalFactorisation(moments.layers, moments[DiagonalMoment])
 
-    def load_inverse(self, state: Mapping[str, Any], layers: Sequence[LayerInfo]) -> DiagonalInverse:
+    def load_inverse(self, state: Mapping[str, Any], layers: Sequence[Block]) -> DiagonalInverse:
         """From the damped diagonal."""
         return DiagonalInverse(layers, state["curvature"])

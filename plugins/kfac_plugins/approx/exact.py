@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from kfac_plugins.approx import ExactConfig
+from kfacore.curvature.linalg import Spd, factor_spd
 from kfacore.errors import NumericalError, UnsupportedModelError
-from kfacore.layers import LayerInfo
-from kfacore.linalg import Spd, factor_spd
-from kfacore.moments import Moment, Moments
 from kfacore.plugin import PiRule
-from kfacore.roles.approx import Approximation, Factorisation, Inverse, Notice
-from kfacore.roles.estimator import LayerSamples
+from kfacore.roles.approx import Approximation, Factorisation
+from kfacore.roles.block import Block
+from kfacore.roles.inverse import Inverse, Notice
+from kfacore.roles.moment import Moment, Moments
+from kfacore.roles.samples import LayerSamples
 
 __all__ = ["DenseMoment", "Exact"]
 
@@ -33,7 +34,7 @@ __all__ = ["DenseMoment", "Exact"]
 class DenseMoment(Moment):
     """F = E[v v^T] over all layers' parameters, one value of (P, P)."""
 
-    def shapes(self, layers: Sequence[LayerInfo]) -> list[tuple[int, ...]]:
+    def shapes(self, layers: Sequence[Block]) -> list[tuple[int, ...]]:
         """One matrix for the whole net."""
         total = sum(layer.size for layer in layers)
         return [(total, total)]
@@ -57,7 +58,7 @@ class ExactInverse(Inverse):
         notices: What needed more than the parameters' precision.
     """
 
-    def __init__(self, layers: Sequence[LayerInfo], matrix: Spd, notices: Sequence[Notice] = ()) -> None:
+    def __init__(self, layers: Sequence[Block], matrix: Spd, notices: Sequence[Notice] = ()) -> None:
         self.layers = layers
         self.notices = tuple(notices)
         self._matrix = matrix
@@ -98,7 +99,7 @@ def _stack(blocks: Sequence[Tensor]) -> Tensor:
 class ExactFactorisation(Factorisation):
     """A symmetric copy of F, shared by all candidates of gamma; each candidate is one Cholesky of (P, P)."""
 
-    def __init__(self, layers: Sequence[LayerInfo], F: Tensor) -> None:
+    def __init__(self, layers: Sequence[Block], F: Tensor) -> None:
         self._layers, self._F = layers, F
 
     def damped(self, gamma: Tensor, *, pi: PiRule = "layer") -> ExactInverse:
@@ -130,7 +131,7 @@ class Exact(Approximation):
     config: ExactConfig
     moments = (DenseMoment,)
 
-    def check_layers(self, layers: Sequence[LayerInfo]) -> None:
+    def check_layers(self, layers: Sequence[Block]) -> None:
         """Refuse a net above `max_parameters`, by the names and sizes of its layers.
 
         Raises:
@@ -152,6 +153,6 @@ class Exact(Approximation):
         (F,) = moments[DenseMoment]
         return ExactFactorisation(moments.layers, (F + F.T).mul_(0.5))
 
-    def load_inverse(self, state: Mapping[str, Any], layers: Sequence[LayerInfo]) -> ExactInverse:
+    def load_inverse(self, state: Mapping[str, Any], layers: Sequence[Block]) -> ExactInverse:
         """From the matrices."""
         return ExactInverse(layers, Spd(state["base"], state["shift"], state["inverse"]))

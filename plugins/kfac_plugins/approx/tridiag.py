@@ -18,8 +18,8 @@ With n = K_G^T V_i K_A and m = Z_G^T V_{i+1} Z_A, and rho entry by entry, pair i
 
 The corrections do not depend on each other, and are only as large as the number of correlations kept.
 
-With an exponent below 1 (``power``) the damped factors are tempered first (`kfacore.tempering`); the cross moments are
-carried over with them, so that the canonical correlations stay what they are.
+With an exponent below 1 (``power``) the damped factors are tempered first (`kfacore.curvature.tempering`); the cross
+moments are carried over with them, so that the canonical correlations stay what they are.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ from torch import Tensor
 
 from kfac_plugins.approx import BlockTridiagonalConfig
 from kfac_plugins.approx.canonical import Canonical, canonical, cost_of
-from kfacore.cores import on_each_core
-from kfacore.kronecker import DampedFactors, damp, ready
-from kfacore.layers import LayerInfo
-from kfacore.moments import InputCross, InputFactor, Moments, OutputCross, OutputFactor
+from kfacore.curvature.kronecker import DampedFactors, damp, ready
+from kfacore.curvature.moments import InputCross, InputFactor, OutputCross, OutputFactor
+from kfacore.parallel.cores import on_each_core
 from kfacore.plugin import PiRule
-from kfacore.roles.approx import Approximation, Factorisation, Inverse, Notice
+from kfacore.roles.approx import Approximation, Factorisation
+from kfacore.roles.block import Block
+from kfacore.roles.inverse import Inverse, Notice
+from kfacore.roles.moment import Moments
 
 __all__ = ["BlockTridiagonal"]
 
@@ -56,7 +58,7 @@ class BlockTridiagonalInverse(Inverse):
 
     def __init__(
         self,
-        layers: Sequence[LayerInfo],
+        layers: Sequence[Block],
         factors: DampedFactors,
         A: list[Canonical],
         G: list[Canonical],
@@ -170,7 +172,7 @@ def _add(target: Tensor, left: Tensor, core: Tensor, right: Tensor) -> None:
 class BlockTridiagonalFactorisation(Factorisation):
     """The moments, shared by all candidates of gamma."""
 
-    def __init__(self, layers: Sequence[LayerInfo], moments: Moments, config: BlockTridiagonalConfig) -> None:
+    def __init__(self, layers: Sequence[Block], moments: Moments, config: BlockTridiagonalConfig) -> None:
         self._layers = layers
         self._A, self._G = (ready(moments[kind], config.power) for kind in (InputFactor, OutputFactor))
         self._Ax, self._Gx = moments[InputCross], moments[OutputCross]
@@ -203,7 +205,7 @@ class BlockTridiagonal(Approximation):
         """Symmetrise A and G where the inverse will keep them."""
         return BlockTridiagonalFactorisation(moments.layers, moments, self.config)
 
-    def load_inverse(self, state: Mapping[str, Any], layers: Sequence[LayerInfo]) -> BlockTridiagonalInverse:
+    def load_inverse(self, state: Mapping[str, Any], layers: Sequence[Block]) -> BlockTridiagonalInverse:
         """From the damped factors and the canonical coordinates."""
         A, G = ([Canonical(**pair) for pair in state[side]] for side in "AG")
         return BlockTridiagonalInverse(layers, DampedFactors.from_state(state["factors"]), A, G)

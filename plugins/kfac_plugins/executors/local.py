@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import IO, ClassVar
 
 from kfac_plugins.executors import LocalConfig
-from kfacore.config.slots import SlotConfig
 from kfacore.errors import ResourceError
+from kfacore.lab.studies.state import state_folder
 from kfacore.roles import Ended, Executor
-from kfacore.studies.state import state_folder
+from kfacore.schema.slots import SlotConfig
 
 __all__ = ["Local"]
 
@@ -27,7 +27,7 @@ _ATTEMPTS = 3
 
 
 class Local(Executor):
-    """A process for each run, forked from one that has imported torch (`kfacore.studies.zygote`), or spawned.
+    """A process for each run, forked from one that has imported torch (`kfacore.lab.studies.zygote`), or spawned.
 
     The processes are in sessions of their own, so that Ctrl-C in the terminal reaches the study's runner alone. If the
     runner is killed, they notice and stop after their step, saved.
@@ -97,7 +97,7 @@ class _Starter(ABC):
 
 
 class _Forks(_Starter):
-    """Processes from `kfacore.studies.zygote`, which is started again if it dies."""
+    """Processes from `kfacore.lab.studies.zygote`, which is started again if it dies."""
 
     def __init__(self, study: Path, threads: int) -> None:
         super().__init__(study, threads)
@@ -112,7 +112,7 @@ class _Forks(_Starter):
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as errors:
             self.server = subprocess.Popen(
-                [sys.executable, "-m", "kfacore.studies.zygote", str(self.study)],
+                [sys.executable, "-m", "kfacore.lab.studies.zygote", str(self.study)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -220,7 +220,7 @@ class _Spawns(_Starter):
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.txt", "ab") as log:
             self.processes[run] = subprocess.Popen(
-                [sys.executable, "-m", "kfacore.studies.worker", str(self.study), run],
+                [sys.executable, "-m", "kfacore.lab.studies.worker", str(self.study), run],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

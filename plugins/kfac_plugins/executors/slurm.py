@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kfac_plugins.executors import SlurmConfig
-from kfacore.config.slots import SlotConfig
 from kfacore.errors import ConfigError, ResourceError
+from kfacore.lab.training.signals import Terminated
 from kfacore.roles import Ended, Executor
-from kfacore.training.signals import Terminated
+from kfacore.schema.slots import SlotConfig
 
 __all__ = ["Job", "Slurm"]
 
@@ -23,7 +23,7 @@ _REQUEUES = 1000
 
 
 class Job:
-    """What a job executes: `kfacore.studies.worker.execute`, again after a preemption.
+    """What a job executes: `kfacore.lab.studies.worker.execute`, again after a preemption.
 
     Args:
         study: The study folder, on a disk that all machines of the cluster share.
@@ -41,7 +41,7 @@ class Job:
         process is: in the middle of a checkpoint, say, which then fails. So the signal only asks the run to stop after
         its step, saved, and the handler has its turn when that is done.
         """
-        from kfacore.studies.worker import execute
+        from kfacore.lab.studies.worker import execute
 
         announced: list[int] = []
         handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2)}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kfac_plugins.momentum import NoMomentumConfig
-from kfacore.quadratic import minimise_one
+from kfacore.optim.quadratic import minimise_one
 from kfacore.roles.momentum import Momentum
 
 __all__ = ["NoMomentum"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kfac_plugins.momentum import QuadraticModelConfig
-from kfacore.quadratic import minimise_two
+from kfacore.optim.quadratic import minimise_two
 from kfacore.roles.momentum import Momentum
 
 __all__ = ["QuadraticModelMomentum"]

@@ -63,7 +63,7 @@ COMPONENTS: tuple[Component, ...] = (
         "optimizer",
         "kfac",
         KfacOptimizerConfig,
-        "kfacore.optimizer:KFAC",
+        "kfacore.optim.kfac:KFAC",
         "K-FAC: Kronecker-factored curvature with exact re-scaling and momentum.",
         uses=frozenset({"estimator", "approx", "damping", "momentum"}),
     ),

@@ -11,7 +11,7 @@ from pydantic import Field
 from kfacore.plugin import Component, ProblemConfig
 
 if TYPE_CHECKING:
-    from kfacore.data.status import DataStatus, Progress
+    from kfacore.lab.data.status import DataStatus, Progress
 
 __all__ = ["COMPONENTS", "CurvesConfig", "FacesConfig", "Mnist16ClassifierConfig", "MnistConfig", "NpzConfig"]
 
@@ -43,13 +43,13 @@ class _MnistFiles(ProblemConfig):
 
     def data_status(self) -> DataStatus:
         """Where the MNIST files are."""
-        from kfacore.data.mnist import mnist_status
+        from kfacore.lab.data.mnist import mnist_status
 
         return mnist_status(self.data_dir)
 
     def fetch_data(self, folder: Path, mirrors: Sequence[str], progress: Progress) -> list[Path]:
         """Download the four MNIST files."""
-        from kfacore.data.mnist import fetch_mnist
+        from kfacore.lab.data.mnist import fetch_mnist
 
         return fetch_mnist(folder, mirrors, progress)
 

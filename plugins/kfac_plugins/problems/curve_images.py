@@ -18,11 +18,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kfacore.data.cache import cached, read_cache
-from kfacore.data.checksum import sha256_of_arrays
-from kfacore.data.places import cache_folder, named_folder
-from kfacore.data.status import DataStatus
 from kfacore.errors import DataError
+from kfacore.lab.data.cache import cached, read_cache
+from kfacore.lab.data.checksum import sha256_of_arrays
+from kfacore.lab.data.places import cache_folder, named_folder
+from kfacore.lab.data.status import DataStatus
 
 if TYPE_CHECKING:
     import numpy as np

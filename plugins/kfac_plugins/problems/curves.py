@@ -10,7 +10,7 @@ from torch import nn
 from kfac_plugins.problems import CurvesConfig
 from kfac_plugins.problems._splits import autoencoder_split, intensities
 from kfac_plugins.problems.curve_images import CHECKSUM, SIDE, load_curves
-from kfacore.models import autoencoder, sparse_init
+from kfacore.lab.models import autoencoder, sparse_init
 from kfacore.roles import Problem, ProblemData
 
 __all__ = ["SIZES", "Curves"]

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from kfac_plugins.problems import FacesConfig
 from kfac_plugins.problems._splits import autoencoder_split
 from kfac_plugins.problems.olivetti import Olivetti, read_olivetti
-from kfacore.data.cache import cached
-from kfacore.data.checksum import sha256_of_arrays
-from kfacore.data.places import cache_folder
 from kfacore.errors import DataError
-from kfacore.models import autoencoder, sparse_init
+from kfacore.lab.data.cache import cached
+from kfacore.lab.data.checksum import sha256_of_arrays
+from kfacore.lab.data.places import cache_folder
+from kfacore.lab.models import autoencoder, sparse_init
 from kfacore.roles import Problem, ProblemData
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from torch import nn
 
 from kfac_plugins.problems import MnistConfig
 from kfac_plugins.problems._splits import autoencoder_split, intensities
-from kfacore.data.checksum import sha256_of_arrays
-from kfacore.data.mnist import read_mnist
-from kfacore.models import autoencoder, sparse_init
+from kfacore.lab.data.checksum import sha256_of_arrays
+from kfacore.lab.data.mnist import read_mnist
+from kfacore.lab.models import autoencoder, sparse_init
 from kfacore.roles import Problem, ProblemData
 
 __all__ = ["SIZES", "Mnist"]
@@ -32,7 +32,7 @@ class Mnist(Problem):
     image_shape: tuple[int, int] | None = (28, 28)
 
     def load(self) -> ProblemData:
-        """Read the idx files or mnist.npz; see `kfacore.data.mnist`."""
+        """Read the idx files or mnist.npz; see `kfacore.lab.data.mnist`."""
         mnist = read_mnist(self.config.data_dir, verify=self.config.verify)
         return ProblemData(
             train=autoencoder_split(intensities(mnist.x_train)),

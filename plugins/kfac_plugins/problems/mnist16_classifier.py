@@ -10,9 +10,9 @@ from torch import nn
 
 from kfac_plugins.problems import Mnist16ClassifierConfig
 from kfac_plugins.problems._splits import labelled_split
-from kfacore.data.checksum import sha256_of_arrays
-from kfacore.data.mnist import read_mnist
-from kfacore.models import mlp, sparse_init
+from kfacore.lab.data.checksum import sha256_of_arrays
+from kfacore.lab.data.mnist import read_mnist
+from kfacore.lab.models import mlp, sparse_init
 from kfacore.roles import Problem, ProblemData
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Mnist16Classifier(Problem):
     image_shape: tuple[int, int] | None = (SIDE, SIDE)
 
     def load(self) -> ProblemData:
-        """Read MNIST, see `kfacore.data.mnist`, and scale it down."""
+        """Read MNIST, see `kfacore.lab.data.mnist`, and scale it down."""
         mnist = read_mnist(self.config.data_dir, verify=self.config.verify)
         return ProblemData(
             train=labelled_split(area_downsample(mnist.x_train, SIDE), mnist.y_train),

@@ -10,8 +10,8 @@ from torch import nn
 from kfac_plugins.problems import NpzConfig
 from kfac_plugins.problems._splits import autoencoder_split
 from kfac_plugins.problems.npz_file import Arrays, find_npz, read_arrays
-from kfacore.data.checksum import sha256_of_arrays
-from kfacore.models import mlp, sparse_init
+from kfacore.lab.data.checksum import sha256_of_arrays
+from kfacore.lab.models import mlp, sparse_init
 from kfacore.roles import Problem, ProblemData, Split
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from kfacore.data.npz import read_npz
-from kfacore.data.places import search_folders, user_cache
-from kfacore.data.status import DataStatus
 from kfacore.errors import ConfigError, DataError
+from kfacore.lab.data.npz import read_npz
+from kfacore.lab.data.places import search_folders, user_cache
+from kfacore.lab.data.status import DataStatus
 
 if TYPE_CHECKING:
     import numpy as np

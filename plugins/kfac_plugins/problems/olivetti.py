@@ -12,11 +12,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfacore.data.cache import write_cache
-from kfacore.data.npz import read_npz
-from kfacore.data.places import search_folders
-from kfacore.data.status import DataStatus, Progress
 from kfacore.errors import ConfigError, DataError, ResourceError
+from kfacore.lab.data.cache import write_cache
+from kfacore.lab.data.npz import read_npz
+from kfacore.lab.data.places import search_folders
+from kfacore.lab.data.status import DataStatus, Progress
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 from kfac_plugins.sinks import JsonlConfig
-from kfacore.config.slots import SlotConfig
 from kfacore.errors import DataError
+from kfacore.lab.training.files import disk_errors, plain, read_events
 from kfacore.roles import Sink
-from kfacore.training.files import disk_errors, plain, read_events
+from kfacore.schema.slots import SlotConfig
 
 __all__ = ["Jsonl"]
 

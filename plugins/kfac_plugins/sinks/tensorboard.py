@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kfac_plugins.sinks import TensorboardConfig
-from kfacore.config.slots import SlotConfig
 from kfacore.errors import ResourceError
+from kfacore.lab.training.files import disk_errors
 from kfacore.roles import Sink
-from kfacore.training.files import disk_errors
+from kfacore.schema.slots import SlotConfig
 
 __all__ = ["Tensorboard"]
 

@@ -35,14 +35,15 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from kfacore.cores import on_each_core
+from kfacore.curvature.kronecker import symmetric
+from kfacore.curvature.linalg import EIGENPROBLEM, eigh_psd, pi_of
+from kfacore.curvature.moments import InputFactor, OutputFactor
 from kfacore.errors import NumericalError
-from kfacore.kronecker import symmetric
-from kfacore.layers import LayerInfo
-from kfacore.linalg import EIGENPROBLEM, eigh_psd, pi_of
-from kfacore.moments import InputFactor, Moment, Moments, OutputFactor
+from kfacore.parallel.cores import on_each_core
 from kfacore.plugin import PiRule
 from kfacore.roles import Approximation, Factorisation, Inverse, LayerSamples, Notice
+from kfacore.roles.block import Block
+from kfacore.roles.moment import Moment, Moments
 from torch import Tensor
 
 from kfac_ekfac import EkfacConfig
@@ -92,7 +93,7 @@ class EigenMoment(Moment):
     the basis was made. Before the first inverse it is 0, and so are the bases and all averages.
     """
 
-    def shapes(self, layers: Sequence[LayerInfo]) -> list[tuple[int, ...]]:
+    def shapes(self, layers: Sequence[Block]) -> list[tuple[int, ...]]:
         """The tensors of a `Spectrum` for every layer, and one number."""
         return [
             *(layer.shape for layer in layers),
@@ -141,7 +142,7 @@ class EkfacInverse(Inverse):
 
     def __init__(
         self,
-        layers: Sequence[LayerInfo],
+        layers: Sequence[Block],
         spectra: Sequence[Spectrum],
         curvature: Sequence[Tensor],
         made: int,
@@ -188,7 +189,7 @@ class EkfacFactorisation(Factorisation):
 
     def __init__(
         self,
-        layers: Sequence[LayerInfo],
+        layers: Sequence[Block],
         spectra: Sequence[Spectrum],
         factors: tuple[Sequence[Tensor], Sequence[Tensor]],
         made: int,
@@ -243,7 +244,7 @@ class Ekfac(Approximation):
         factors = moments[InputFactor], moments[OutputFactor]
         return EkfacFactorisation(moments.layers, spectra, factors, made, notices)
 
-    def load_inverse(self, state: Mapping[str, Any], layers: Sequence[LayerInfo]) -> EkfacInverse:
+    def load_inverse(self, state: Mapping[str, Any], layers: Sequence[Block]) -> EkfacInverse:
         """From its state."""
         return EkfacInverse(layers, [Spectrum(**s) for s in state["spectra"]], state["curvature"], int(state["made"]))
 

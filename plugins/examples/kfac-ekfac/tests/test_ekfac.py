@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from kfacore import KFAC
-from kfacore.layers import LayerInfo
-from kfacore.moments import Moments
 from kfacore.plugin import PiRule
 from kfacore.roles import LayerSamples
+from kfacore.roles.block import Block
+from kfacore.roles.moment import Moments
 from kfacore.testing import ApproxCase, ApproxSuite
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from kfac_ekfac import EkfacConfig
 from kfac_ekfac.ekfac import EigenMoment, Ekfac, EkfacInverse
 
 Float = torch.float64
-LAYERS = [LayerInfo("first", 4, 3, True), LayerInfo("second", 4, 2, True)]
+LAYERS = [Block("first", 4, 3, True), Block("second", 4, 2, True)]
 GAMMA = torch.tensor(0.2, dtype=Float)
 
 

@@ -1,0 +1,1 @@
+"""Running averages of second moments, the factors made of them, and the inverse that acts on gradients."""

@@ -1,0 +1,280 @@
+r"""Factorisations that are checked: finite, or tried again in double precision, then with more jitter.
+
+On real data factors are singular (pixels that are always zero) and single-precision routines fail or return NaN
+without an error (method, section 9). Nothing here returns a result that was not checked.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfacore.errors import NumericalError
+from kfacore.parallel.cores import on_each_core
+from kfacore.parallel.pace import worked
+from kfacore.roles.inverse import Notice
+from kfacore.schema.slots import PiRule
+
+__all__ = [
+    "EIGENPROBLEM",
+    "CholeskyRoot",
+    "Root",
+    "Spd",
+    "eigh_again",
+    "eigh_psd",
+    "factor_spd",
+    "pi_of",
+    "shifted",
+    "try_eigh",
+]
+
+EIGENPROBLEM = 5
+"""Cost of an eigenproblem in those of a Cholesky factor and inverse, as measured; only when and where something is done
+depends on it."""
+
+_OVERFLOWED = (
+    "has NaN or infinite entries; the forward or backward pass overflowed. Check the data and the initialisation, or "
+    "start with a larger damping"
+)
+
+_JITTERS = (0.0, 1e-7, 1e-5, 1e-3, 1e-1)
+
+
+def pi_of(A: Sequence[Tensor], G: Sequence[Tensor], rule: PiRule = "layer") -> list[Tensor]:
+    """pi of each layer, which splits gamma into pi gamma for A and gamma / pi for G.
+
+    - ``"layer"``: pi_i = sqrt((tr A_i / dim A_i) / (tr G_i / dim G_i)), the trace norms (paper, section 6.3);
+    - ``"net"``: the geometric mean of all pi_i, for every layer. Like pi_i it follows the scale of the objective;
+    - None: 1.
+
+    Where one of the two traces is zero (a dead layer) there is nothing to balance: pi_i is 1, and left out of the mean.
+
+    Returns:
+        One scalar a layer, in the dtype of its G.
+    """
+    if rule is None:
+        return [g.new_ones(()) for g in G]
+    pi = torch.stack([(a.diagonal().mean() / g.diagonal().mean()).sqrt() for a, g in zip(A, G, strict=True)])
+    alive = torch.isfinite(pi) & (pi > 0)
+    pi = torch.where(alive, pi, torch.ones_like(pi))
+    if rule == "net":
+        pi = (pi.log().sum() / alive.sum().clamp_min(1)).exp().expand_as(pi)
+    return list(pi.unbind())
+
+
+@dataclass(frozen=True)
+class Spd:
+    """A damped factor X + shift I with its inverse.
+
+    Attributes:
+        base: X, symmetric, (d, d); shared by all candidates of gamma.
+        shift: What was added to the diagonal, a scalar on the device.
+        inverse: (X + shift I)^-1.
+    """
+
+    base: Tensor
+    shift: Tensor
+    inverse: Tensor
+
+    def times(
+        self,
+        V: Tensor,  # (d, m)
+    ) -> Tensor:
+        """(X + shift I) V."""
+        return torch.addmm(V * self.shift, self.base, V)
+
+
+class Root(ABC):
+    """B of a damped factor D = B B^T that cross moments need, and what whitens the damped moments it was made from."""
+
+    @abstractmethod
+    def whiten(
+        self,
+        X: Tensor,  # (d, m)
+    ) -> Tensor:
+        """W X, where W Xd W^T = I for the damped moments Xd."""
+
+    @abstractmethod
+    def color(
+        self,
+        V: Tensor,  # (d, m)
+    ) -> Tensor:
+        """B V."""
+
+    @abstractmethod
+    def dual(
+        self,
+        V: Tensor,  # (d, m)
+    ) -> Tensor:
+        """B^-T V."""
+
+
+@dataclass(frozen=True)
+class CholeskyRoot(Root):
+    """D = Xd = L L^T."""
+
+    L: Tensor
+
+    def whiten(self, X: Tensor) -> Tensor:
+        """L^-1 X."""
+        white: Tensor = torch.linalg.solve_triangular(self.L, X, upper=False)
+        return white
+
+    def color(self, V: Tensor) -> Tensor:
+        """L V."""
+        return self.L @ V
+
+    def dual(self, V: Tensor) -> Tensor:
+        """L^-T V."""
+        result: Tensor = torch.linalg.solve_triangular(self.L.T, V, upper=True)
+        return result
+
+
+def shifted(base: Tensor, shift: Tensor) -> Tensor:
+    """X + shift I, in the dtype of X."""
+    damped = base.clone()
+    damped.diagonal().add_(shift.to(base.dtype))
+    return damped
+
+
+def factor_spd(
+    bases: Sequence[Tensor], shifts: Sequence[Tensor], names: Sequence[tuple[str, str]], *, keep_lower: bool = True
+) -> tuple[list[Spd], list[Tensor], list[Notice]]:
+    """Inverses and Cholesky factors of many damped factors, with one wait for the device in all.
+
+    Args:
+        bases: Symmetric positive semi-definite X.
+        shifts: What to add to each diagonal, scalars.
+        names: (layer, factor) of each, for notices.
+        keep_lower: Whether the caller wants L; otherwise its memory becomes the inverse's, and none is returned.
+
+    Returns:
+        The damped factors, L of each (L L^T = X + shift I) if wanted, and a notice for each that needed double
+        precision or jitter.
+
+    Raises:
+        NumericalError: Some factor is not finite or could not be factorised with any jitter; names the layer.
+    """
+
+    def one(i: int) -> tuple[Spd, Tensor, Tensor]:
+        result, L, info = _cholesky(bases[i], shifts[i].to(bases[i].dtype), keep_lower)
+        worked(bases[i].shape[0] ** 3)
+        return result, L, (info == 0) & torch.isfinite(result.inverse.diagonal().sum())
+
+    costs = [base.shape[0] ** 3 for base in bases]
+    done = on_each_core(one, range(len(bases)), costs, bases[0].device)
+    results, lower = [result for result, _, _ in done], [L for _, L, _ in done if keep_lower]
+    good = torch.stack([check for _, _, check in done]).tolist()
+    notices: list[Notice] = []
+    for i, fine in enumerate(good):
+        if not fine:
+            results[i], L, notice = _retry(bases[i], shifts[i], *names[i])
+            notices.append(notice)
+            if keep_lower:
+                lower[i] = L
+    return results, lower, notices
+
+
+def _cholesky(base: Tensor, shift: Tensor, keep_lower: bool = True) -> tuple[Spd, Tensor, Tensor]:
+    damped = shifted(base, shift)
+    # In place, column by column as LAPACK wants it: touching fresh memory costs as much as a third of the arithmetic.
+    L, info = damped.mT, torch.empty((), dtype=torch.int32, device=base.device)
+    torch.linalg.cholesky_ex(L, out=(L, info))
+    try:
+        inverse = torch.cholesky_inverse(L) if keep_lower else torch.cholesky_inverse(L, out=L).mT
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but missing from the stubs
+        inverse, info = torch.full_like(L, torch.nan), torch.ones_like(info)  # L has a zero on its diagonal
+    return Spd(base, shift, inverse), L, info
+
+
+def _retry(base: Tensor, shift: Tensor, layer: str, factor: str) -> tuple[Spd, Tensor, Notice]:
+    """In double precision, then with growing jitter relative to the mean diagonal."""
+    if not bool(torch.isfinite(base).all()) or not bool(torch.isfinite(shift)):
+        raise NumericalError(f"{layer}: factor {factor} {_OVERFLOWED}")
+    double = base.double()
+    scale = double.diagonal().mean().clamp_min(torch.finfo(base.dtype).tiny)
+    for jitter in _JITTERS:
+        total = shift.double() + jitter * scale
+        result, L, info = _cholesky(double, total)
+        inverse = result.inverse.to(base.dtype)  # may overflow
+        if int(info) == 0 and bool(torch.isfinite(inverse).all()):
+            how = "double precision" + (f" and jitter {jitter:g} of its mean diagonal" if jitter else "")
+            notice = Notice(layer, f"factor {factor} could not be factorised in {_short(base)}; used {how}")
+            return Spd(base, total.to(base.dtype), inverse), L.to(base.dtype), notice
+    raise NumericalError(
+        f"{layer}: factor {factor} could not be factorised even with jitter {_JITTERS[-1]:g} of its mean diagonal; "
+        "raise the damping (damping.lambda0, or gamma_min)"
+    )
+
+
+def eigh_psd(M: Tensor, layer: str, factor: str, above: float = -math.inf) -> tuple[Tensor, Tensor, list[Notice]]:
+    """Eigenvalues (ascending) and eigenvectors of a symmetric positive semi-definite matrix, checked.
+
+    Args:
+        M: (d, d), symmetric up to rounding; only its lower half is factorised.
+        layer: Name of the layer, for notices.
+        factor: Name of the matrix, for notices.
+        above: Leave out eigenvalues that are not larger; how many are is learned in the one wait of the check.
+
+    Raises:
+        NumericalError: M is not finite, or the eigenproblem failed in double precision too; names the layer.
+    """
+    values, vectors, larger = try_eigh(M, M.dtype, above)
+    count, notices = int(larger), list[Notice]()
+    if count < 0:
+        values, vectors, notice = eigh_again(M, layer, factor)
+        notices = [notice]
+        count = int((values > above).sum())
+    first = M.shape[0] - count
+    return values[first:], vectors[:, first:], notices
+
+
+def try_eigh(M: Tensor, dtype: torch.dtype, above: float = -math.inf) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues and eigenvectors computed in a dtype, checked without a wait.
+
+    Returns:
+        Values (ascending), vectors, and how many of the values are larger than `above`; -1 if the result is wrong.
+    """
+    worked(EIGENPROBLEM * M.shape[0] ** 3)
+    try:
+        values, vectors = torch.linalg.eigh(M.to(dtype))
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but missing from the stubs
+        return M.diagonal(), M, torch.full((), -1, device=M.device)
+    trace = M.diagonal().sum(dtype=torch.float64)
+    probe = torch.arange(1.0, M.shape[0] + 1.0, dtype=M.dtype, device=M.device).cos_()
+    image = M @ probe
+    # A failed run may return NaN, or numbers that are finite and wrong: the trace must be kept, and
+    # V diag(values) V^T must act on a vector as M does. A comparison with NaN is false.
+    slack = 100 * torch.finfo(M.dtype).eps * M.shape[0] ** 0.5 * values.abs().amax()
+    again = vectors @ (values * (vectors.T @ probe.to(dtype)))
+    kept = (values.sum(dtype=torch.float64) - trace).abs() <= slack
+    fine = kept & ((again - image).norm() <= slack * probe.norm()) & torch.isfinite(vectors).all()
+    return values.to(M.dtype), vectors.to(M.dtype), torch.where(fine, (values > above).sum(), -1)
+
+
+def eigh_again(M: Tensor, layer: str, factor: str) -> tuple[Tensor, Tensor, Notice]:
+    """In double precision, what `try_eigh` could not do in M's own.
+
+    Raises:
+        NumericalError: It fails there too; names the layer.
+    """
+    if not bool(torch.isfinite(M).all()):
+        raise NumericalError(f"{layer}: the eigenproblem of {factor} {_OVERFLOWED}")
+    if M.dtype != torch.float64:
+        values, vectors, count = try_eigh(M, torch.float64)
+        if int(count) >= 0:
+            notice = Notice(layer, f"eigenproblem of {factor} failed in {_short(M)}; used double precision")
+            return values, vectors, notice
+    raise NumericalError(
+        f"{layer}: the eigenproblem of {factor} failed in double precision; "
+        "raise the damping, or use approx = 'blockdiag' with approx.power = 1, which needs no eigenvectors"
+    )
+
+
+def _short(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

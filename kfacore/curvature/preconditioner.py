@@ -1,0 +1,206 @@
+r"""What turns gradients into preconditioned gradients: moments, factorisation, solve.
+
+It knows no model and no step, so it can serve `kfacore.KFAC` and other training loops alike: feed it what an
+estimator saw, refresh it at chosen gammas, and ask for F-hat^-1 v.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from kfacore.errors import ConfigError, NumericalError
+from kfacore.parallel.background import BackgroundRefresh, Made
+from kfacore.parallel.pace import Pace
+from kfacore.roles.approx import Approximation
+from kfacore.roles.block import Block
+from kfacore.roles.inverse import Inverse, Notice
+from kfacore.roles.moment import Moments
+from kfacore.roles.samples import LayerSamples
+from kfacore.schema.slots import PiRule
+
+__all__ = ["Preconditioner"]
+
+_FIRST_REFRESHES = 3
+"""The first steps always refresh: their averages still change much (method, section 2, step 4)."""
+
+
+class Preconditioner:
+    """Running statistics and the approximate inverse made of them.
+
+    Args:
+        approx: The approximation of the Fisher.
+        layers: The layers, in execution order.
+        like: A tensor with the parameters' dtype and device.
+        decay: Largest weight of the past in the running averages.
+
+    Raises:
+        UnsupportedModelError: The approximation refuses the layers.
+
+    Attributes:
+        moments: The running averages.
+        inverse: The inverse in use, or None before the first refresh.
+        counts: How often each notice was given, by its text.
+    """
+
+    def __init__(self, approx: Approximation, layers: Sequence[Block], like: Tensor, decay: float) -> None:
+        self.approx = approx
+        self.layers = list(layers)
+        self.decay = decay
+        approx.check_layers(self.layers)  # moments may be large: first ask whether the approximation takes the net
+        self.moments = Moments(approx.moments, self.layers, like)
+        self.inverse: Inverse | None = None
+        self.counts: Counter[str] = Counter()
+        self._background = BackgroundRefresh(like.device)
+        self._walked = _FIRST_REFRESHES
+
+    def update(self, samples: Sequence[LayerSamples]) -> None:
+        """Take in what the estimator saw in a mini-batch."""
+        self.moments.update(samples, self.decay)
+
+    def due(self, step: int) -> bool:
+        """Whether the inverse is refreshed in this step: the first three, and every T_3 or sooner.
+
+        With a growth g the refresh after step s comes at s + min(T_3, max(1, floor(g s))): the parameters move most
+        in the first steps, and the averages, whose weights are 1/k there, with them.
+        """
+        if self.inverse is None or step <= _FIRST_REFRESHES:
+            return True
+        period, growth = self.approx.config.refresh_every, self.approx.config.refresh_growth
+        if growth is None:
+            return step % period == 0
+        if self._walked > step:  # asked about an earlier step than before
+            self._walked = _FIRST_REFRESHES
+        while self._walked < step:
+            self._walked += min(period, max(1, int(growth * self._walked)))
+        return self._walked == step
+
+    def waits(self, step: int, gammas: Sequence[Tensor]) -> bool:
+        """Whether `candidates` waits for the device in this step: it refreshes, or takes up a refresh."""
+        return self._wanted(step, gammas) or self._background.due == step
+
+    def candidates(
+        self, step: int, gammas: Sequence[Tensor], *, pi: PiRule
+    ) -> tuple[Sequence[tuple[Tensor, Inverse]], list[Notice]]:
+        """New inverses to compare in this step, if it is time for any; the one in use goes on until `use`.
+
+        A refresh is wanted when it is `due`, and whenever there are several gammas. Inline it happens at once; in
+        the background it starts now and is taken up D steps later, or when the next one is wanted, if that is sooner.
+        The first steps, which follow each other's refresh, are always inline.
+
+        Returns:
+            Pairs of gamma and inverse, none if the inverse in use goes on, and what must be reported.
+
+        Raises:
+            NumericalError: All gammas failed and there is no earlier inverse; the message names the layer.
+        """
+        wanted = self._wanted(step, gammas)
+        config = self.approx.config
+        if config.refresh == "inline" or self.inverse is None or step <= _FIRST_REFRESHES:
+            return self.refresh(gammas, pi=pi) if wanted else ([], [])
+        self._background.advance()
+        found: tuple[Sequence[tuple[Tensor, Inverse]], list[Notice]] = ([], [])
+        if self._background.due is not None and (wanted or self._background.due <= step):
+            found = self._report(self._background.collect(self._load))
+        if wanted:
+            moments = self.moments.frozen()
+            delay = config.refresh_delay
+            self._background.start(lambda: self._make(moments, gammas, pi), step + delay, delay)
+        return found
+
+    def refresh(self, gammas: Sequence[Tensor], *, pi: PiRule) -> tuple[Sequence[tuple[Tensor, Inverse]], list[Notice]]:
+        """New inverses at each gamma, from the statistics as they are now. Does not yet use any: see `use`.
+
+        Returns:
+            Pairs of gamma and inverse, and what must be reported. A gamma whose factorisation failed is left out; if
+            all failed there is no pair, and the inverse in use stays.
+
+        Raises:
+            NumericalError: All failed and there is no earlier inverse; the message names the layer.
+        """
+        with Pace() as pace:
+            made = self._make(self.moments, gammas, pi)
+        self._background.operations = pace.done
+        return self._report(made)
+
+    def _wanted(self, step: int, gammas: Sequence[Tensor]) -> bool:
+        return self.due(step) or len(gammas) > 1
+
+    def _make(self, moments: Moments, gammas: Sequence[Tensor], pi: PiRule) -> Made:
+        """Factorise and damp; touches nothing but its arguments, for it may run on another thread."""
+        pairs: list[tuple[Tensor, Inverse]] = []
+        failure: str | None = None
+        try:
+            factorisation = self.approx.factorise(moments)
+        except NumericalError as error:  # what does not depend on gamma failed: no gamma will do
+            return Made([], [], str(error))
+        for gamma in gammas:
+            try:
+                pairs.append((gamma, factorisation.damped(gamma, pi=pi)))
+            except NumericalError as error:
+                failure = str(error)
+        return Made(pairs, [notice for _, inverse in pairs for notice in inverse.notices], failure)
+
+    def _report(self, made: Made) -> tuple[Sequence[tuple[Tensor, Inverse]], list[Notice]]:
+        """Count what must be reported, and say what became of a failure."""
+        notices = list(made.notices)
+        if made.failure is not None:
+            if not made.pairs and self.inverse is None:
+                raise NumericalError(made.failure)
+            layer, _, message = made.failure.partition(": ")
+            kept = "the other candidates were used" if made.pairs else "the previous inverse was kept"
+            notices.append(Notice(layer, f"{message} ({kept})"))
+        self.counts.update(str(notice) for notice in notices)
+        return made.pairs, notices
+
+    def _load(self, state: Any) -> Inverse:
+        return self.approx.load_inverse(state, self.layers)
+
+    def use(self, inverse: Inverse) -> None:
+        """Take up one of the refreshed inverses."""
+        self.inverse = inverse
+        self.moments.refreshed(inverse)
+
+    @property
+    def in_use(self) -> Inverse:
+        """The inverse in use.
+
+        Raises:
+            ConfigError: There has been no refresh yet.
+        """
+        if self.inverse is None:
+            raise ConfigError("the preconditioner has no inverse yet: call update, refresh and use first")
+        return self.inverse
+
+    def solve(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """F-hat^-1 v with the inverse in use.
+
+        Raises:
+            ConfigError: There has been no refresh yet.
+        """
+        return self.in_use.solve(blocks)
+
+    def discard(self) -> None:
+        """Let go of a refresh under way: nobody will collect it."""
+        self._background.load_state_dict(None, self._load)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Averages, the inverse in use, a refresh under way, and counts."""
+        return {
+            "layers": [layer.name for layer in self.layers],
+            "moments": self.moments.state_dict(),
+            "inverse": None if self.inverse is None else self.inverse.state_dict(),
+            "background": self._background.state_dict(),
+            "counts": dict(self.counts),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state of the same approximation and layers."""
+        self.moments.load_state_dict(state["moments"])
+        saved = state["inverse"]
+        self.inverse = None if saved is None else self._load(saved)
+        self._background.load_state_dict(state["background"], self._load)
+        self.counts = Counter(state["counts"])

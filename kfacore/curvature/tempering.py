@@ -1,0 +1,114 @@
+r"""Tempered factors: a damped factor to a power p below 1.
+
+Between the Fisher (p = 1) and plain gradient descent (p = 0) lies partial curvature correction (Huh 2020; Amari et al.
+2021 compare the ends and the middle). With Xd = X + c I = Q diag(x + c) Q^T a factor becomes
+
+    D = c (Xd / c)^p = Q diag(d) Q^T,       d = c ((x + c) / c)^p:
+
+what the damping alone makes stays, what is far above it shrinks, and the matrix keeps its units. Layer by layer the
+block becomes gamma^2 (Ad (x) Gd / gamma^2)^p, whatever pi is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfacore.curvature.linalg import EIGENPROBLEM, Root, eigh_again, shifted, try_eigh
+from kfacore.errors import NumericalError
+from kfacore.parallel.cores import on_each_core
+from kfacore.roles.inverse import Notice
+
+__all__ = ["Tempered", "temper"]
+
+
+@dataclass(frozen=True)
+class Tempered(Root):
+    """A tempered factor D with its inverse, and a root of it.
+
+    Attributes:
+        rows: Q^T, eigenvectors in rows, (d, d).
+        damped: Eigenvalues x + c of Xd, (d,).
+        tempered: Those of D, (d,).
+        inverse: D^-1, (d, d).
+    """
+
+    rows: Tensor
+    damped: Tensor
+    tempered: Tensor
+    inverse: Tensor
+
+    def times(
+        self,
+        V: Tensor,  # (d, m)
+    ) -> Tensor:
+        """D V."""
+        return self.rows.T @ (self.rows @ V).mul_(self.tempered.unsqueeze(1))
+
+    def whiten(self, X: Tensor) -> Tensor:
+        """diag(x + c)^-1/2 Q^T X."""
+        return (self.rows @ X).mul_(self.damped.rsqrt().unsqueeze(1))
+
+    def color(self, V: Tensor) -> Tensor:
+        """Q diag(d)^1/2 V."""
+        return self.rows.T @ (V * self.tempered.sqrt().unsqueeze(1))
+
+    def dual(self, V: Tensor) -> Tensor:
+        """Q diag(d)^-1/2 V."""
+        return self.rows.T @ (V * self.tempered.rsqrt().unsqueeze(1))
+
+
+def temper(
+    bases: Sequence[Tensor], shifts: Sequence[Tensor], names: Sequence[tuple[str, str]], power: float
+) -> tuple[list[Tempered], list[Notice]]:
+    """Compress the spectrum of damped factors, with one wait for the device in all.
+
+    Args:
+        bases: Positive semi-definite X, symmetric up to rounding; not kept.
+        shifts: c of each, scalars above 0.
+        names: (layer, factor) of each, for notices.
+        power: p in (0, 1].
+
+    Returns:
+        D of each, and a notice for each eigenproblem that needed double precision.
+
+    Raises:
+        NumericalError: A factor is not finite, there is no damping, or an eigenproblem failed; names the layer.
+    """
+
+    def one(i: int) -> tuple[Tempered, Tensor]:
+        # Kept by nobody: what is alive here is alive once a core.
+        values, vectors, count = try_eigh(shifted(bases[i], shifts[i]), bases[i].dtype)
+        factor, fine = _powers(values, vectors, shifts[i], power)
+        return factor, torch.stack([count >= 0, fine])
+
+    costs = [EIGENPROBLEM * base.shape[0] ** 3 for base in bases]
+    done = on_each_core(one, range(len(bases)), costs, bases[0].device)
+    found = [factor for factor, _ in done]
+    notices: list[Notice] = []
+    for i, (solved, fine) in enumerate(torch.stack([check for _, check in done]).tolist()):
+        if not solved:
+            values, vectors, notice = eigh_again(shifted(bases[i], shifts[i]), *names[i])
+            found[i], again = _powers(values, vectors, shifts[i], power)
+            notices.append(notice)
+        if not (fine if solved else again):
+            layer, factor_name = names[i]
+            raise NumericalError(
+                f"{layer}: factor {factor_name} cannot be tempered with a damping of {float(shifts[i]):g}; raise the "
+                "damping (damping.lambda0, or gamma_min), or set approx.power to 1"
+            )
+    return found, notices
+
+
+def _powers(values: Tensor, vectors: Tensor, shift: Tensor, power: float) -> tuple[Tempered, Tensor]:
+    """The tempered factor, and whether its eigenvalues and those of its inverse are finite and positive."""
+    ratio = (values / shift).clamp(min=1.0)  # rounding must not undercut the damping
+    tempered = ratio**power * shift
+    damped, tempered, inverted = torch.stack([ratio * shift, tempered, 1.0 / tempered]).to(vectors.dtype)
+    # LAPACK's vectors lie column by column: as rows they are in the order that a checkpoint restores.
+    rows = vectors.mT.contiguous()
+    fine = torch.isfinite(inverted).all() & (inverted > 0).all() & torch.isfinite(tempered).all() & (damped > 0).all()
+    return Tempered(rows, damped, tempered, (rows.T * inverted) @ rows), fine

@@ -1,0 +1,1 @@
+"""What runs experiments: configuration, data, training, diagnostics, studies. Only the command imports it."""

@@ -1,0 +1,306 @@
+"""From layers to one validated configuration.
+
+Precedence: component defaults < the problem's suggestions < preset < files in order < flags < ``--set``. The preset is
+applied first, wherever it is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from kfacore.errors import ConfigError, KfacError, nearest
+from kfacore.lab.config.hints import elsewhere
+from kfacore.lab.config.run import PART_SLOTS, RunConfig, run_config_model
+from kfacore.lab.config.sources import (
+    Layer,
+    UnknownKeyError,
+    deep_update,
+    file_layer,
+    flag_layer,
+    origin_of,
+    set_layer,
+    table_layer,
+)
+from kfacore.plugin import SLOTS
+from kfacore.schema.explain import explain
+from kfacore.schema.presets import DEFAULT_PRESET, PRESETS
+
+if TYPE_CHECKING:
+    from kfacore.plugin import Component
+    from kfacore.registry import Registry
+
+__all__ = ["SLOT_DEFAULTS", "read_saved", "resolve", "resolve_layers", "user_layers"]
+
+SLOT_DEFAULTS: dict[str, Any] = {
+    "problem": "curves",
+    "optimizer": "kfac",
+    "estimator": "monte-carlo",
+    "approx": "tridiag",
+    "damping": "levenberg-marquardt",
+    "momentum": "quadratic-model",
+    "sink": ["jsonl"],
+}
+"""The component of each slot when nobody names one; the likelihood is the problem's."""
+
+_PRESET = "preset"
+"""How the origin of a preset's values begins."""
+
+
+def resolve(
+    registry: Registry,
+    *,
+    preset: str | None = None,
+    files: Sequence[str | PathLike[str]] = (),
+    flags: Mapping[str, Any] | None = None,
+    sets: Sequence[str] = (),
+) -> RunConfig:
+    """Compose the configuration of a run.
+
+    Args:
+        registry: Where the components come from.
+        preset: Name of a preset, ``--preset``.
+        files: TOML files (or ``config.json`` of runs), in rising precedence.
+        flags: Values of named flags by (dotted) key, ``{"steps": 100, "problem.data_dir": "data"}``; None is not given.
+        sets: Assignments ``KEY=VALUE`` with dotted keys.
+
+    Returns:
+        The complete, validated configuration.
+
+    Raises:
+        ConfigError: A key, name or value is wrong; the message says where it came from and the nearest right one.
+        PluginError: A component that was named belongs to a plug-in that cannot be used.
+    """
+    named = {"preset": preset} if preset is not None else {}
+    return resolve_layers(registry, user_layers(registry, files, {**(flags or {}), **named}, sets))
+
+
+def user_layers(
+    registry: Registry, files: Sequence[str | PathLike[str]], flags: Mapping[str, Any], sets: Sequence[str]
+) -> list[Layer]:
+    """What the user wrote, in rising precedence: files, flags, assignments.
+
+    Raises:
+        ConfigError: A file cannot be read, or a key is unknown; the message has the nearest right one of all
+            components.
+    """
+    try:
+        return [*(file_layer(path) for path in files), flag_layer(flags), set_layer(sets)]
+    except UnknownKeyError as error:
+        raise UnknownKeyError(error.key, error.origin, registry) from None
+
+
+def resolve_layers(registry: Registry, user: Sequence[Layer]) -> RunConfig:
+    """Compose the configuration of a run from what was written, in rising precedence.
+
+    Args:
+        registry: Where the components come from.
+        user: The layers. Those that are not marked as the user's may hold slots that the optimizer does not use.
+
+    Returns:
+        The complete, validated configuration.
+
+    Raises:
+        ConfigError: As `resolve`.
+        PluginError: As `resolve`.
+    """
+    top = next((layer for layer in reversed(user) if "preset" in layer.values), None)
+    name = top.values["preset"] if top is not None else DEFAULT_PRESET
+    if not isinstance(name, str) or name not in PRESETS:
+        where = top.origin_of(("preset",)) if top is not None else "the built-in default"
+        raise ConfigError(f"{where}: unknown preset '{name}', {nearest(str(name), PRESETS)}")
+    defaults = table_layer({**SLOT_DEFAULTS, "preset": name}, "the built-in default", user=False)
+    chosen = table_layer(PRESETS[name], f"{_PRESET} '{name}'", user=False)
+    problem = _component(registry, "problem", [defaults, chosen, *user])
+    return _compose(registry, [defaults, _suggestions(problem), chosen, *user])
+
+
+def read_saved(registry: Registry, values: Mapping[str, Any]) -> RunConfig:
+    """The configuration that `RunConfig.as_dict` wrote; see `RunConfig.from_dict`."""
+    saved = table_layer(values, "saved configuration", user=True)
+    if not isinstance(saved.values.get("preset", ""), str):
+        raise ConfigError(f"saved configuration: preset = {saved.values['preset']!r} is not a name")
+    return _compose(registry, [saved])
+
+
+def _compose(registry: Registry, layers: Sequence[Layer]) -> RunConfig:
+    """Lay the layers over each other, keep what the optimizer uses, validate."""
+    optimizer = _component(registry, "optimizer", layers)
+    unused = [slot for slot in PART_SLOTS if slot not in optimizer.uses]
+    tree: dict[str, Any] = {}
+    origins: dict[tuple[int | str, ...], str] = {}
+    written: set[tuple[int | str, ...]] = set()
+    bound: set[tuple[int | str, ...]] = set()
+    for layer in layers:
+        for key, value in layer.values.items():
+            if key in unused:
+                _refuse_unused(key, layer, optimizer)
+                continue
+            if key in SLOTS and key != "sink":
+                _enter_slot(registry, key, tree, layer, origins, written, bound)
+                chooses = not layer.user and "kind" in value
+                for name in value:
+                    (bound.add if chooses else bound.discard)((key, name))
+            if isinstance(value, list):  # replaces the list of lower layers, whose origins must not answer for it
+                for location in [known for known in origins if known[0] == key]:
+                    del origins[location]
+            for location in _locations((key,), value):
+                origins[location] = layer.origin_of(location)
+                (written.add if layer.user else written.discard)(location)
+            deep_update(tree, {key: value})
+    _drop_foreign(registry, tree, origins)
+    return _validate(registry, tree, origins, optimizer)
+
+
+def _drop_foreign(registry: Registry, tree: dict[str, Any], origins: Mapping[tuple[int | str, ...], str]) -> None:
+    """A preset may have keys for several kinds of a slot: leave out those that the chosen kind does not have."""
+    for slot in PART_SLOTS:
+        table = tree.get(slot, {})
+        fields = registry.find(slot, table["kind"]).config.model_fields if table else {}
+        for key in [key for key in table if key not in fields and origin_of(origins, (slot, key)).startswith(_PRESET)]:
+            del table[key]
+
+
+def _enter_slot(
+    registry: Registry,
+    slot: str,
+    tree: dict[str, Any],
+    layer: Layer,
+    origins: dict[tuple[int | str, ...], str],
+    written: set[tuple[int | str, ...]],
+    bound: set[tuple[int | str, ...]],
+) -> None:
+    """Before a layer's table is laid over a slot: if it changes the kind, drop what the new kind does not have.
+
+    And what was meant for the old kind: values that a preset or problem gave together with it, which are ``bound``.
+    """
+    kind = layer.values[slot].get("kind")
+    current = tree.get(slot)
+    if "kind" not in layer.values[slot]:
+        if current is None:
+            raise ConfigError(f"{layer.origin_of((slot,))}: {slot} needs a kind, {_names(registry, slot)}")
+        return
+    component = _find(registry, slot, kind, layer.origin_of((slot, "kind")))
+    if current is None or current["kind"] == kind:
+        return
+    before = registry.find(slot, current["kind"])
+    for key in [key for key in current if key not in component.config.model_fields]:
+        # A key that even the old kind does not have is a slip of the user's, and must not vanish with the old kind.
+        if (slot, key) in written and key not in before.config.model_fields:
+            known = [name for name in component.config.model_fields if name != "kind"]
+            raise ConfigError(
+                f"{origin_of(origins, (slot, key))}: unknown key '{key}' in {slot} ('{kind}'), {nearest(key, known)}"
+            )
+        del current[key]
+    for key in [key for key in current if key != "kind" and (slot, key) in bound]:
+        del current[key]
+        bound.discard((slot, key))
+
+
+def _validate(
+    registry: Registry,
+    tree: dict[str, Any],
+    origins: Mapping[tuple[int | str, ...], str],
+    optimizer: Component,
+) -> RunConfig:
+    """Config objects for the slots, then the whole."""
+    for slot in ("problem", "optimizer", "likelihood", *(slot for slot in PART_SLOTS if slot in optimizer.uses)):
+        if slot in tree:
+            tree[slot] = _slot_config(registry, slot, tree[slot], (slot,), origins)
+        elif slot == "likelihood":
+            raise ConfigError(
+                f"the problem '{tree['problem'].kind}' suggests no likelihood, "
+                f"choose one with --likelihood NAME or --set likelihood=NAME, {_names(registry, slot)}"
+            )
+        else:
+            raise ConfigError(f"saved configuration: {slot} is missing, the optimizer '{optimizer.name}' uses it")
+    tree["sink"] = [
+        _slot_config(registry, "sink", item, ("sink", index), origins)
+        for index, item in enumerate(tree.get("sink", []))
+    ]
+    model = run_config_model(registry)
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(explain(error, model, origin=lambda location: origin_of(origins, location))) from error
+
+
+def _slot_config(
+    registry: Registry,
+    slot: str,
+    table: Mapping[str, Any],
+    location: tuple[int | str, ...],
+    origins: Mapping[tuple[int | str, ...], str],
+) -> Any:
+    """The config object of one component."""
+    origin = origin_of(origins, (*location, "kind")) or origin_of(origins, location)
+    if "kind" not in table:
+        raise ConfigError(f"{origin}: {slot} needs a kind, {_names(registry, slot)}")
+    model = _find(registry, slot, table["kind"], origin).config
+    try:
+        return model.model_validate(dict(table))
+    except ValidationError as error:
+        message = explain(error, model, prefix=location, origin=lambda place: origin_of(origins, place))
+        first = error.errors(include_url=False)[0]
+        unknown = first["type"] == "extra_forbidden" and "did you mean" not in message
+        where = elsewhere(str(first["loc"][-1]), slot, registry) if unknown else ""
+        raise ConfigError(f"{message} ({slot} is '{table['kind']}'{where})") from error
+
+
+def _component(registry: Registry, slot: str, layers: Sequence[Layer]) -> Component:
+    """The component of a slot that the topmost layer with a kind names."""
+    for layer in reversed(layers):
+        if "kind" in layer.values.get(slot, {}):
+            return _find(registry, slot, layer.values[slot]["kind"], layer.origin_of((slot, "kind")))
+    raise ConfigError(f"{layers[-1].origin}: {slot} is missing, {_names(registry, slot)}")
+
+
+def _suggestions(problem: Component) -> Layer:
+    """What the problem suggests; it may not choose other problems or presets."""
+    defaults: Mapping[str, Any] = getattr(problem.config, "run_defaults", {})
+    origin = f"suggestions of the problem '{problem.name}'"
+    for key in ("problem", "preset"):
+        if key in defaults:
+            raise ConfigError(f"{origin}: '{key}' cannot be suggested; this is a defect of the problem")
+    return table_layer(defaults, origin, user=False)
+
+
+def _refuse_unused(slot: str, layer: Layer, optimizer: Component) -> None:
+    """What the user wrote for a slot that the optimizer does not use is an error; from elsewhere it is left out."""
+    if not layer.user:
+        return
+    used = [name for name in PART_SLOTS if name in optimizer.uses]
+    raise ConfigError(
+        f"{layer.origin_of((slot,))}: the optimizer '{optimizer.name}' does not use {slot} "
+        f"(it uses {', '.join(used) if used else 'none of ' + ', '.join(PART_SLOTS)})"
+    )
+
+
+def _find(registry: Registry, slot: str, name: Any, origin: str) -> Component:
+    """`Registry.find` with the origin of the name in front of the message."""
+    if not isinstance(name, str):
+        raise ConfigError(f"{origin}: {slot}.kind = {name!r:.60} is not a name, {_names(registry, slot)}")
+    try:
+        return registry.find(slot, name)
+    except KfacError as error:
+        raise type(error)(f"{origin}: {error}") from error
+
+
+def _names(registry: Registry, slot: str) -> str:
+    """All names of a slot, to end a message."""
+    return f"known: {', '.join(sorted(component.name for component in registry.components(slot)))}"
+
+
+def _locations(location: tuple[int | str, ...], value: Any) -> Iterable[tuple[int | str, ...]]:
+    """A location and everything below it, tables and lists included."""
+    yield location
+    items: Iterable[tuple[int | str, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    for key, item in items:
+        yield from _locations((*location, key), item)

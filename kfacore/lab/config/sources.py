@@ -1,0 +1,248 @@
+"""Where configuration comes from: files, flags and ``--set``, each read into a layer that remembers its origin."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kfacore.errors import ConfigError
+from kfacore.lab.config.hints import key_hint
+from kfacore.lab.config.run import RUN_SLOTS, SECTIONS, RunConfig
+
+if TYPE_CHECKING:
+    from kfacore.registry import Registry
+
+__all__ = [
+    "Layer",
+    "UnknownKeyError",
+    "file_layer",
+    "flag_layer",
+    "parse_value",
+    "read_table",
+    "set_layer",
+    "table_layer",
+]
+
+Location = tuple[int | str, ...]
+
+
+class UnknownKeyError(ConfigError):
+    """A top-level key that no run has.
+
+    Attributes:
+        key: The key.
+        origin: Where it was found.
+    """
+
+    def __init__(self, key: str, origin: str, registry: Registry | None = None) -> None:
+        self.key, self.origin = key, origin
+        super().__init__(f"{origin}: unknown key '{key}', {key_hint(key, registry)}")
+
+
+@dataclass
+class Layer:
+    """Values of one rank of precedence.
+
+    Attributes:
+        origin: Where the values come from, for messages.
+        user: Whether the user wrote them, so that nothing of them may be ignored.
+        values: The values by top-level key; slots and sections are tables, ``sink`` is a list of tables.
+        origins: Origins of single keys, where the layer has several (one for each flag).
+    """
+
+    origin: str
+    user: bool
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[Location, str] = field(default_factory=dict)
+
+    def origin_of(self, location: Location) -> str:
+        """The origin of the longest known part of a location."""
+        return origin_of(self.origins, location) or self.origin
+
+    def put(self, key: str, value: Any, origin: str | None = None) -> None:
+        """Add one value.
+
+        Args:
+            key: A key, with dots to reach into tables.
+            value: A name, number, list or table.
+            origin: Where it comes from, if not from the layer as a whole.
+
+        Raises:
+            ConfigError: The key is unknown, or a table was expected and something else found.
+        """
+        where = origin or self.origin
+        path = key.split(".")
+        if not all(path):
+            raise ConfigError(f"{where}: '{key}' is not a key, write for example damping.lambda0")
+        top = path[0]
+        if top not in RunConfig.model_fields:
+            raise UnknownKeyError(top, where)
+        for name in reversed(path[1:]):
+            value = {name: value}
+        if value is None and (top in RUN_SLOTS or top == "preset"):  # a saved configuration has None for unused slots
+            return
+        if top in RUN_SLOTS or top in SECTIONS:
+            if isinstance(self.values.get(top), list):
+                self.values.pop(top)
+            value = _table(top, value, where)
+        if origin is not None:
+            for location in _leaves((top,), value):
+                self.origins[location] = origin
+                self.origins[(top,)] = origin
+        deep_update(self.values, {top: value})
+
+    def finish(self) -> Layer:
+        """Make a single sink a list of one."""
+        if isinstance(self.values.get("sink"), dict):
+            self.values["sink"] = [self.values["sink"]]
+        return self
+
+
+def origin_of(origins: Mapping[Location, str], location: Location) -> str:
+    """The origin of the longest part of a location that has one, or an empty string."""
+    for length in range(len(location), 0, -1):
+        if location[:length] in origins:
+            return origins[location[:length]]
+    return ""
+
+
+def deep_update(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Lay values over a table: tables merge, everything else replaces."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            deep_update(into[key], value)
+        else:
+            into[key] = _copy(value)
+
+
+def table_layer(values: Mapping[str, Any], origin: str, *, user: bool) -> Layer:
+    """A layer from a table as it is written in a file.
+
+    Raises:
+        ConfigError: A key is unknown or has the wrong form.
+    """
+    layer = Layer(origin, user)
+    for key, value in values.items():
+        if "." in key:
+            raise ConfigError(f'{origin}: the quoted key "{key}" is not known, write it without quotes')
+        layer.put(key, value)
+    return layer.finish()
+
+
+def file_layer(path: str | PathLike[str]) -> Layer:
+    """Read a TOML file, or the ``config.json`` of a run.
+
+    Raises:
+        ConfigError: The file is missing, unreadable or malformed, or a key is unknown.
+    """
+    return table_layer(read_table(path), str(path), user=True)
+
+
+def read_table(path: str | PathLike[str]) -> dict[str, Any]:
+    """The table in a TOML or JSON file.
+
+    Raises:
+        ConfigError: The file is missing, unreadable or malformed.
+    """
+    origin = str(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"there is no configuration file '{origin}'") from None
+    except OSError as error:
+        raise ConfigError(f"the configuration file '{origin}' cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{origin} is not a text file in UTF-8, found byte {error.start}: {error.reason}") from error
+    try:
+        values = json.loads(text) if origin.endswith(".json") else tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, RecursionError) as error:
+        form = "JSON" if origin.endswith(".json") else "TOML"
+        raise ConfigError(f"{origin} is not valid {form}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{origin} holds a {type(values).__name__}, not a table of keys")
+    return values
+
+
+def flag_layer(flags: Mapping[str, Any]) -> Layer:
+    """Named flags, by the (dotted) key that each stands for; those that are None were not given.
+
+    Raises:
+        ConfigError: A key is unknown.
+    """
+    layer = Layer("flags", user=True)
+    for key, value in flags.items():
+        if value is not None:
+            layer.put(key, value, f"--{key.rpartition('.')[2].replace('_', '-')}")
+    return layer.finish()
+
+
+def set_layer(sets: Sequence[str]) -> Layer:
+    """Assignments ``KEY=VALUE`` with dotted keys; the value is TOML, a bare word is a string.
+
+    Raises:
+        ConfigError: There is no ``=``, the key is unknown, or the value is neither TOML nor a bare word.
+    """
+    layer = Layer("--set", user=True)
+    for assignment in sets:
+        key, equals, text = assignment.partition("=")
+        origin = f"--set {assignment}"
+        if not equals:
+            raise ConfigError(f"{origin}: needs the form KEY=VALUE, for example --set damping.lambda0=1.0")
+        layer.put(key.strip(), parse_value(text.strip(), origin), origin)
+    return layer.finish()
+
+
+def parse_value(text: str, origin: str) -> Any:
+    """The value of an assignment: TOML, or a bare word.
+
+    Args:
+        text: What stands behind the ``=``.
+        origin: The whole assignment, for messages.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError as error:
+        if not text or text[0] in "\"'[{" or any(character in text for character in "\n\r"):
+            raise ConfigError(f"{origin}: the value is not valid TOML: {error}") from error
+        return text
+    if list(parsed) != ["value"]:
+        raise ConfigError(f"{origin}: one value is needed, found several lines")
+    return parsed["value"]
+
+
+def _table(top: str, value: Any, where: str) -> Any:
+    """The table (for ``sink`` also a list of tables) of a slot or section."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if top in RUN_SLOTS and isinstance(value, str):
+        return {"kind": value}
+    if top == "sink" and isinstance(value, list | tuple):
+        return [_table(top, item, where) for item in value]
+    if top in RUN_SLOTS:
+        raise ConfigError(f"{where}: {top} = {value!r:.60}: needs a name or a table with kind")
+    known = ", ".join(SECTIONS[top].model_fields)
+    raise ConfigError(f"{where}: {top} = {value!r:.60}: needs a table with the keys {known}")
+
+
+def _leaves(location: Location, value: Any) -> Iterable[Location]:
+    """Locations of everything in a table that is no table."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves((*location, key), item)
+    else:
+        yield location
+
+
+def _copy(value: Any) -> Any:
+    """A copy of tables and lists, so that layers never share them with presets."""
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,360 @@
+"""Everything that `kfac inspect` measures of one model, as numbers and matrices; it prints and draws nothing."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from kfacore.errors import ConfigError, KfacError
+from kfacore.lab.diagnostics.dense import DENSE_LIMIT
+from kfacore.lab.diagnostics.exact import ExactModel
+from kfacore.lab.diagnostics.invariance import Agreement, TransformedChain, agreement, function_path, random_transform
+from kfacore.lab.diagnostics.matrices import DenseReport, dense_report
+from kfacore.lab.diagnostics.natural import NaturalGradient, natural_gradient
+from kfacore.lab.diagnostics.quality import UpdateQuality, gamma_grid, inverses, measure_update
+from kfacore.lab.diagnostics.subject import Subject
+from kfacore.roles.approx import Approximation
+from kfacore.roles.block import Block
+from kfacore.roles.samples import LayerSamples
+
+if TYPE_CHECKING:
+    from kfacore.registry import Registry
+
+__all__ = ["PARTS", "Inspection", "InvarianceReport", "inspect_subject", "stretch"]
+
+_EXACT_ENTRIES = 1 << 26
+"""Most entries of output gradients that are kept: decides between the exact expectation and drawn targets."""
+
+_DRAWN_ENTRIES = 1 << 25
+_MOST_DRAWS = 8
+
+_LARGE = 100_000
+"""Parameters above which inverses are dear: fewer gammas, fewer iterations."""
+
+_SEARCH = (1e-8, 2000)
+_LARGE_SEARCH = (1e-3, 200)
+"""Tolerance and most iterations of conjugate gradients, for small nets and for large ones, whose time is bounded."""
+
+_DEAR = 15.0
+"""CPU seconds of one inverse above which an approximation is measured at three gammas only."""
+
+_INVARIANCE_LIMIT = 20_000
+_PATH = 5
+
+PARTS = ("quality", "dense", "invariance")
+"""What is measured of a model besides the natural gradient."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class InvarianceReport:
+    """One approximation in the model and in a random reparameterisation of it.
+
+    Attributes:
+        approx: The approximation.
+        undamped: Without any damping.
+        damped: At the subject's gamma.
+        notices: Factors of the undamped steps that needed jitter: then Theorem 1 does not apply.
+    """
+
+    approx: str
+    undamped: Agreement
+    damped: Agreement
+    notices: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "approx": self.approx,
+            "undamped": vars(self.undamped),
+            "damped": vars(self.damped),
+            "notices": list(self.notices),
+        }
+
+
+@dataclass
+class Inspection:
+    """What was measured.
+
+    Attributes:
+        subject: Of what.
+        statistics: Where the factors come from, in words.
+        natural: The exact natural gradient.
+        quality: Every approximation at every gamma.
+        dense: Matrices, if some layers are small enough.
+        invariance: Theorem 1, if the model can be transformed.
+        skipped: What was left out, by name, with the reason.
+        seconds: Time of each part.
+    """
+
+    subject: Subject
+    statistics: str
+    natural: NaturalGradient
+    quality: list[UpdateQuality] = field(default_factory=list)
+    dense: DenseReport | None = None
+    invariance: list[InvarianceReport] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def at_gamma(self) -> list[UpdateQuality]:
+        """Every approximation at the subject's own gamma."""
+        return [row for row in self.quality if row.gamma == self.subject.gamma]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, without matrices and vectors."""
+        exact = self.subject.exact
+        natural = {key: value for key, value in vars(self.natural).items() if key != "blocks"}
+        return {
+            "format": 1,
+            "subject": self.subject.name,
+            "problem": self.subject.problem,
+            "step": self.subject.step,
+            "seed": self.subject.seed,
+            "parameters": exact.parameters,
+            "cases": exact.cases,
+            "lambda": exact.lam,
+            "weight_decay": exact.weight_decay,
+            "gamma": self.subject.gamma,
+            "objective": exact.objective,
+            "statistics": self.statistics,
+            "natural_gradient": natural,
+            "quality": [row.as_dict() for row in self.quality],
+            "dense": None if self.dense is None else self.dense.as_dict(),
+            "invariance": [row.as_dict() for row in self.invariance],
+            "skipped": dict(self.skipped),
+            "seconds": dict(self.seconds),
+        }
+
+
+def inspect_subject(
+    subject: Subject,
+    registry: Registry,
+    approximations: Mapping[str, Approximation],
+    *,
+    parts: Sequence[str] = PARTS,
+    layers: tuple[int, int] | None = None,
+    gammas: Sequence[float] | None = None,
+    say: Say = lambda _: None,
+) -> Inspection:
+    """Measure everything that the model's size allows.
+
+    Args:
+        subject: The model.
+        registry: Where the preconditioner of the conjugate gradients comes from.
+        approximations: By name; one that refuses the model is skipped with its reason.
+        parts: What to measure besides the natural gradient, of `PARTS`.
+        layers: First and last layer (from 1) of the dense matrices; `stretch` chooses if left out.
+        gammas: The range of gamma; some decades around the subject's own if left out.
+        say: Told what is going on.
+
+    Raises:
+        ConfigError: The layers do not exist.
+        KfacError: Nothing could be measured.
+    """
+    exact = subject.exact
+    large = exact.parameters > _LARGE
+    clock = _Clock()
+    span = _span(layers, exact.layers)
+    samples, statistics = _statistics(subject)
+    clock.lap("statistics")
+    say(f"natural gradient: conjugate gradients on {exact.cases:,} cases")
+    gradient = exact.gradient()
+    natural = _natural(subject, registry, gradient, samples, large=large)
+    result = Inspection(subject, statistics, natural, seconds=clock.laps)
+    clock.lap("natural gradient")
+    if "quality" in parts:
+        grid = list(gammas) if gammas is not None else gamma_grid(subject.gamma, *((2, 2) if large else (3, 2)))
+        for name, approx in approximations.items():
+            say(f"{name}: quality of its update at {len(grid)} gammas")
+            _quality(result, gradient, samples, name, approx, grid)
+            clock.lap(f"quality of {name}")
+        if not result.quality:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in result.skipped.items())
+            raise ConfigError(f"no approximation could be measured: {reasons}")
+    usable = {name: approx for name, approx in approximations.items() if name not in result.skipped}
+    if "dense" in parts:
+        _dense(result, samples, usable, span, say)
+        clock.lap("dense")
+    if "invariance" in parts:
+        say("invariance: a random reparameterisation")
+        _invariance(result, usable)
+        clock.lap("invariance")
+    return result
+
+
+def _quality(
+    result: Inspection,
+    gradient: Sequence[Tensor],
+    samples: Sequence[LayerSamples],
+    name: str,
+    approx: Approximation,
+    grid: Sequence[float],
+) -> None:
+    """One approximation over the range of gamma; a refusal is recorded, not raised."""
+    subject, middle = result.subject, len(grid) // 2
+    rows: list[UpdateQuality] = []
+
+    def measure(gammas: Sequence[float]) -> None:
+        for gamma, inverse in inverses(approx, subject.exact.layers, samples, gammas, pi=subject.pi):
+            rows.append(measure_update(subject.exact, gradient, result.natural, inverse, name, gamma))
+            del inverse  # before the next one takes its memory
+
+    try:
+        start = time.process_time()
+        measure([grid[middle]])
+        seconds = time.process_time() - start
+        rest = [gamma for gamma in grid if gamma != grid[middle]]
+        if seconds > _DEAR and len(rest) > 2:
+            rest = [min(rest, key=lambda gamma: abs(math.log10(gamma / grid[middle]) - decade)) for decade in (-1, 1)]
+            result.skipped[f"other gammas of {name}"] = f"one inverse and its update take {seconds:.0f}s of CPU time"
+        measure(rest)
+    except KfacError as error:
+        result.skipped[name] = str(error)
+    result.quality += sorted(rows, key=lambda row: row.gamma)
+
+
+def _dense(
+    result: Inspection,
+    samples: Sequence[LayerSamples],
+    approximations: Mapping[str, Approximation],
+    span: tuple[int, int] | None,
+    say: Say,
+) -> None:
+    """Matrices of the chosen layers, or the reason why there are none."""
+    if span is None:
+        result.skipped["dense matrices"] = (
+            f"no two adjacent layers have {DENSE_LIMIT:,} parameters or fewer together; name some with --layers"
+        )
+        return
+    say(f"dense matrices of layers {span[0]} to {span[1]}")
+    subject, part = result.subject, slice(span[0] - 1, span[1])
+    result.dense = dense_report(
+        subject.exact.layers[part], samples[part], approximations, subject.gamma, pi=subject.pi, first=span[0]
+    )
+    if not result.statistics.startswith("exact"):
+        result.dense.cumulants = None  # the identity is one of expectations, not of a few draws
+
+
+def stretch(layers: Sequence[Block], limit: int = DENSE_LIMIT) -> tuple[int, int] | None:
+    """The longest run of at least two adjacent layers with no more than `limit` parameters, counted from 1.
+
+    Of equally long ones the largest; None if there is none (a single layer shows nothing between layers).
+    """
+    best: tuple[int, int] | None = None
+    score = (1, 0)
+    for first in range(len(layers)):
+        total = 0
+        for last in range(first, len(layers)):
+            total += layers[last].size
+            if total > limit:
+                break
+            if (last - first + 1, total) > score and last > first:
+                score, best = (last - first + 1, total), (first + 1, last + 1)
+    return best
+
+
+class _Clock:
+    """Seconds of each part."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round(now - self._last, 3)
+        self._last = now
+
+
+def _span(layers: tuple[int, int] | None, known: Sequence[Block]) -> tuple[int, int] | None:
+    if layers is None:
+        return stretch(known)
+    first, last = layers
+    if not 1 <= first <= last <= len(known):
+        raise ConfigError(f"--layers {first}-{last}: the model has layers 1 to {len(known)}")
+    total = sum(layer.size for layer in known[first - 1 : last])
+    if total > 4 * DENSE_LIMIT:
+        raise ConfigError(
+            f"--layers {first}-{last} have {total:,} parameters; a dense matrix is built for up to "
+            f"{4 * DENSE_LIMIT:,}, name fewer layers"
+        )
+    return layers
+
+
+def _statistics(subject: Subject) -> tuple[list[LayerSamples], str]:
+    """The exact expectation where it fits in memory, else targets drawn from the model."""
+    exact: ExactModel = subject.exact
+    outputs = exact.layers[-1].d_out
+    entries = exact.cases * sum(layer.d_out for layer in exact.layers)
+    if outputs * entries <= _EXACT_ENTRIES:
+        return exact.exact_samples(), "exact expectation over the model's targets"
+    draws = max(1, min(_MOST_DRAWS, _DRAWN_ENTRIES // entries))
+    samples = exact.monte_carlo_samples(subject.generator("targets"), draws)
+    return samples, f"drawn targets, {draws} a case"
+
+
+def _natural(
+    subject: Subject, registry: Registry, gradient: list[Tensor], samples: list[LayerSamples], *, large: bool
+) -> NaturalGradient:
+    """Conjugate gradients, helped by the block-diagonal inverse where there is one."""
+    exact = subject.exact
+    helper = None
+    if any(component.name == "blockdiag" for component in registry.components("approx")):
+        approx = registry.build("approx", "blockdiag")
+        # gamma near the damping of B: then the helper is close to B^-1 whatever gamma the run uses
+        strength = max(exact.damping, 1e-8) ** 0.5
+        try:
+            [(_, helper)] = inverses(approx, exact.layers, samples, [strength], pi=subject.pi)
+        except KfacError:  # only slower without
+            helper = None
+    tolerance, most = _LARGE_SEARCH if large else _SEARCH
+    return natural_gradient(exact, gradient, preconditioner=helper, tolerance=tolerance, max_iterations=most)
+
+
+def _invariance(result: Inspection, approximations: Mapping[str, Approximation]) -> None:
+    """Theorem 1 for each approximation, or why it could not be measured."""
+    exact = result.subject.exact
+    if exact.parameters > _INVARIANCE_LIMIT:
+        result.skipped["invariance"] = (
+            f"the model has {exact.parameters:,} parameters; measured for up to {_INVARIANCE_LIMIT:,}"
+        )
+        return
+    try:
+        other = TransformedChain(exact.model, random_transform(exact.model, result.subject.generator("transform")))
+    except KfacError as error:
+        result.skipped["invariance"] = str(error)
+        return
+    for name, approx in approximations.items():
+        try:
+            result.invariance.append(_invariance_of(result.subject, name, approx, other))
+        except KfacError as error:
+            result.skipped[f"invariance of {name}"] = str(error)
+
+
+def _invariance_of(subject: Subject, name: str, approx: Approximation, other: TransformedChain) -> InvarianceReport:
+    """The same steps in both nets, without damping and with it."""
+    exact = subject.exact
+    # Every step must refresh: Theorem 1 is about the inverse at the parameters of the step.
+    fresh = type(approx)(approx.config.model_copy(update={"refresh_every": 1}))
+    found: list[Agreement] = []
+    notices: tuple[str, ...] = ()
+    for gamma in (None, subject.gamma):
+        options: dict[str, Any] = {
+            "likelihood": exact.likelihood,
+            "approx": fresh,
+            "estimator": {"kind": "exact", "tau1": 1.0},
+            "damping": {"kind": "fixed", "lambda0": 0.0, "gamma": gamma, "pi": subject.pi},
+            "momentum": "none",
+            "weight_decay": 0.0,
+        }
+        path, twin = (function_path(m, exact.inputs, exact.targets, _PATH, **options) for m in (exact.model, other))
+        found.append(agreement(path, twin))
+        if gamma is None:
+            notices = path.notices
+    return InvarianceReport(name, found[0], found[1], notices)

@@ -1,0 +1,176 @@
+"""What happens in the process of one run: claim it, train or resume it, write how it ended.
+
+Also a program, ``python -m kfacore.lab.studies.worker STUDY HASH``. Exit codes are those of ``kfac train``, and
+`kfacore.lab.studies.state.BUSY`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kfacore.errors import DataError, KfacError, NumericalError
+from kfacore.lab.config.run import RunConfig
+from kfacore.lab.studies.claims import Claim
+from kfacore.lab.studies.identity import relevant
+from kfacore.lab.studies.machine import Presence
+from kfacore.lab.studies.state import BUSY, RunState, note, own_plan, read_state, state_folder, write_outcome
+from kfacore.lab.training.run import RunFolder
+from kfacore.lab.training.signals import Interrupted
+from kfacore.registry import get_registry
+
+if TYPE_CHECKING:
+    from kfacore.registry import Registry
+
+__all__ = ["execute", "main"]
+
+_FAILED = 1
+
+
+def execute(
+    study: Path,
+    run: str,
+    *,
+    registry: Registry | None = None,
+    parent: int | None = None,
+    leave: Callable[[], bool] | None = None,
+) -> int:
+    """Execute one run of a study in this process, unless another one does or it has ended.
+
+    Args:
+        study: The study folder.
+        run: The run's hash; ``state/HASH`` has its configuration.
+        registry: Where the components are; everything installed by default.
+        parent: Process id of the one that started this process: when it is gone, the run stops after its step, saved.
+        leave: Asked after every step; once it says yes, the run stops, saved.
+
+    Returns:
+        An exit code: 0 done, 1 failed, 3 diverged, 130 or 143 stopped and saved, or `BUSY`.
+    """
+    claim = Claim.take(state_folder(study, run), on_lost=_die)
+    if claim is None:
+        return BUSY
+    try:
+        if read_state(study, run).ended:
+            return 0
+        return _attempt(study, run, registry or get_registry(), claim, parent, leave)
+    finally:
+        claim.release()
+
+
+def _attempt(
+    study: Path, run: str, registry: Registry, claim: Claim, parent: int | None, leave: Callable[[], bool] | None
+) -> int:
+    """One life of a run, written down."""
+    planned = _read_planned(study, run)
+    leaving = False
+    with Presence(study, run) as presence:
+
+        def watch(event: Mapping[str, Any]) -> None:
+            nonlocal leaving
+            if event["event"] == "start":
+                _annotate(study, run, planned, presence)
+            if claim.lost:
+                _die()
+            orphaned = parent is not None and os.getppid() != parent
+            if not leaving and (orphaned or (leave is not None and leave())):
+                leaving = True  # once: a second signal would not wait for the step
+                signal.raise_signal(signal.SIGTERM)
+
+        try:
+            _train(study, run, planned, registry, watch)
+        except Interrupted as stopped:
+            note(study, run, "stopped", step=stopped.step)
+            return stopped.exit_code
+        except NumericalError as error:
+            outcome, code = RunState("diverged", _reason(error, study)), error.exit_code
+        except KfacError as error:
+            outcome, code = RunState("failed", _reason(error, study)), _FAILED
+        except Exception as error:
+            file = state_folder(study, run) / "traceback.txt"
+            file.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
+            reason = (str(error).strip().splitlines() or [""])[0]
+            where = file.relative_to(study)
+            outcome, code = RunState("failed", f"{type(error).__name__}: {reason} (traceback in {where})"), _FAILED
+        else:
+            outcome, code = RunState("done"), 0
+        with contextlib.suppress(DataError):  # it failed before it had a manifest
+            _annotate(study, run, planned, presence)
+        write_outcome(study, run, outcome)
+        return code
+
+
+def _train(
+    study: Path, run: str, planned: Mapping[str, Any], registry: Registry, watch: Callable[[Mapping[str, Any]], None]
+) -> None:
+    """Start the run or go on with it, whatever is there of it."""
+    from kfacore.lab.training.loop import train
+
+    folder = RunFolder(study / "runs" / run)
+    config = RunConfig.from_dict(registry, planned["config"])
+    if not folder.checkpoint_file.exists():
+        if folder.path.exists():  # killed before the first checkpoint: nothing of it is worth keeping
+            shutil.rmtree(folder.path)
+        note(study, run, "started")
+        train(config, registry=registry, out=folder.path, listeners=[watch])
+        return
+    if relevant(folder.read_config()) != relevant(config.as_dict()):
+        raise DataError(f"{folder.path} holds another run than its name says; delete it, and it is run anew")
+    events = folder.events()
+    if events and events[-1].get("event") == "done":  # killed between its end and the writing of its outcome
+        return
+    note(study, run, "resumed")
+    train(config, registry=registry, resume=folder.path, listeners=[watch])
+
+
+def _read_planned(study: Path, run: str) -> dict[str, Any]:
+    folder = state_folder(study, run)
+    file = own_plan(folder) if own_plan(folder).exists() else folder / "planned.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read: {error}; run kfac study run again to write it anew") from error
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise DataError(f"{file} holds no configuration; run kfac study run again to write it anew")
+    return content
+
+
+def _reason(error: KfacError, study: Path) -> str:
+    """What a report says of a run: with paths from the study folder on, since reports are passed on."""
+    return str(error).replace(f"{study.resolve()}{os.sep}", "").replace(f"{study}{os.sep}", "")
+
+
+def _annotate(study: Path, run: str, planned: Mapping[str, Any], presence: Presence) -> None:
+    """Say in the run's manifest which study it belongs to, and whether it shared the machine (its seconds)."""
+    folder = RunFolder(study / "runs" / run)
+    manifest = folder.read_manifest()
+    facts = {key: value for key, value in planned.items() if key != "config"}
+    facts["shared_machine"] = presence.shared
+    if manifest.get("study") != facts:
+        folder.write_manifest({**manifest, "study": facts})
+
+
+def _die() -> None:
+    """Another process has taken over, because this one showed no sign of life: nothing may be written any more."""
+    os._exit(BUSY)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program."""
+    parser = argparse.ArgumentParser(prog="kfacore.lab.studies.worker", description="Execute one run of a study.")
+    parser.add_argument("study", type=Path)
+    parser.add_argument("run")
+    given = parser.parse_args(arguments)
+    return execute(given.study, given.run, parent=os.getppid())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

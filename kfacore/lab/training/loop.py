@@ -1,0 +1,381 @@
+"""The training loop: batches in, steps taken, events out, and a run folder from which it can always go on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kfacore.errors import ConfigError, DataError, NumericalError, ResourceError
+from kfacore.lab.training.batches import BatchSampler, BatchSchedule
+from kfacore.lab.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from kfacore.lab.training.evaluate import evaluate_all, evaluation_due
+from kfacore.lab.training.files import disk_errors
+from kfacore.lab.training.notices import NoticeLog
+from kfacore.lab.training.plots import draw_run
+from kfacore.lab.training.results import RunResult, read_scalars
+from kfacore.lab.training.run import RunFolder, default_folder
+from kfacore.lab.training.setup import Parts, build_parts, manifest, method_of
+from kfacore.lab.training.signals import StopSignals, resume_command
+from kfacore.parallel.cores import torch_threads
+from kfacore.roles import Sink
+
+if TYPE_CHECKING:
+    from kfacore.lab.config.run import RunConfig
+    from kfacore.registry import Registry
+
+__all__ = ["Event", "Listener", "train"]
+
+logger = logging.getLogger("kfacore.lab.training")
+
+Event = Mapping[str, Any]
+"""One event of a run: ``{"event": "step", "step": 3, ...}``, plain Python values."""
+
+Listener = Callable[[Event], None]
+"""Is told every event, after the sinks."""
+
+
+def train(
+    config: RunConfig,
+    *,
+    registry: Registry,
+    out: Path | None = None,
+    resume: Path | None = None,
+    init: Path | None = None,
+    listeners: Sequence[Listener] = (),
+) -> RunResult:
+    """Train a model and keep everything about it in a run folder.
+
+    Args:
+        config: The resolved configuration; for `resume` see `kfacore.lab.training.resume.resume_config`.
+        registry: Where the components are.
+        out: The run folder, which must not hold a run; by default a new one under ``runs``.
+        resume: The folder of a run to continue, in place of `out`.
+        init: Parameters to start from.
+        listeners: Are told every event.
+
+    Returns:
+        The end of the run.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the run is saved.
+        NumericalError: The loss or the parameters are no longer finite; the last good checkpoint is kept.
+        ResourceError: The disk refused; the last checkpoint is intact.
+        KfacError: Something is wrong with the configuration or the data; nothing has been written.
+    """
+    if resume is not None and (out is not None or init is not None):
+        raise ConfigError("a resumed run keeps its folder and parameters; leave out --out and --init")
+    folder = RunFolder(resume or out or default_folder(config.problem.kind, method_of(config)))
+    if resume is None:
+        folder.check_free()
+    with torch_threads(config.threads):
+        if resume is not None:
+            folder.lock()
+        try:
+            checkpoint = load_checkpoint(folder.checkpoint_file) if resume is not None else None
+            parts = build_parts(config, registry, init)
+            run = _Run(config, registry, folder, parts, listeners)
+            if checkpoint is None:
+                folder.create(config.as_dict(), manifest(config, registry, parts, _now()))
+            else:
+                run.restore(checkpoint)
+            with StopSignals() as stop:
+                return run.go(stop)
+        finally:
+            folder.unlock()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class _Run:
+    """One life of a run: from a start or a checkpoint to its end or an interruption."""
+
+    def __init__(
+        self, config: RunConfig, registry: Registry, folder: RunFolder, parts: Parts, listeners: Sequence[Listener]
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.parts = parts
+        self.listeners = listeners
+        self.sinks: list[Sink] = [registry.build("sink", sink) for sink in config.sink]
+        batch = config.batch
+        schedule = BatchSchedule(batch.schedule, len(parts.train), batch.start, batch.target_step, batch.hold)
+        self.sampler = BatchSampler(parts.train, schedule, config.seed, batch.sampling)
+        self.notices = NoticeLog()
+        self.step = 0
+        self.seconds = 0.0
+        self.cases = 0
+        self.evaluated: int | None = None
+        self.measures: dict[str, float | None] = {}
+        self.saved: int | None = None
+        self._kept: tuple[int, int | None] | None = None
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take up where a checkpoint left off."""
+        parts, folder = self.parts, self.folder
+        if checkpoint.step > self.config.steps:
+            raise ConfigError(
+                f"{folder.path} has already taken {checkpoint.step} steps; --steps is the total, give more than that"
+            )
+        if checkpoint.data != parts.data.checksum:
+            raise DataError(
+                f"the data has changed since {folder.path} was started (checksum {parts.data.checksum[:12]}, then "
+                f"{checkpoint.data[:12]}); restore the old data or start a new run"
+            )
+        record = folder.read_manifest()
+        try:
+            parts.model.load_state_dict(dict(checkpoint.model))
+            parts.optimizer.load_state_dict(dict(checkpoint.optimizer))
+            if parts.average is not None and checkpoint.averaged is not None:
+                parts.average.load_state_dict(dict(checkpoint.averaged))
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if isinstance(error, KeyError):
+                reason = f"it has no entry {reason}"
+            raise DataError(
+                f"{folder.checkpoint_file} does not fit the run's configuration: {reason}; start a new run, or use "
+                "the versions in manifest.json"
+            ) from error
+        self.step, self.seconds = checkpoint.step, checkpoint.seconds
+        self.cases = sum(map(self.sampler.schedule.size, range(1, self.step + 1)))
+        self.evaluated, self.saved = checkpoint.evaluated, checkpoint.step
+        self._kept = (self.step, self.evaluated)
+        self._compare(record)
+        life = {"step": self.step, "time": _now(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        record["resumed"] = [*record.get("resumed", []), life]
+        folder.write_config(self.config.as_dict())
+        folder.write_manifest(record)
+
+    def _compare(self, record: Mapping[str, Any]) -> None:
+        """Say what keeps a resumed run from being bit for bit the one that never stopped."""
+        versions = record.get("versions", {})
+        now = {"torch": torch.__version__, "device": self.parts.device_name, "threads": torch.get_num_threads()}
+        then = {"torch": versions.get("torch"), "device": record.get("device"), "threads": record.get("threads")}
+        for name, value in now.items():
+            if value != then[name]:
+                logger.warning(
+                    "resumed with %s %s, started with %s %s: the numbers may differ in the last bits",
+                    name,
+                    value,
+                    name,
+                    then[name],
+                )
+
+    def go(self, stop: StopSignals) -> RunResult:
+        """Train to the last step."""
+        config, folder = self.config, self.folder
+        try:
+            for sink in self.sinks:
+                with self._disk():
+                    sink.open(folder.path, step=self.step)
+            self._emit(self._start_event())
+            if self._evaluates(self.step):
+                self._evaluate()
+            self._save()
+            while not self._over():
+                if stop.received is None:
+                    self._advance()
+                if stop.received is not None:
+                    self._save()
+                    raise stop.exception(folder.path, self.step)
+                if self._evaluates(self.step):
+                    self._evaluate()
+                if self._over() or self._due(config.checkpoint.every):
+                    self._save()
+            return self._finish()
+        except NumericalError as error:
+            raise self._explain(error) from error
+        finally:
+            with contextlib.ExitStack() as closing:  # each is closed, whatever another one does
+                for sink in self.sinks:
+                    closing.enter_context(self._disk())
+                    closing.callback(sink.close)
+
+    def _advance(self) -> None:
+        """One step, timed, with its report read and passed on."""
+        started = time.perf_counter()
+        step = self.step + 1
+        batch = self.sampler.batch(step)
+        report = self.parts.optimizer.step(batch.inputs, batch.targets)
+        if self.parts.average is not None:
+            self.parts.average.update(self.parts.model, step)
+        scalars = read_scalars(report)
+        self.seconds += time.perf_counter() - started
+        self.step = step
+        self.cases += len(batch)
+        extra: dict[str, Any] = {"notices": list(report.notices)} if report.notices else {}
+        if scalars["rho"] == -math.inf:  # which files of events cannot hold
+            extra["increased"] = True
+        self._emit(
+            {
+                "event": "step",
+                "step": step,
+                "batch_size": len(batch),
+                **scalars,
+                "seconds": self.seconds,
+                **extra,
+            }
+        )
+        self.notices.take(step, report.notices)
+        loss = scalars["loss"]
+        if loss is None or not math.isfinite(loss):
+            raise NumericalError(
+                f"the loss of step {step} is {loss} (lambda {_show(scalars['lam'])}, gamma {_show(scalars['gamma'])}). "
+                f"{_ADVICE}"
+            )
+
+    def _evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due now and not done yet (a resumed run may have stopped just before one)."""
+        every, early = self.config.eval.every, self.config.eval.early
+        return self.evaluated != step and (self._over() or evaluation_due(step, every, early=early))
+
+    def _over(self) -> bool:
+        """Whether the last step has been taken: all of them, or as many as the budget allows."""
+        budget = self.config.budget
+        return (
+            self.step >= self.config.steps
+            or (budget.cases is not None and self.cases >= budget.cases)
+            or (budget.seconds is not None and self.seconds >= budget.seconds)
+        )
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _evaluate(self) -> None:
+        parts = self.parts
+        averaged = None if parts.average is None else parts.average.model
+        self.measures = evaluate_all(parts.model, averaged, parts.likelihood, parts.train, parts.test)
+        self.evaluated = self.step
+        self._emit({"event": "eval", "step": self.step, **self.measures, "seconds": self.seconds})
+        loss = self.measures["train_loss"]
+        if loss is None or not math.isfinite(loss):
+            raise NumericalError(f"the training loss after step {self.step} is {loss}. {_ADVICE}")
+
+    def _save(self) -> None:
+        """Write a checkpoint, unless it would replace a good one by numbers that are not finite."""
+        state = (self.step, self.evaluated)
+        if self._kept == state:
+            return
+        parts = self.parts
+        finite = torch.stack([parameter.isfinite().all() for parameter in parts.model.parameters()]).all()
+        if not bool(finite):
+            raise NumericalError(f"the parameters after step {self.step} hold NaN or infinity. {_ADVICE}")
+        for sink in self.sinks:
+            with self._disk():
+                sink.flush()  # first, so that no event before the checkpoint can be missing after a crash
+        save_checkpoint(
+            self.folder.checkpoint_file,
+            Checkpoint(
+                model=parts.model.state_dict(),
+                optimizer=parts.optimizer.state_dict(),
+                averaged=None if parts.average is None else parts.average.state_dict(),
+                step=self.step,
+                seconds=self.seconds,
+                evaluated=self.evaluated,
+                config=self.config.as_dict(),
+                data=parts.data.checksum,
+            ),
+            remedy=self._remedy(),
+        )
+        self.saved, self._kept = self.step, state
+        path = str(self.folder.checkpoint_file)
+        self._emit({"event": "checkpoint", "step": self.step, "path": path, "seconds": self.seconds})
+
+    def _finish(self) -> RunResult:
+        parts, folder = self.parts, self.folder
+        self._save()
+        for sink in self.sinks:
+            with self._disk():
+                sink.flush()
+        events = folder.events()
+        if not self.measures:  # everything was done before this life began; its last evaluation is on file
+            names = [f"{prefix}{name}" for prefix in ("", "averaged_") for name in _MEASURES]
+            last: dict[str, Any] = next((event for event in reversed(events) if event.get("event") == "eval"), {})
+            self.measures = {name: last.get(name) for name in names}
+        plots = draw_run(folder, events, parts) if events else ()
+        if not events:
+            logger.warning("no plots: the jsonl sink, which keeps the events for them, is switched off")
+        self._emit(
+            {
+                "event": "done",
+                "step": self.step,
+                "seconds": self.seconds,
+                **self.measures,
+                "run": str(folder.path),
+                "plots": [str(plot) for plot in plots],
+                "notices": dict(self.notices.counts),
+            }
+        )
+        return RunResult(folder.path, self.step, self.seconds, self.measures, tuple(plots))
+
+    def _start_event(self) -> dict[str, Any]:
+        config, parts = self.config, self.parts
+        return {
+            "event": "start",
+            "step": self.step,
+            "steps": config.steps,
+            "run": str(self.folder.path),
+            "problem": config.problem.kind,
+            "optimizer": config.optimizer.kind,
+            "approx": None if config.approx is None else config.approx.kind,
+            "device": parts.device_name,
+            "threads": torch.get_num_threads(),
+            "dtype": config.dtype,
+            "seed": config.seed,
+            "parameters": sum(parameter.numel() for parameter in parts.model.parameters()),
+            "train_cases": len(parts.train),
+            "test_cases": 0 if parts.test is None else len(parts.test),
+            "data": parts.data.source,
+            "seconds": self.seconds,
+        }
+
+    def _emit(self, event: Event) -> None:
+        for sink in self.sinks:
+            with self._disk():
+                sink.write(event)
+        for listener in self.listeners:
+            listener(event)
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Say how to go on, also where a sink has already said what is wrong."""
+        try:
+            with disk_errors(self.folder.path):
+                yield
+        except ResourceError as error:
+            remedy = self._remedy()
+            raise ResourceError(f"{error}; {remedy}" if remedy else str(error)) from error
+
+    def _remedy(self) -> str:
+        if self.saved is None:
+            return ""
+        return f"the checkpoint of step {self.saved} is intact, go on with:\n{resume_command(self.folder.path)}"
+
+    def _explain(self, error: NumericalError) -> NumericalError:
+        """A numerical failure with where it happened and what is saved."""
+        message = str(error).rstrip(".")
+        if "step" not in message:  # a part that does not know where it is
+            message = f"step {self.step + 1}: {message}"
+        kept = "" if self.saved is None else f"; the checkpoint of step {self.saved} is kept in {self.folder.path}"
+        return NumericalError(f"{message}{kept}")
+
+
+_MEASURES = ("train_loss", "train_error", "test_loss", "test_error")
+
+_ADVICE = (
+    "Try a larger damping.lambda0, a smaller learning rate, or --dtype float64; if it happens in the first step, look "
+    "at the data and the initial parameters"
+)
+
+
+def _show(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3g}"

@@ -1,0 +1,101 @@
+"""The configuration of a resumed run: the saved one, with changes only where they cannot change what is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kfacore.errors import ConfigError, DataError
+from kfacore.lab.config.resolve import user_layers
+from kfacore.lab.config.sources import Layer, deep_update
+from kfacore.lab.training.run import RunFolder
+from kfacore.schema.slots import NONE
+
+if TYPE_CHECKING:
+    from kfacore.lab.config.run import RunConfig
+    from kfacore.registry import Registry
+
+__all__ = ["resume_config"]
+
+_FREE = (
+    ("steps",),
+    ("budget",),
+    ("device",),
+    ("threads",),
+    ("sink",),
+    ("eval",),
+    ("checkpoint",),
+    ("problem", "data_dir"),
+)
+"""Keys that say how long, where and how often, but not what is computed."""
+
+
+def resume_config(
+    registry: Registry,
+    run: Path,
+    *,
+    flags: Mapping[str, Any] | None = None,
+    sets: Sequence[str] = (),
+    files: Sequence[Path] = (),
+) -> RunConfig:
+    """Read a run's configuration and lay over it what the user gives on resuming.
+
+    Args:
+        registry: Where the components are.
+        run: The run folder.
+        flags: Named flags by key; None is not given.
+        sets: ``KEY=VALUE`` assignments.
+        files: Configuration files.
+
+    Returns:
+        The saved configuration with steps, budget, device, threads, sinks, intervals and the data's place as given now.
+
+    Raises:
+        ConfigError: A given key would change what is computed; the message has its origin and both values.
+        DataError: The folder holds no run, or its configuration is damaged.
+    """
+    folder = RunFolder(run)
+    saved = folder.read_config()
+    layers = user_layers(registry, files, flags or {}, sets)
+    changed: dict[str, Any] = {}
+    deep_update(changed, saved)
+    for layer in layers:
+        for location, value in _leaves((), layer.values):
+            _refuse_conflict(layer, location, value, saved, run)
+        deep_update(changed, layer.values)
+    try:
+        return _from_dict(registry, changed if any(layer.values for layer in layers) else saved)
+    except ConfigError as error:
+        if any(layer.values for layer in layers):
+            raise
+        raise DataError(f"{folder.config_file} is not the configuration of a run: {error}") from error
+
+
+def _from_dict(registry: Registry, values: Mapping[str, Any]) -> RunConfig:
+    from kfacore.lab.config.run import RunConfig
+
+    return RunConfig.from_dict(registry, values)
+
+
+def _refuse_conflict(layer: Layer, location: tuple[str, ...], value: Any, saved: Mapping[str, Any], run: Path) -> None:
+    if any(location[: len(free)] == free for free in _FREE):
+        return
+    found: Any = saved
+    for key in location:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    if found == value or (found is None and value == NONE):
+        return
+    key = ".".join(location).removesuffix(".kind")
+    raise ConfigError(
+        f"{layer.origin_of(location)}: a resumed run keeps its configuration, and {run} has {key} = {found!r}; "
+        f"leave it out, or start a new run without --resume"
+    )
+
+
+def _leaves(location: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _leaves((*location, str(key)), item)
+    elif location:
+        yield location, value

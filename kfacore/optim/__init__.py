@@ -1,0 +1,1 @@
+"""The optimizer that owns the step, the exact local quadratic model, and what a step refuses."""

@@ -1,0 +1,91 @@
+"""What a step refuses: targets that do not fit, numbers that are not finite; and which states an optimizer refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfacore.errors import ConfigError, DataError, NumericalError, UnsupportedModelError
+from kfacore.nest import tensors_of
+
+__all__ = ["check_form", "require_finite", "require_state"]
+
+
+def check_form(targets: Any, cases: int, device: torch.device) -> None:
+    """One target a case, where the outputs are. Asks the device nothing.
+
+    Raises:
+        DataError: The message says what was found.
+    """
+    if not isinstance(targets, Tensor) or targets.dim() == 0:
+        found = "a number" if isinstance(targets, Tensor) else f"a {type(targets).__name__}"
+        raise DataError(f"targets: a tensor with one target a case is needed, found {found}")
+    if len(targets) != cases:
+        raise DataError(f"targets: found {len(targets)} targets for {cases} cases of inputs")
+    if targets.device != device:
+        raise DataError(f"targets: they are on {targets.device}, the model's outputs on {device}; move them there")
+
+
+def require_finite(
+    what: str, value: Tensor, inputs: Any, targets: Tensor, *, step: int, damping: tuple[Tensor, Tensor]
+) -> None:
+    """Refuse to go on from NaN or infinity, and say where it came from. Waits for the device.
+
+    Args:
+        what: Name of the number.
+        value: The number, ().
+        inputs: Of the mini-batch.
+        targets: Of the mini-batch.
+        step: Number of the step.
+        damping: lambda and gamma, for the message.
+
+    Raises:
+        DataError: The mini-batch has NaN or infinity.
+        NumericalError: It has not, so the parameters have diverged.
+    """
+    # The inputs as well: an infinite one may saturate its units and leave every loss finite.
+    finite = [torch.isfinite(value), *(torch.isfinite(x).all() for x in tensors_of(inputs))]
+    if bool(torch.stack(finite).all()):
+        return
+    for name, tensor in (*(("inputs", x) for x in tensors_of(inputs)), ("targets", targets)):
+        bad = ~torch.isfinite(tensor).reshape(len(tensor), -1).all(1)
+        if bool(bad.any()):
+            raise DataError(
+                f"{name}: {int(bad.sum())} of {len(bad)} cases of the mini-batch of step {step} hold NaN "
+                f"or infinity, the first is case {int(bad.nonzero()[0, 0])}; remove or repair them"
+            )
+    lam, gamma = damping
+    raise NumericalError(
+        f"step {step}: the {what} is not finite (lambda {float(lam):g}, gamma {float(gamma):g}); the parameters have "
+        "diverged, or an earlier mini-batch held NaN or infinity. Check the data, or start with a larger "
+        "damping.lambda0"
+    )
+
+
+def require_state(state: Mapping[str, Any], kind: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What KFAC has saved in an optimizer state, if it is of this approximation and its layers have these shapes.
+
+    Args:
+        state: What is to be loaded.
+        kind: Name of the approximation.
+        shapes: (d_out, d_in) of the optimizer's layers by name.
+
+    Raises:
+        ConfigError: The state is of another optimizer or approximation.
+        UnsupportedModelError: A layer has another shape; the message names it.
+    """
+    own: dict[str, Any] | None = state.get("kfac")
+    if own is None:
+        raise ConfigError("the state is not of a KFAC optimizer (it has no 'kfac' entry)")
+    if own["approx"] != kind:
+        raise ConfigError(f"the state is of approx = {own['approx']!r}, this optimizer has {kind!r}")
+    for name, saved in zip(own["layers"], own["shapes"], strict=True):
+        if name in shapes and shapes[name] != tuple(saved):
+            raise UnsupportedModelError(
+                f"{name}: its weight block has shape {shapes[name]}, in the saved optimizer state {tuple(saved)}; "
+                "build the model as it was when the state was saved"
+            )
+    return own

@@ -1,0 +1,143 @@
+r"""The objective's exact quadratic model around the parameters, and steps that are taken on it.
+
+    model(delta) = 1/2 delta^T A delta + grad^T delta,      A = F + (lambda + eta) I,
+
+F the exact Fisher on the first cases of a mini-batch (method, section 4; paper, sections 6.4 and 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from kfacore.network import BlockVector, Linearization
+from kfacore.optim.quadratic import fisher_gram, model_value, on_planes, symmetric_gram
+from kfacore.roles.inverse import Inverse
+from kfacore.roles.likelihood import Likelihood
+from kfacore.roles.momentum import Momentum
+
+__all__ = ["LocalModel", "combine"]
+
+
+class LocalModel:
+    """The quadratic model on the first cases of one linearised mini-batch.
+
+    Args:
+        batch: The mini-batch; the parameters must not have moved since.
+        likelihood: What turns its outputs into F_R.
+        grad: The objective's gradient.
+        damping: lambda + eta.
+        cases: How many of the first cases F is the mean of.
+
+    Attributes:
+        grad: The gradient.
+        J: J v of the directions that `planes` saw last, (k, n, o).
+    """
+
+    def __init__(
+        self, batch: Linearization, likelihood: Likelihood, grad: BlockVector, damping: Tensor, cases: int
+    ) -> None:
+        self.grad = grad
+        self.J = damping.new_empty(0)
+        self._batch = batch
+        self._likelihood = likelihood
+        self._damping = damping
+        self._cases = cases
+
+    @cached_property
+    def _z(self) -> Tensor:
+        """Outputs of the cases; formed only where the model is used."""
+        return torch.cat(self._batch.outputs())[: self._cases]
+
+    def push(self, directions: Sequence[BlockVector]) -> Tensor:  # (k, n, o)
+        """J v for each direction, in one pass."""
+        return self._batch.jvp([v.blocks for v in directions], self._cases)
+
+    def planes(
+        self, directions: Sequence[BlockVector], *, last: bool, J: Tensor | None = None, grad: BlockVector | None = None
+    ) -> tuple[Tensor, Tensor]:  # (c, 2, 2), (c, 2)
+        """M and b on (v_i, v_k) for each of k directions but the last; on v_i alone, padded by zeros, if told so.
+
+        Args:
+            directions: v_1..v_k.
+            last: Whether the last direction is common to all planes.
+            J: J v of the directions, (k, n, o), if it is known.
+            grad: The model's gradient where the planes begin, if that is not zero.
+        """
+        self.J = self.push(directions) if J is None else J
+        gram = fisher_gram(self._likelihood, self._z, self.J)
+        inner = symmetric_gram(lambda i, j: torch.dot(directions[i].flat, directions[j].flat), len(directions))
+        M = gram + self._damping * inner
+        slope = (self.grad if grad is None else grad).flat
+        b = torch.stack([torch.dot(v.flat, slope) for v in directions]).double()
+        if not last:
+            M = nn.functional.pad(M, (0, 1, 0, 1))
+            b = nn.functional.pad(b, (0, 1))
+        return on_planes(M, b)
+
+    def gradient_at(
+        self,
+        delta: BlockVector,
+        Jdelta: Tensor,  # (n, o)
+        out: BlockVector,
+    ) -> BlockVector:
+        """A delta + grad, written into ``out``: one backward pass."""
+        v = self._likelihood.fisher_product(self._z, Jdelta.unsqueeze(0))[0] / self._cases
+        self._batch.pull_back(v, out)
+        out.flat.add_(self.grad.flat).addcmul_(delta.flat, self._damping.to(delta.flat.dtype))
+        return out
+
+    def go_on(
+        self,
+        delta: BlockVector,
+        Jdelta: Tensor,  # (n, o)
+        inverse: Inverse,
+        momentum: Momentum,
+        times: int,
+        buffers: Sequence[BlockVector],
+    ) -> Tensor:
+        """Further steps of K-FAC on the model itself, from delta on: conjugate gradients, preconditioned by F-hat.
+
+        Each has Delta = -F-hat^-1 (A delta + grad), and the step before it as its previous one; with coefficients that
+        minimise the model the steps are conjugate. Martens (2010, sections 4.1 and 4.7) preconditions with a diagonal.
+
+        Args:
+            delta: The step so far; receives the further ones.
+            Jdelta: J delta.
+            inverse: F-hat^-1.
+            momentum: What chooses the coefficients.
+            times: How many steps.
+            buffers: Three vectors to work in.
+
+        Returns:
+            The change of the model, a scalar.
+        """
+        residual, proposal, last = buffers
+        last.flat.copy_(delta.flat)
+        Jlast = Jdelta
+        change = self._damping.new_zeros((), dtype=torch.float64)
+        for _ in range(times):
+            self.gradient_at(delta, Jdelta, residual)
+            inverse.solve_into(residual.blocks, proposal.blocks)
+            proposal.flat.neg_()
+            J = torch.cat([self.push([proposal]), Jlast.unsqueeze(0)])  # J is linear: that of the last step is known
+            moving = momentum.uses_previous
+            M, b = self.planes(
+                [proposal, last] if moving else [proposal], last=moving, J=J if moving else J[:1], grad=residual
+            )
+            x = momentum.coefficients(M, b)
+            change = change + model_value(M, b, x)[0]
+            alpha, mu = x[0]
+            last.combine(mu, proposal, alpha)
+            Jlast = combine(alpha, J[0], mu, J[1])
+            delta.flat.add_(last.flat)
+            Jdelta = Jdelta + Jlast
+        return change
+
+
+def combine(alpha: Tensor, u: Tensor, mu: Tensor, v: Tensor) -> Tensor:
+    """Alpha u + mu v in the vectors' dtype."""
+    return alpha.to(u.dtype) * u + mu.to(u.dtype) * v

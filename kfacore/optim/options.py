@@ -1,0 +1,84 @@
+"""The options of `kfacore.KFAC`, and where those come from that are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from kfacore.errors import ConfigError, nearest
+from kfacore.registry import Registry
+from kfacore.schema.presets import PRESETS
+from kfacore.schema.slots import (
+    ApproxConfig,
+    DampingConfig,
+    EstimatorConfig,
+    LikelihoodConfig,
+    Model,
+    MomentumConfig,
+)
+
+__all__ = ["KFACConfig", "complete"]
+
+_STANDARD = {"estimator": "monte-carlo", "damping": "levenberg-marquardt", "momentum": "quadratic-model"}
+"""The component of a slot when neither the caller nor the preset names one."""
+
+
+class KFACConfig(Model):
+    """All options of `KFAC` in one object; a slot is a name, a table with ``kind``, or a config object."""
+
+    likelihood: str | dict[str, Any] | LikelihoodConfig
+    """The predictive distribution."""
+    approx: str | dict[str, Any] | ApproxConfig = "blockdiag"
+    """The approximation of the Fisher."""
+    estimator: str | dict[str, Any] | EstimatorConfig | None = None
+    """The statistics estimator; the preset's if left out."""
+    damping: str | dict[str, Any] | DampingConfig | None = None
+    """The damping strategy; the preset's if left out."""
+    momentum: str | dict[str, Any] | MomentumConfig | None = None
+    """The momentum rule; the preset's if left out."""
+    weight_decay: float = 1e-5
+    """eta of the objective h = loss + eta/2 ||theta||^2, biases included."""
+    preset: str = "default"
+    """Where slots that are left out come from: "default", "paper" or "heskes"."""
+    seed: int = 0
+    """Seed of the sampled targets."""
+    autocast: Literal["bfloat16"] | None = None
+    """Mixed precision: dtype of the forward and backward passes; factors, solves and the quadratic model keep the
+    parameters' dtype."""
+
+
+def complete(registry: Registry, config: KFACConfig | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option with its value: given, or the config's, or the preset's.
+
+    A slot given by name or as a table gets what it leaves out from the preset, as in `kfac train`; config objects and
+    instances are taken as they are.
+
+    Raises:
+        ConfigError: Both a config and single options are given, the likelihood is missing, or a name is unknown.
+    """
+    if config is not None:
+        if given:
+            raise ConfigError(f"give config or single options, not both; found config and {', '.join(given)}")
+        given = {key: getattr(config, key) for key in type(config).model_fields}
+    defaults = {key: field.default for key, field in KFACConfig.model_fields.items() if key != "likelihood"}
+    chosen = {**defaults, **{key: value for key, value in given.items() if value is not None}}
+    if "likelihood" not in chosen:
+        raise ConfigError("KFAC needs likelihood = 'bernoulli', 'categorical' or 'gaussian': what the outputs mean")
+    if chosen["preset"] not in PRESETS:
+        raise ConfigError(f"unknown preset '{chosen['preset']}': {nearest(chosen['preset'], PRESETS)}")
+    preset = PRESETS[chosen["preset"]]
+    for slot in ("approx", *_STANDARD):
+        table = preset.get(slot, {})
+        value = chosen[slot] if chosen[slot] is not None else {"kind": table.get("kind", _STANDARD.get(slot))}
+        chosen[slot] = _filled(registry, slot, value, table)
+    return chosen
+
+
+def _filled(registry: Registry, slot: str, value: Any, preset: Mapping[str, Any]) -> Any:
+    """A name or table with what the preset has for its kind."""
+    table = {"kind": value} if isinstance(value, str) else value
+    kind = table.get("kind") if isinstance(table, Mapping) else None
+    if not isinstance(kind, str) or preset.get("kind", kind) != kind:
+        return value
+    fields = registry.find(slot, kind).config.model_fields
+    return {**{key: found for key, found in preset.items() if key in fields}, **table}

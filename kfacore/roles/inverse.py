@@ -1,0 +1,82 @@
+"""A damped approximation of the Fisher at one gamma, ready to be applied; and what must not pass in silence."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfacore.roles.block import Block
+
+__all__ = ["Inverse", "Notice"]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that must not pass in silence: a factor that needed double precision or more jitter.
+
+    Attributes:
+        layer: Name of the layer.
+        message: What happened and what was done.
+    """
+
+    layer: str
+    message: str
+
+    def __str__(self) -> str:
+        """Layer first, as people look for it."""
+        return f"{self.layer}: {self.message}"
+
+
+class Inverse(ABC):
+    """A damped approximation F-hat at one gamma, ready to be applied. Immutable.
+
+    Blocks are the layers' weight blocks (d_out, d_in), in execution order.
+    """
+
+    layers: Sequence[Block]
+    notices: tuple[Notice, ...] = ()
+
+    @abstractmethod
+    def solve(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """F-hat^-1 v."""
+
+    def solve_into(self, blocks: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """F-hat^-1 v written over ``out``; worth an implementation where it saves the copy."""
+        torch._foreach_copy_(list(out), self.solve(blocks))
+
+    @abstractmethod
+    def multiply(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """F-hat v, the inverse of `solve`."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and containers from which the approximation's `load_inverse` restores it bit for bit."""
+
+    def dense(self, *, inverse: bool = True) -> Tensor:
+        """The matrix of `solve` (or of `multiply`), for small nets: parameters layer by layer, columns stacked.
+
+        Returns:
+            (P, P), in the blocks' dtype; vec stacks the columns of each (d_out, d_in) block.
+        """
+        apply = self.solve if inverse else self.multiply
+        probe = self._like()
+        total = sum(layer.size for layer in self.layers)
+        columns = []
+        for position in range(total):
+            unit = torch.zeros(total, dtype=probe.dtype, device=probe.device)
+            unit[position] = 1.0
+            blocks, start = [], 0
+            for layer in self.layers:
+                blocks.append(unit[start : start + layer.size].reshape(layer.d_in, layer.d_out).T)
+                start += layer.size
+            columns.append(torch.cat([block.T.reshape(-1) for block in apply(blocks)]))
+        return torch.stack(columns, dim=1)
+
+    @abstractmethod
+    def _like(self) -> Tensor:
+        """Any tensor of the inverse, for its dtype and device."""

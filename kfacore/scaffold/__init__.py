@@ -1,5 +1,0 @@
-"""New distributions from templates, for authors of plug-ins. Imports no torch."""
-
-from kfacore.scaffold.plugin import NewPlugin, write_plugin
-
-__all__ = ["NewPlugin", "write_plugin"]

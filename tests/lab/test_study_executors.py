@@ -1,0 +1,182 @@
+"""The executors for real: processes that are forked, spawned, and sent through submitit's local mode."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_studies import write_study
+
+from kfac_plugins.executors.slurm import Job
+from kfacore.errors import ConfigError, ResourceError
+from kfacore.lab.studies.config import read_study
+from kfacore.lab.studies.folder import plan_into, write_planned
+from kfacore.lab.studies.plan import Study
+from kfacore.lab.studies.state import own_plan, read_journal, read_state, state_folder
+from kfacore.lab.training.files import write_json
+from kfacore.registry import get_registry
+from kfacore.roles import Ended, Executor
+
+
+def prepared(tmp_path: Path, **options: Any) -> Study:
+    """A study whose runs are written down for the processes."""
+    study = plan_into(get_registry(), read_study(write_study(tmp_path, body="", **options)), tmp_path / "out").study
+    study.write()
+    study.write_index()
+    for run in study.runs:
+        write_planned(study, run)
+    return study
+
+
+def wait_for(executor: Executor, count: int, seconds: float = 120.0) -> dict[str, Ended]:
+    ended: dict[str, Ended] = {}
+    limit = time.monotonic() + seconds
+    while len(ended) < count:
+        assert time.monotonic() < limit, "no end in sight"
+        ended.update({end.run: end for end in executor.poll(0.5)})
+    return ended
+
+
+def wait_for_step(study: Study, run: int, step: int) -> None:
+    metrics = study.runs[run].path / "metrics.jsonl"
+    limit = time.monotonic() + 60
+    while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def pid_of(study: Study, run: int) -> int:
+    return int(read_journal(study.folder, study.runs[run].hash)[-1]["pid"])
+
+
+LONG = 100_000
+
+
+def test_forked(tmp_path) -> None:
+    study = prepared(tmp_path, seeds=4, steps=4)
+    executor = get_registry().build("executor", {"kind": "local", "start": "fork", "workers": 2})
+    executor.open(study.folder, threads=1)
+    try:
+        for run in study.runs[:2]:
+            executor.submit(run.hash)
+        assert {end.code for end in wait_for(executor, 2).values()} == {0}
+        first, second = (pid_of(study, index) for index in (0, 1))
+        assert len({first, second, os.getpid()}) == 3
+        assert (study.runs[0].path / "plots" / "progress.png").exists()
+        # A run that had its end is not run again.
+        executor.submit(study.runs[0].hash)
+        assert wait_for(executor, 1)[study.runs[0].hash].code == 0
+        assert len(read_journal(study.folder, study.runs[0].hash)) == 2
+        # The process that forks is killed: the run under way notices, saves and frees itself, and can go on.
+        plan = own_plan(state_folder(study.folder, study.runs[2].hash))
+        config = json.loads(plan.read_text())
+        config["config"]["steps"] = LONG
+        write_json(plan, config)
+        executor.submit(study.runs[2].hash)
+        wait_for_step(study, 2, 2)
+        stat = Path(f"/proc/{pid_of(study, 2)}/stat").read_text()
+        os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)
+        end = wait_for(executor, 1)[study.runs[2].hash]
+        assert end.again
+        assert "the process that starts the runs has ended with code -9" in end.reason
+        limit = time.monotonic() + 30
+        while read_state(study.folder, study.runs[2].hash).state == "running":
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        assert read_journal(study.folder, study.runs[2].hash)[-1]["what"] == "stopped"
+        # The next run starts a new one.
+        executor.submit(study.runs[3].hash)
+        assert wait_for(executor, 1)[study.runs[3].hash].code == 0
+    finally:
+        executor.close()
+
+
+def test_spawned_and_stopped(tmp_path) -> None:
+    study = prepared(tmp_path, seeds=1, steps=LONG)
+    executor = get_registry().build("executor", {"kind": "local", "start": "spawn"})
+    executor.open(study.folder, threads=1)
+    try:
+        name = study.runs[0].hash
+        executor.submit(name)
+        wait_for_step(study, 0, 2)
+        executor.stop()
+        assert wait_for(executor, 1)[name].code == 143
+        assert read_state(study.folder, name).state == "pending"
+        assert read_journal(study.folder, name)[-1]["what"] == "stopped"
+        assert (study.runs[0].path / "checkpoint.pt").exists()
+    finally:
+        executor.close()
+
+
+def slurm(**options: Any) -> Executor:
+    return get_registry().build("executor", {"kind": "slurm", "cluster": "local", **options})
+
+
+# submitit leaves the controller's Popen of a finished job to the garbage collector.
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+def test_submitit_for_real_with_a_preemption(tmp_path) -> None:
+    study = prepared(tmp_path, seeds=1, steps=100)
+    executor = slurm()
+    executor.open(study.folder, threads=1)
+    try:
+        executor.submit(study.runs[0].hash)
+        wait_for_step(study, 0, 5)
+        os.kill(pid_of(study, 0), signal.SIGUSR2)  # how SLURM announces that it will take the machine away
+        ended = wait_for(executor, 1)
+    finally:
+        executor.close()
+    assert ended[study.runs[0].hash].code == 0
+    assert read_state(study.folder, study.runs[0].hash).state == "done"
+    journal = read_journal(study.folder, study.runs[0].hash)
+    assert [line["what"] for line in journal] == ["started", "stopped", "resumed", "done"]
+    assert journal[1]["step"] >= 5, "it has saved before it left"
+    assert journal[1]["pid"] != journal[2]["pid"], "another job has gone on from there"
+
+
+def test_a_preemption_in_the_middle_of_a_checkpoint(tmp_path, monkeypatch) -> None:
+    study = prepared(tmp_path, seeds=1, steps=LONG)
+    name, save = study.runs[0].hash, torch.save
+    states: list[str] = []
+
+    def put_back(number: int, frame: object) -> None:  # submitit's handler leaves from wherever the process is
+        states.append(read_state(study.folder, name).state)
+        raise SystemExit(144)
+
+    def save_announced(*given: Any, **options: Any) -> None:
+        signal.raise_signal(signal.SIGUSR2)
+        save(*given, **options)
+
+    before = signal.signal(signal.SIGUSR2, put_back)
+    monkeypatch.setattr(torch, "save", save_announced)
+    try:
+        with pytest.raises(SystemExit, match="144"):
+            Job(study.folder, name)()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert states == ["pending"], "the run was saved and free before the job went back"
+    assert [line["what"] for line in read_journal(study.folder, name)] == ["started", "stopped"]
+    assert (study.runs[0].path / "checkpoint.pt").exists()
+
+
+def test_slurm_says_what_is_missing(tmp_path, monkeypatch) -> None:
+    with pytest.raises(ResourceError, match=r"no jobs can be sent to SLURM from this machine.*--executor local"):
+        get_registry().build("executor", "slurm").open(tmp_path, threads=1)
+    executor = slurm()
+    executor.config = executor.config.model_copy(update={"minutes": "long"})
+    with pytest.raises(ConfigError, match="submitit refuses an option"):
+        executor.open(tmp_path, threads=1)
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ResourceError, match=r"pip install 'kfacore\[slurm\]'"):
+        slurm().open(tmp_path, threads=1)
+
+
+def test_an_executor_must_be_opened() -> None:
+    with pytest.raises(ValueError, match="opened first"):
+        get_registry().build("executor", "local").submit("run")
