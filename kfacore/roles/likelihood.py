@@ -1,11 +1,15 @@
 r"""The role of a likelihood: the predictive distribution p(y | z) with natural parameters z.
 
-Conventions: z has shape (n, o), the first dimension is the case; nll sums over outputs and is not averaged over cases.
+Conventions: z has shape (n, o), the first dimension is the case (a row: one position of one example); nll sums over
+outputs and is not averaged over cases. Several positions, masks and the divisor are the business of
+`kfacore.optim.loss.Loss`, which hands rows to the methods here.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,16 +17,62 @@ from torch import Tensor
 from kfacore.roles.base import Part
 from kfacore.schema.slots import LikelihoodConfig
 
-__all__ = ["Likelihood"]
+__all__ = ["Likelihood", "Terms"]
+
+
+@dataclass(frozen=True)
+class Terms:
+    r"""What targets come to: a row's term of the loss is weight * nll(z, target).
+
+    Its gradient is weight * residual(z, target), and its Fisher metric sqrt(weight) F_R sqrt(weight): whatever a loss
+    does to a likelihood that keeps its Hessian a multiple of F_R has this form (weights of classes or outputs, smoothed
+    labels).
+
+    Attributes:
+        target: What `Likelihood.nll` and `Likelihood.residual` take.
+        weight: (n,), or (n, o) for a likelihood whose outputs are independent, given y; 1 if left out.
+        share: (n,) what a row adds to the divisor of a mean over positions; 1 if left out.
+        counts: (n,) bool, rows that count; all if left out.
+    """
+
+    target: Tensor
+    weight: Tensor | None = None
+    share: Tensor | None = None
+    counts: Tensor | None = None
 
 
 class Likelihood(Part):
     """A predictive distribution in its natural parameters, with its Fisher metric (method, section 1).
 
     `sample` is the only place in the project where targets are drawn.
+
+    Attributes:
+        per: What the loss is divided by where the configuration does not say it.
+        criterion: The torch loss that it was read from (`of`), or None.
+        class_second: Whether outputs with positions have their classes in the second dimension where their shape
+            leaves it open, as torch's cross-entropy has.
     """
 
     config: LikelihoodConfig
+    per: ClassVar[Literal["example", "position"]] = "example"
+    criterion: Any = None
+    class_second: bool = False
+
+    @classmethod
+    def of(cls, criterion: Any, **options: Any) -> Likelihood:
+        """The likelihood that a loss of torch is the negative logarithm of, with its options.
+
+        Args:
+            criterion: `torch.nn.CrossEntropyLoss`, `BCEWithLogitsLoss`, `MSELoss` or `GaussianNLLLoss`; its value is
+                compared with ours on the first mini-batch.
+            options: What the criterion does not hold, for example ``variance`` of `GaussianNLLLoss`.
+
+        Raises:
+            ConfigError: It is no such loss, or has options that no likelihood has; the message says what to do.
+        """
+        from kfacore.roles.criterion import read_criterion
+
+        return read_criterion(criterion, **options)
 
     @abstractmethod
     def nll(
@@ -95,3 +145,32 @@ class Likelihood(Part):
         Raises:
             DataError: It says what was found, where, and what is needed.
         """
+
+    def unfit(
+        self,
+        y: Tensor,  # (n, ...) targets of the right shape and dtype
+        outputs: int,  # for likelihoods whose range depends on it
+    ) -> Tensor:  # (n,) bool
+        """Rows whose values `check_targets` refuses, without asking the device; it is looked at in every mini-batch.
+
+        By default those that are not finite.
+        """
+        bad = ~y.isfinite()
+        return bad.flatten(1).any(1) if bad.dim() > 1 else bad
+
+    def terms(
+        self,
+        y: Tensor,  # (n, ...) targets that were checked, integers as int64
+        outputs: int,  # for likelihoods with options
+        like: Tensor,  # a tensor of the outputs' dtype and device
+    ) -> Terms:
+        """What targets come to, with the options of the configuration; by default they are taken as they are."""
+        return Terms(y)
+
+    def factor(self, outputs: int) -> float:
+        """What the loss is multiplied by, its gradient and Fisher with it."""
+        return self.config.scale
+
+    def constant(self, outputs: int) -> float:
+        """What torch's loss has besides ours, a row: constants that no gradient sees."""
+        return 0.0

@@ -79,7 +79,13 @@ class SlotConfig(Model):
 
 
 class LikelihoodConfig(SlotConfig):
-    """Options of a likelihood."""
+    """Options of a likelihood, and of the loss that is made of it."""
+
+    per: Literal["example", "position", "batch"] | None = None
+    """What the loss is divided by: the number of examples, of positions that count (a mean over tokens or pixels), or
+    nothing, "batch"; by default what is usual for the likelihood. The same for outputs without positions."""
+    scale: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    """Factor of the loss; its gradient, the Fisher and lambda follow."""
 
 
 class EstimatorConfig(SlotConfig):

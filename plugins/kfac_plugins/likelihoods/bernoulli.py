@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from kfac_plugins.likelihoods import BernoulliConfig
-from kfac_plugins.likelihoods._targets import require_finite, require_matrix
+from kfac_plugins.likelihoods._targets import Row, require_finite, require_matrix
 from kfacore.errors import DataError
 from kfacore.roles import Likelihood
+from kfacore.roles.likelihood import Terms
 
 __all__ = ["Bernoulli"]
 
@@ -27,6 +28,12 @@ class Bernoulli(Likelihood):
 
     Config: ClassVar[type[BernoulliConfig]] = BernoulliConfig
     config: BernoulliConfig
+
+    def __init__(self, config: BernoulliConfig | None = None) -> None:
+        super().__init__(config)
+        weight, pos_weight = self.config.weight, self.config.pos_weight
+        self._weight = None if weight is None else Row("weight", weight)
+        self._pos_weight = None if pos_weight is None else Row("pos_weight", pos_weight)
 
     def nll(
         self,
@@ -104,6 +111,39 @@ class Bernoulli(Likelihood):
                 f"{where}: the bernoulli likelihood needs values in [0, 1], found {low:g} to {high:g}; rescale them "
                 "(pixels: divide by 255) or use the gaussian likelihood"
             )
+
+    def unfit(
+        self,
+        y: Tensor,  # (n, o)
+        outputs: int,  # the range is that of every output
+    ) -> Tensor:  # (n,)
+        """Rows with an entry outside [0, 1], or NaN."""
+        return ~((y >= 0.0) & (y <= 1.0)).flatten(1).all(1)
+
+    def terms(
+        self,
+        y: Tensor,  # (n, o)
+        outputs: int,
+        like: Tensor,
+    ) -> Terms:
+        r"""With a weight w and a positive weight c the term of an output is -w [c y log p + (1 - y) log(1 - p)].
+
+        That is w v (softplus(z) - (c y / v) z) with v = 1 + (c - 1) y: a weight w v and a target c y / v.
+        """
+        target, weight = y, None
+        if self._pos_weight is not None:
+            c = self._pos_weight.to(outputs, like)
+            weight = 1.0 + (c - 1.0) * y
+            # v is 0 only where c = 0 and y = 1, where the term is 0 whatever the target
+            target = (c * y / torch.where(weight > 0, weight, torch.ones_like(weight))).clamp(max=1.0)
+        if self._weight is not None:
+            w = self._weight.to(outputs, like)
+            weight = w.expand(y.shape) if weight is None else w * weight
+        return Terms(target, weight)
+
+    def factor(self, outputs: int) -> float:
+        """1 / o for a mean over outputs."""
+        return self.config.scale / outputs if self.config.mean_outputs else self.config.scale
 
 
 def _variance(z: Tensor) -> Tensor:

@@ -1,0 +1,339 @@
+r"""What a model is trained on: a likelihood, bound to the layout of outputs and to what its sums are divided by.
+
+    h = (1/S) sum over rows of weight * nll(z, target) + eta/2 ||theta||^2,      F = (1/S) sum over rows of J^T F_R J,
+
+a row one position of one example, z (n, ..., o) one vector of natural parameters a position (torch's class-second
+layout (n, c, ...) is read too), ``valid`` (n, ...) the positions that count, S the number of examples or of valid
+positions. Everything that leaves here has the shape of z and is zero at positions that do not count, whatever the model
+returned there. A likelihood sees rows only.
+
+For z (n, o) without a mask or options these are the paper's means over cases, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfacore.errors import DataError
+from kfacore.optim.comparison import compare
+from kfacore.optim.guards import check_form
+from kfacore.optim.layout import Layout, find_layout
+from kfacore.optim.quadratic import symmetric_gram
+from kfacore.optim.targets import DeferredRefusal, as_mask, fill_invalid, true_on_host
+from kfacore.registry import get_registry
+from kfacore.roles.criterion import is_criterion, read_criterion
+from kfacore.roles.estimator import Estimator
+from kfacore.roles.likelihood import Likelihood, Terms
+
+__all__ = ["BoundLoss", "Loss", "Total"]
+
+Total = int | float | Tensor
+"""S: a number where the shapes tell it, a scalar on the device where a mask or weights do."""
+
+
+class Loss:
+    """A likelihood as an optimizer uses it.
+
+    Args:
+        likelihood: The likelihood.
+
+    Attributes:
+        likelihood: The likelihood.
+        per: What S counts: ``"example"``, ``"position"``, or ``"batch"``, which is counted as one.
+        deferred: Targets that only the device knows to be wrong, until somebody waits for it.
+    """
+
+    def __init__(self, likelihood: Likelihood) -> None:
+        self.likelihood = likelihood
+        self.per: str = likelihood.config.per or likelihood.per
+        self.deferred = DeferredRefusal()
+        self._form: tuple[Any, ...] | None = None
+        self._second = likelihood.class_second
+        self._compared = likelihood.criterion is None
+
+    @classmethod
+    def of(cls, value: Any) -> Loss:
+        """From what a user may write for a likelihood: a name, a table, a config object, an instance, a loss of torch.
+
+        Raises:
+            ConfigError: It is none of these.
+        """
+        if is_criterion(value):
+            return cls(read_criterion(value))
+        return cls(get_registry().build("likelihood", value))
+
+    def pack(self, outputs: Any) -> Any:
+        """What is linearised of what the model returns: z itself; several heads become one tensor (see `Joint`)."""
+        return outputs
+
+    def bind(
+        self, outputs: Sequence[Tensor], targets: Any, valid: Any = None, *, where: str = "targets", step: int = 0
+    ) -> BoundLoss:
+        """The loss of one mini-batch.
+
+        Targets are checked wholly when their form is new, and the values of all rows in every mini-batch. On a CPU a
+        wrong one is refused at once. An accelerator is not waited for: there such a row does not count, and `deferred`
+        refuses it in the next step that waits anyway.
+
+        Args:
+            outputs: z in chunks, in the order of the cases, (n_c, ..., o) each.
+            targets: Class numbers (n, ...), or one number an output, shaped as z.
+            valid: Positions that count, (n, ...) or (n,), bool or 0 and 1; all if left out.
+            where: What the targets are called in messages.
+            step: Number of the step, for a refusal that comes later.
+
+        Raises:
+            DataError: The targets do not fit the outputs or are out of range, or no position counts.
+            ConfigError: The value differs from that of the loss of torch that was given.
+        """
+        z = outputs[0]
+        cases = sum(len(chunk) for chunk in outputs)
+        check_form(targets, cases, z.device)
+        mask = None if valid is None else as_mask(valid, cases, z.device)
+        layout, sure = find_layout(z, targets, mask, prefer_second=self._second, where=where)
+        if sure and layout.positions and tuple(targets.shape[1:]) == layout.positions:
+            self._second = layout.second  # kept, for a mini-batch whose shapes leave it open
+        counts = None if mask is None else layout.mask_rows(mask)
+        y, bad = self._checked(layout.target_rows(targets), counts, layout, z, where)
+        terms = self.likelihood.terms(y, layout.outputs, z)
+        if terms.counts is not None:
+            counts = terms.counts if counts is None else counts & terms.counts
+        bound = BoundLoss(self, layout, cases, y, terms, counts, bad)
+        self._require_rows(bound, where, step)
+        if not self._compared:
+            self._compared = True
+            compare(bound, outputs, targets, masked=valid is not None)
+        return bound
+
+    def _checked(
+        self, y: Tensor, counts: Tensor | None, layout: Layout, z: Tensor, where: str
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows of targets in the dtypes that likelihoods take, and on an accelerator which of them are wrong."""
+        outputs = layout.outputs
+        form = y.shape[1:], y.dtype, layout
+        if counts is not None and len(y) == len(counts):
+            y = fill_invalid(y if y.is_floating_point() else y.long(), counts)
+        said = where if layout.rows == 1 else f"{where} (as rows, {layout.rows} positions a case)"
+        new = form != self._form
+        if new:
+            self.likelihood.check_targets(y, outputs, said)
+            self._form = form
+        # The one place where labels of all kinds become int64: torch compares small integers in their own dtype.
+        y = y.to(z.dtype) if y.is_floating_point() else y.long()
+        if y.device.type != "cpu":
+            return y, self.likelihood.unfit(y, outputs)
+        if not new and true_on_host(self.likelihood.unfit(y, outputs).any()):
+            self.likelihood.check_targets(y, outputs, said)
+            raise DataError(f"{said}: {type(self.likelihood).__name__} finds values among them that it cannot take")
+        return y, None
+
+    def _require_rows(self, bound: BoundLoss, where: str, step: int) -> None:
+        """Refuse a mini-batch in which nothing counts, or keep that for later."""
+        nothing = None if bound.counts is None else ~bound.counts.any()
+        if bound.y.device.type == "cpu":
+            if nothing is not None and true_on_host(nothing):
+                raise DataError(
+                    f"{where}: no position of the mini-batch counts (all are masked or ignored), so its loss is 0 / 0; "
+                    "leave such mini-batches out"
+                )
+        elif bound.bad is not None:
+            wrong = bound.bad if bound.counts is None else bound.bad & bound.counts
+            self.deferred.note(wrong.any() if nothing is None else wrong.any() | nothing, step)
+
+
+@dataclass(frozen=True)
+class BoundLoss:
+    """The loss of one mini-batch, as a function of z.
+
+    Methods that take z of fewer cases mean the first ones; S is then that of those.
+
+    Attributes:
+        loss: What bound it.
+        layout: How z is read.
+        cases: Number of cases.
+        y: Targets as rows, (n R, ...).
+        terms: What they come to.
+        counts: Rows that count, (n R,); None is all.
+        bad: Rows whose target is wrong, on an accelerator.
+    """
+
+    loss: Loss
+    layout: Layout
+    cases: int
+    y: Tensor
+    terms: Terms
+    counts: Tensor | None = None
+    bad: Tensor | None = None
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """The likelihood of the rows."""
+        return self.loss.likelihood
+
+    @cached_property
+    def valid(self) -> Tensor | None:
+        """Positions that count, (n, *positions), or None where all do."""
+        return None if self.counts is None else self.counts.reshape(self.cases, *self.layout.positions)
+
+    @cached_property
+    def factor(self) -> float:
+        """What every row's term is multiplied by."""
+        return self.likelihood.factor(self.layout.outputs)
+
+    @cached_property
+    def _kept(self) -> Tensor | None:
+        """Rows with a part in anything, (n R,)."""
+        if self.bad is None:
+            return self.counts
+        return ~self.bad if self.counts is None else self.counts & ~self.bad
+
+    def total(self, cases: int | None = None) -> Total:
+        """S of the first cases, all if left out."""
+        n = self.cases if cases is None else cases
+        rows = n * self.layout.rows
+        if self.loss.per == "batch":
+            return n / self.cases
+        if self.loss.per == "position" and self.terms.share is not None:
+            share = self.terms.share[:rows].double()
+            if self.counts is not None:
+                share = torch.where(self.counts[:rows], share, torch.zeros_like(share))
+            total = share.sum()
+            return torch.where(total > 0, total, torch.ones_like(total))
+        return self._counted(n)
+
+    def _counted(self, n: int) -> int | Tensor:
+        """Examples or positions that count, at least 1."""
+        by_example = self.loss.per == "example"
+        if self.counts is None:
+            return n if by_example else n * self.layout.rows
+        counts = self.counts[: n * self.layout.rows]
+        return (counts.view(n, -1).any(1) if by_example else counts).sum().clamp(min=1)
+
+    def value(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:  # (), () float64
+        """Loss and reported error at outputs z, in chunks; means, accumulated in double precision."""
+        losses, errors = [], []
+        for z, rows in self._chunks(outputs):
+            losses.append(self._masked(self._row_losses(z, rows), rows).sum(dtype=torch.float64))
+            errors.append(self._masked(self.likelihood.error(z, self.y[rows]), rows).sum(dtype=torch.float64))
+        loss, error = torch.stack(losses).sum(), torch.stack(errors).sum()
+        return (loss if self.factor == 1.0 else self.factor * loss) / self.total(), error / self._counted(self.cases)
+
+    def _row_losses(self, z: Tensor, rows: slice) -> Tensor:  # (N,)
+        target, weight = self.terms.target[rows], self.terms.weight
+        if weight is None:
+            return self.likelihood.nll(z, target)
+        if weight.dim() == 1:
+            return weight[rows] * self.likelihood.nll(z, target)
+        single = self.likelihood.nll(z.reshape(-1, 1), target.reshape(-1, 1))  # its outputs are independent
+        return (weight[rows] * single.view(z.shape)).sum(-1)
+
+    def residuals(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The derivative of the loss by z, for each chunk, shaped as z."""
+        total = self.total()
+        found = []
+        for z, rows in self._chunks(outputs):
+            r = self._weighted(self.likelihood.residual(z, self.terms.target[rows]), rows)
+            found.append(self.layout.from_rows(self._masked(r, rows) / total))
+        return found
+
+    def statistics(
+        self,
+        z: Tensor,  # (n, ..., o)
+        estimator: Estimator,
+        generator: torch.Generator,
+        part: tuple[int, int] | None = None,
+    ) -> Tensor:  # (k, n, ..., o)
+        """What the estimator sends back for the first cases; sums of squares are S times F_R: see `total`.
+
+        Args:
+            z: Outputs of the first cases.
+            estimator: The estimator.
+            generator: Source of every draw.
+            part: (start, whole): these cases are start, start + 1, ... of a mini-batch of so many cases that several
+                processes share. The targets are then those that one process would draw for the whole of it.
+        """
+        rows = self.layout.to_rows(z)
+        here = slice(0, len(rows))
+        target = self.terms.target[here]
+        if part is None:
+            vectors = estimator.output_vectors(rows, target, self.likelihood, generator)
+        else:
+            start, whole = (count * self.layout.rows for count in part)
+            own = slice(start, start + len(rows))
+            vectors = estimator.output_vectors(
+                _embed(rows, own, whole), _embed(target, own, whole), self.likelihood, generator
+            )[:, own]
+        return self.layout.from_rows(self._masked(self._weighted(vectors, here, root=True), here))
+
+    def fisher_product(
+        self,
+        z: Tensor,  # (n, ..., o)
+        t: Tensor,  # (k, n, ..., o)
+    ) -> Tensor:  # (k, n, ..., o)
+        """F_R t / S on the first cases."""
+        rows = self.layout.to_rows(z)
+        return self.layout.from_rows(self._product(rows, self.layout.to_rows(t, 1)) / self.total(len(z)))
+
+    def fisher_gram(
+        self,
+        z: Tensor,  # (n, ..., o)
+        Jv: Tensor,  # (k, n, ..., o)
+    ) -> Tensor:  # (k, k) float64
+        """(1/S) sum over rows of (J v_i)^T F_R (J v_j) on the first cases, accumulated in double precision."""
+        rows = self.layout.to_rows(z)
+        Jv = self._masked(self.layout.to_rows(Jv, 1), slice(0, len(rows)))
+        FJv = self._product(rows, Jv)
+        gram = symmetric_gram(lambda i, j: (Jv[i] * FJv[j]).sum(dtype=torch.float64), Jv.shape[0])
+        return gram / self.total(len(z))
+
+    def _product(self, rows: Tensor, t: Tensor) -> Tensor:
+        here = slice(0, len(rows))
+        return self._masked(self._weighted(self.likelihood.fisher_product(rows, t), here), here)
+
+    def _weighted(
+        self,
+        values: Tensor,  # ([k,] N, o)
+        rows: slice,
+        *,
+        root: bool = False,
+    ) -> Tensor:
+        """Times the rows' weights and the factor, or times their roots."""
+        weight = self.terms.weight
+        if weight is not None:
+            weight = weight[rows] if weight.dim() == 2 else weight[rows, None]
+            values = values * (weight.sqrt() if root else weight)
+        if self.factor != 1.0:
+            values = values * (math.sqrt(self.factor) if root else self.factor)
+        return values
+
+    def _masked(
+        self,
+        values: Tensor,  # (N,) or ([k,] N, o)
+        rows: slice,
+    ) -> Tensor:
+        """Zero in rows that do not count, also where there is no number."""
+        if self._kept is None:
+            return values
+        kept = self._kept[rows]
+        return torch.where(kept if values.dim() == 1 else kept[:, None], values, torch.zeros_like(values))
+
+    def _chunks(self, outputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice]]:
+        start = 0
+        for z in outputs:
+            rows = self.layout.to_rows(z)
+            yield rows, slice(start, start + len(rows))
+            start += len(rows)
+
+
+def _embed(values: Tensor, own: slice, whole: int) -> Tensor:
+    """Rows in their places among those of the whole mini-batch, which are zero."""
+    placed = values.new_zeros((whole, *values.shape[1:]))
+    placed[own] = values
+    return placed
