@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kfacore.errors import ConfigError, DataError, NumericalError, UnsupportedModelError
 from kfacore.nest import tensors_of
+from kfacore.optim.targets import DeferredRefusal
 
 __all__ = ["check_form", "require_finite", "require_state"]
 
@@ -30,7 +31,14 @@ def check_form(targets: Any, cases: int, device: torch.device) -> None:
 
 
 def require_finite(
-    what: str, value: Tensor, inputs: Any, targets: Tensor, *, step: int, damping: tuple[Tensor, Tensor]
+    what: str,
+    value: Tensor,
+    inputs: Any,
+    targets: Any,
+    *,
+    step: int,
+    damping: tuple[Tensor, Tensor],
+    deferred: DeferredRefusal | None = None,
 ) -> None:
     """Refuse to go on from NaN or infinity, and say where it came from. Waits for the device.
 
@@ -41,16 +49,21 @@ def require_finite(
         targets: Of the mini-batch.
         step: Number of the step.
         damping: lambda and gamma, for the message.
+        deferred: Wrong targets that only the device knows of.
 
     Raises:
-        DataError: The mini-batch has NaN or infinity.
+        DataError: The mini-batch has NaN or infinity, or an earlier one had wrong targets.
         NumericalError: It has not, so the parameters have diverged.
     """
     # The inputs as well: an infinite one may saturate its units and leave every loss finite.
     finite = [torch.isfinite(value), *(torch.isfinite(x).all() for x in tensors_of(inputs))]
+    if deferred is not None and deferred.fine is not None:
+        finite.append(deferred.fine)
     if bool(torch.stack(finite).all()):
         return
-    for name, tensor in (*(("inputs", x) for x in tensors_of(inputs)), ("targets", targets)):
+    if deferred is not None:
+        deferred.refuse()
+    for name, tensor in (*(("inputs", x) for x in tensors_of(inputs)), *(("targets", y) for y in tensors_of(targets))):
         bad = ~torch.isfinite(tensor).reshape(len(tensor), -1).all(1)
         if bool(bad.any()):
             raise DataError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from kfacore.curvature.preconditioner import Preconditioner
 from kfacore.errors import ConfigError
 from kfacore.nest import cases_of, map_nest
 from kfacore.network import BlockVector, Linearization, Linearizer
-from kfacore.optim.guards import check_form, require_finite, require_state
+from kfacore.optim.guards import require_finite, require_state
 from kfacore.optim.local import LocalModel, combine
-from kfacore.optim.objective import mean_losses, penalty
+from kfacore.optim.loss import BoundLoss, Loss
+from kfacore.optim.objective import penalty
 from kfacore.optim.options import KFACConfig, complete
 from kfacore.optim.quadratic import model_value
 from kfacore.registry import get_registry
@@ -29,7 +31,7 @@ from kfacore.roles.inverse import Inverse, Notice
 from kfacore.roles.likelihood import Likelihood
 from kfacore.roles.momentum import Momentum
 from kfacore.roles.optimizer import Optimizer, StepReport
-from kfacore.roles.samples import mean_diagonal
+from kfacore.roles.samples import LayerSamples, mean_diagonal
 from kfacore.schema.slots import ApproxConfig, DampingConfig, EstimatorConfig, LikelihoodConfig, MomentumConfig
 
 __all__ = ["KFAC"]
@@ -44,7 +46,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
     Args:
         model: Any module whose trainable parameters lie in supported layers; outputs z of shape (cases, outputs).
         config: All options in one object; then no other option may be given.
-        likelihood: A name, a table, a config object or an instance; likewise the other slots.
+        likelihood: A name, a table, a config object or an instance; likewise the other slots. Also a loss of torch,
+            as ``nn.CrossEntropyLoss()``, whose value is compared with ours on the first mini-batch.
         approx: The approximation of the Fisher, ``"blockdiag"`` or ``"tridiag"``, or a plug-in's.
         estimator: The statistics estimator.
         damping: The damping strategy.
@@ -66,7 +69,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         model: nn.Module,
         config: KFACConfig | None = None,
         *,
-        likelihood: str | Mapping[str, Any] | LikelihoodConfig | Likelihood | None = None,
+        likelihood: str | Mapping[str, Any] | LikelihoodConfig | Likelihood | nn.Module | Loss | None = None,
         approx: str | Mapping[str, Any] | ApproxConfig | Approximation | None = None,
         estimator: str | Mapping[str, Any] | EstimatorConfig | Estimator | None = None,
         damping: str | Mapping[str, Any] | DampingConfig | Damping | None = None,
@@ -97,7 +100,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         if chosen["autocast"] not in (None, "bfloat16"):
             raise ConfigError(f"autocast must be 'bfloat16' or left out, found {chosen['autocast']!r}")
         self._low = torch.bfloat16 if chosen["autocast"] else None
-        self.likelihood = registry.build("likelihood", chosen["likelihood"])
+        self.loss = Loss.of(chosen["likelihood"])
         self.approx = registry.build("approx", chosen["approx"])
         self.estimator = registry.build("estimator", chosen["estimator"])
         self.damping = registry.build("damping", chosen["damping"])
@@ -112,7 +115,6 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         self.damping.start(self._eta, device)
         self.steps = 0
         self.preconditioner: Preconditioner | None = None
-        self._targets_like: tuple[torch.Size, torch.dtype] | None = None
         self._grad: BlockVector | None = None
         self._delta: BlockVector | None = None
         self._proposals: list[BlockVector] = []
@@ -140,6 +142,11 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         return self.linearizer.model
 
     @property
+    def likelihood(self) -> Likelihood:
+        """What the outputs mean."""
+        return self.loss.likelihood
+
+    @property
     def weight_decay(self) -> float:
         """eta of the objective."""
         return float(self.param_groups[0]["weight_decay"])
@@ -154,12 +161,15 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             raise ConfigError("KFAC trains the layers of its model; build it again after changing the model")
         super().add_param_group(param_group)
 
-    def step(self, inputs: Any, targets: Tensor) -> StepReport:  # type: ignore[override]  # a step needs its batch
+    def step(  # type: ignore[override]  # a step needs its batch
+        self, inputs: Any, targets: Tensor, valid: Tensor | None = None
+    ) -> StepReport:
         """One iteration: forward, backward, statistics, inverse, quadratic model, update, damping.
 
         Args:
             inputs: Any nest of tensors whose first dimension is the case; passed to the model as it is.
-            targets: One target a case.
+            targets: One target a case, or a position of a case.
+            valid: Which positions count, (n, ...) bool or 0 and 1; all if left out.
 
         Returns:
             What happened, as scalars on the device.
@@ -173,14 +183,14 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         """
         device = self.param_groups[0]["params"][0].device.type
         if not torch.is_autocast_enabled(device):
-            return self._step(inputs, targets, self._low)
+            return self._step(inputs, targets, valid, self._low)
         low = torch.get_autocast_dtype(device)
         if low != torch.bfloat16:
             raise ConfigError(f"KFAC steps under autocast to bfloat16, found {low}: it would need the loss scaled")
         with torch.autocast(device, enabled=False):
-            return self._step(inputs, targets, low)
+            return self._step(inputs, targets, valid, low)
 
-    def _step(self, inputs: Any, targets: Tensor, low: torch.dtype | None) -> StepReport:
+    def _step(self, inputs: Any, targets: Tensor, valid: Tensor | None, low: torch.dtype | None) -> StepReport:
         k = self.steps + 1
         m = cases_of(inputs)
         self._follow_weight_decay()
@@ -188,23 +198,23 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         steps = self.momentum.iterations(m)
         pulled = self.momentum.cases(m) if steps > 1 else 0
         batch = self.linearizer(inputs, self.estimator.cases(m), None if adapts or steps > 1 else low, pulled)
-        targets = self._check_targets(targets, m, batch.statistics_outputs())
-        loss, objective, error = self._objective(batch, targets)
+        bound = self.loss.bind(batch.outputs(), targets, valid, step=k)
+        loss, objective, error = self._objective(batch, bound)
 
         preconditioner = self._prepare()
         gammas = self.damping.candidates(k)
         if adapts or preconditioner.waits(k, gammas):  # this step waits for the device anyway
             self._require_finite("objective", objective, inputs, targets)
-        samples = batch.samples(self.estimator, targets, self.likelihood, self.generator)
+        samples = self._samples(batch, bound)
         preconditioner.update(samples)
         if k == 1:
             self.damping.observe(mean_diagonal(samples))
             gammas = self.damping.candidates(k)
-        grad = self._gradient(batch, targets, retain=steps > 1)
+        grad = self._gradient(batch, bound, retain=steps > 1)
 
         candidates, notices, refreshed = self._inverses(preconditioner, gammas, k)
         proposals = self._propose([inverse for _, inverse in candidates], grad)
-        local = self._local(batch, grad)
+        local = self._local(batch, bound, grad)
         used = self.momentum.uses_model or self.damping.uses_model or steps > 1
         M, b = self._model(local, proposals, used)
         x = self.momentum.coefficients(M, b)
@@ -230,7 +240,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         self._take(further, proposals[best], alpha, mu)
 
         self.steps = k
-        rho = self._adapt(inputs, targets, objective, value) if adapts else None
+        rho = self._adapt(inputs, bound, objective, value) if adapts else None
         return StepReport(
             step=k,
             batch_size=m,
@@ -247,26 +257,22 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             notices=tuple(str(notice) for notice in notices),
         )
 
-    def _check_targets(self, targets: Tensor, cases: int, z: Tensor) -> Tensor:
-        """Wholly for the first mini-batch; later only what the host knows without asking the device.
-
-        Returns:
-            The targets, floating-point ones in the outputs' dtype.
-        """
-        check_form(targets, cases, z.device)
-        like = targets.shape[1:], targets.dtype
-        if like != self._targets_like:
-            self.likelihood.check_targets(targets, z.shape[1], "targets")
-            self._targets_like = like
-        return targets.to(z.dtype) if targets.is_floating_point() else targets
-
     def _require_finite(self, what: str, value: Tensor, inputs: Any, targets: Tensor) -> None:
         damping = self.damping.lam, self.damping.gamma
-        require_finite(what, value, inputs, targets, step=self.steps + 1, damping=damping)
+        deferred = self.loss.deferred
+        require_finite(what, value, inputs, targets, step=self.steps + 1, damping=damping, deferred=deferred)
 
-    def _objective(self, batch: Linearization, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _samples(self, batch: Linearization, bound: BoundLoss) -> list[LayerSamples]:
+        """What the estimator's backward passes show of each block, with the S that their squares are divided by."""
+        z = batch.statistics_outputs()
+        total = bound.total(len(z))
+        samples = batch.backpropagate(bound.statistics(z, self.estimator, self.generator))
+        usual = not isinstance(total, Tensor) and total == len(z)
+        return samples if usual else [replace(s, total=total) for s in samples]
+
+    def _objective(self, batch: Linearization, bound: BoundLoss) -> tuple[Tensor, Tensor, Tensor]:
         """loss, h = loss + eta/2 ||theta||^2, and the reported error, at the parameters of the forward pass."""
-        loss, error = mean_losses(self.likelihood, batch.outputs(), targets)
+        loss, error = bound.value(batch.outputs())
         return loss, loss + penalty(self._parameters(), self.weight_decay), error
 
     def _parameters(self) -> list[Tensor]:
@@ -293,13 +299,10 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             self._grad, self._delta = self._vector(), self._vector()
         return self.preconditioner
 
-    def _gradient(self, batch: Linearization, targets: Tensor, *, retain: bool = False) -> BlockVector:
+    def _gradient(self, batch: Linearization, bound: BoundLoss, *, retain: bool = False) -> BlockVector:
         """Grad h = mean of J^T (d nll / dz) + eta theta."""
         assert self._grad is not None
-        outputs = batch.outputs()
-        parts = torch.split(targets, [len(z) for z in outputs])
-        vectors = [self.likelihood.residual(z, y) / batch.cases for z, y in zip(outputs, parts, strict=True)]
-        grad = batch.gradient(vectors, self._grad, retain=retain)
+        grad = batch.gradient(bound.residuals(batch.outputs()), self._grad, retain=retain)
         torch._foreach_add_(grad.parts, self._parameters(), alpha=self.weight_decay)
         return grad
 
@@ -319,9 +322,9 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             proposal.flat.neg_()
         return proposals
 
-    def _local(self, batch: Linearization, grad: BlockVector) -> LocalModel:
+    def _local(self, batch: Linearization, bound: BoundLoss, grad: BlockVector) -> LocalModel:
         n = self.momentum.cases(batch.cases)
-        return LocalModel(batch, self.likelihood, grad, self.damping.lam + self.weight_decay, n)
+        return LocalModel(batch, bound, grad, self.damping.lam + self.weight_decay, n)
 
     def _model(self, local: LocalModel, proposals: list[BlockVector], used: bool = True) -> tuple[Tensor, Tensor]:
         """M and b on (Delta, delta_prev) for each candidate; zeros if nothing uses the model."""
@@ -348,10 +351,10 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             self._delta.flat.copy_(further.flat)
         torch._foreach_add_(self._parameters(), self._delta.parts)
 
-    def _adapt(self, inputs: Any, targets: Tensor, before: Tensor, predicted: Tensor) -> Tensor:
+    def _adapt(self, inputs: Any, bound: BoundLoss, before: Tensor, predicted: Tensor) -> Tensor:
         """rho = (h(theta + delta) - h(theta)) / model value on the same mini-batch; -inf if h went up."""
         with torch.no_grad():
-            loss, _ = mean_losses(self.likelihood, [self.model(inputs)], targets)
+            loss, _ = bound.value([self.model(inputs)])
         change = loss + penalty(self._parameters(), self.weight_decay) - before
         rho = torch.where(change > 0, -torch.inf, change / predicted)
         self.damping.adapt(rho)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from kfacore.network import BlockVector, Linearization
-from kfacore.optim.quadratic import fisher_gram, model_value, on_planes, symmetric_gram
+from kfacore.optim.loss import BoundLoss
+from kfacore.optim.quadratic import model_value, on_planes, symmetric_gram
 from kfacore.roles.inverse import Inverse
 from kfacore.roles.likelihood import Likelihood
 from kfacore.roles.momentum import Momentum
@@ -27,7 +28,8 @@ class LocalModel:
 
     Args:
         batch: The mini-batch; the parameters must not have moved since.
-        likelihood: What turns its outputs into F_R.
+        loss: What turns its outputs into F_R: the mini-batch's loss, or a likelihood of outputs (n, o) that is averaged
+            over cases.
         grad: The objective's gradient.
         damping: lambda + eta.
         cases: How many of the first cases F is the mean of.
@@ -38,12 +40,12 @@ class LocalModel:
     """
 
     def __init__(
-        self, batch: Linearization, likelihood: Likelihood, grad: BlockVector, damping: Tensor, cases: int
+        self, batch: Linearization, loss: BoundLoss | Likelihood, grad: BlockVector, damping: Tensor, cases: int
     ) -> None:
         self.grad = grad
         self.J = damping.new_empty(0)
         self._batch = batch
-        self._likelihood = likelihood
+        self._given = loss
         self._damping = damping
         self._cases = cases
 
@@ -51,6 +53,11 @@ class LocalModel:
     def _z(self) -> Tensor:
         """Outputs of the cases; formed only where the model is used."""
         return torch.cat(self._batch.outputs())[: self._cases]
+
+    @cached_property
+    def _loss(self) -> BoundLoss:
+        given = self._given
+        return given if isinstance(given, BoundLoss) else BoundLoss.untargeted(given, len(self._z), self._z.shape[-1])
 
     def push(self, directions: Sequence[BlockVector]) -> Tensor:  # (k, n, o)
         """J v for each direction, in one pass."""
@@ -68,7 +75,7 @@ class LocalModel:
             grad: The model's gradient where the planes begin, if that is not zero.
         """
         self.J = self.push(directions) if J is None else J
-        gram = fisher_gram(self._likelihood, self._z, self.J)
+        gram = self._loss.fisher_gram(self._z, self.J)
         inner = symmetric_gram(lambda i, j: torch.dot(directions[i].flat, directions[j].flat), len(directions))
         M = gram + self._damping * inner
         slope = (self.grad if grad is None else grad).flat
@@ -85,7 +92,7 @@ class LocalModel:
         out: BlockVector,
     ) -> BlockVector:
         """A delta + grad, written into ``out``: one backward pass."""
-        v = self._likelihood.fisher_product(self._z, Jdelta.unsqueeze(0))[0] / self._cases
+        v = self._loss.fisher_product(self._z, Jdelta.unsqueeze(0))[0]
         self._batch.pull_back(v, out)
         out.flat.add_(self.grad.flat).addcmul_(delta.flat, self._damping.to(delta.flat.dtype))
         return out

@@ -25,7 +25,7 @@ from kfacore.errors import DataError
 from kfacore.optim.comparison import compare
 from kfacore.optim.guards import check_form
 from kfacore.optim.layout import Layout, find_layout
-from kfacore.optim.quadratic import symmetric_gram
+from kfacore.optim.quadratic import fisher_gram, gram
 from kfacore.optim.targets import DeferredRefusal, as_mask, fill_invalid, true_on_host
 from kfacore.registry import get_registry
 from kfacore.roles.criterion import is_criterion, read_criterion
@@ -34,7 +34,7 @@ from kfacore.roles.likelihood import Likelihood, Terms
 
 __all__ = ["BoundLoss", "Loss", "Total"]
 
-Total = int | float | Tensor
+Total = float | Tensor
 """S: a number where the shapes tell it, a scalar on the device where a mask or weights do."""
 
 
@@ -172,6 +172,12 @@ class BoundLoss:
     counts: Tensor | None = None
     bad: Tensor | None = None
 
+    @classmethod
+    def untargeted(cls, likelihood: Likelihood, cases: int, outputs: int) -> BoundLoss:
+        """Of outputs (n, o) without targets, as far as none are needed: for the metric."""
+        nothing = torch.empty(0)
+        return cls(Loss(likelihood), Layout((), outputs), cases, nothing, Terms(nothing))
+
     @property
     def likelihood(self) -> Likelihood:
         """The likelihood of the rows."""
@@ -287,11 +293,11 @@ class BoundLoss:
         Jv: Tensor,  # (k, n, ..., o)
     ) -> Tensor:  # (k, k) float64
         """(1/S) sum over rows of (J v_i)^T F_R (J v_j) on the first cases, accumulated in double precision."""
-        rows = self.layout.to_rows(z)
+        rows, total = self.layout.to_rows(z), self.total(len(z))
         Jv = self._masked(self.layout.to_rows(Jv, 1), slice(0, len(rows)))
-        FJv = self._product(rows, Jv)
-        gram = symmetric_gram(lambda i, j: (Jv[i] * FJv[j]).sum(dtype=torch.float64), Jv.shape[0])
-        return gram / self.total(len(z))
+        if self.terms.weight is None and self._kept is None and self.factor == 1.0 and total == len(rows):
+            return fisher_gram(self.likelihood, rows, Jv)
+        return gram(Jv, self._product(rows, Jv)) / total
 
     def _product(self, rows: Tensor, t: Tensor) -> Tensor:
         here = slice(0, len(rows))

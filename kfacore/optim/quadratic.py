@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kfacore.roles.likelihood import Likelihood
 
-__all__ = ["fisher_gram", "minimise_one", "minimise_two", "model_value", "on_planes", "symmetric_gram"]
+__all__ = ["fisher_gram", "gram", "minimise_one", "minimise_two", "model_value", "on_planes", "symmetric_gram"]
 
 _PARALLEL = 1e-13
 """Below this 1 - cos^2 of two directions (in the metric M) they count as parallel."""
@@ -29,8 +29,15 @@ def fisher_gram(
     Jv: Tensor,  # (k, n, o)
 ) -> Tensor:  # (k, k) float64
     """Mean over cases of (J v_i)^T F_R (J v_j), accumulated in double precision."""
-    FJv = likelihood.fisher_product(z, Jv)
-    return symmetric_gram(lambda i, j: (Jv[i] * FJv[j]).sum(dtype=torch.float64), Jv.shape[0]) / z.shape[0]
+    return gram(Jv, likelihood.fisher_product(z, Jv)) / z.shape[0]
+
+
+def gram(
+    Jv: Tensor,  # (k, n, o)
+    FJv: Tensor,  # (k, n, o)
+) -> Tensor:  # (k, k) float64
+    """Sum over rows of (J v_i)^T F_R J v_j, accumulated in double precision."""
+    return symmetric_gram(lambda i, j: (Jv[i] * FJv[j]).sum(dtype=torch.float64), Jv.shape[0])
 
 
 def symmetric_gram(entry: Callable[[int, int], Tensor], k: int) -> Tensor:  # (k, k) float64

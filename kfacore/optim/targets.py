@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def true_on_host(flag: Tensor) -> bool:
 
     No operator is called: there is no device to wait for, and what watches a step for waits need not be told so.
     """
-    return bool(flag.untyped_storage()[flag.storage_offset()])
+    return bool(ctypes.c_uint8.from_address(flag.data_ptr()).value)
 
 
 class DeferredRefusal:

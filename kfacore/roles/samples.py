@@ -42,7 +42,7 @@ class LayerSamples:
     gradients: Tensor
     positions: int | None = 1
     count: int | Tensor | None = None
-    total: int | Tensor | None = None
+    total: float | Tensor | None = None
     head: LayerSamples | None = None
 
     @property
@@ -56,7 +56,7 @@ class LayerSamples:
         return int(self.gradients.shape[1]) // (self.positions or 1)
 
     @property
-    def divisor(self) -> int | Tensor:
+    def divisor(self) -> float | Tensor:
         """S, the number that sums over rows of g g^T are divided by."""
         return self.cases if self.total is None else self.total
 
