@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from kfacore.errors import ConfigError, DataError, NumericalError, UnsupportedModelError
-from kfacore.nest import tensors_of
+from kfacore.nest import map_nest, tensors_of
 from kfacore.optim.targets import DeferredRefusal
 
-__all__ = ["check_form", "require_finite", "require_state"]
+__all__ = ["as_parameters", "check_form", "require_finite", "require_state"]
 
 
 def check_form(targets: Any, cases: int, device: torch.device) -> None:
@@ -102,3 +102,22 @@ def require_state(state: Mapping[str, Any], kind: str, shapes: Mapping[str, tupl
                 "build the model as it was when the state was saved"
             )
     return own
+
+
+def as_parameters(nest: Any, saved: torch.dtype, like: Tensor) -> Any:
+    """Curvature of a saved state on the parameters' device and in their dtype.
+
+    Args:
+        nest: Tensors of any kind.
+        saved: The dtype that the parameters had when it was saved.
+        like: A parameter.
+
+    Returns:
+        The same nest; what was in another dtype than the parameters, and scalars such as gamma, keep it.
+    """
+
+    def move(tensor: Tensor) -> Tensor:
+        follows = tensor.dtype == saved and tensor.dim() > 0
+        return tensor.to(device=like.device, dtype=like.dtype if follows else tensor.dtype)
+
+    return map_nest(move, nest)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from kfacore.curvature.preconditioner import Preconditioner
 from kfacore.errors import ConfigError
-from kfacore.nest import cases_of, map_nest
+from kfacore.nest import cases_of
 from kfacore.network import BlockVector, Linearization, Linearizer
-from kfacore.optim.guards import require_finite, require_state
+from kfacore.optim.guards import as_parameters, require_finite, require_state
 from kfacore.optim.local import LocalModel, combine
 from kfacore.optim.loss import BoundLoss, Loss
 from kfacore.optim.objective import penalty
@@ -378,7 +378,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state; tensors go to the parameters' device and keep their dtype.
+        """Take up a state; tensors go to the parameters' device, and curvature to their dtype.
 
         Generators of CPU and GPU draw different numbers. A state of the other kind of device seeds this one's anew,
         from its seed and its step: the run goes on with other sampled targets, the same ones each time.
@@ -403,7 +403,30 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         self.preconditioner = self._grad = self._delta = None
         self._proposals, self._spare = [], []
         if own["preconditioner"] is not None:
-            moved = map_nest(lambda tensor: tensor.to(device), own["preconditioner"])
-            self._prepare().load_state_dict(moved)
+            like = self.linearizer.layers[0].parameters[0]
+            self._prepare().load_state_dict(as_parameters(own["preconditioner"], own["delta"].dtype, like))
             assert self._delta is not None
             self._delta.flat.copy_(own["delta"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a copy or a pickle is made of: the model, the parts, and the state of `state_dict`.
+
+        So a copy has a model of its own, `model`, unless both are copied together: ``copy.deepcopy((model,
+        optimizer))``. As with torch's optimizers, hooks of the step are not copied. It goes on bit for bit.
+        """
+        parts = {slot: getattr(self, slot) for slot in ("approx", "estimator", "damping", "momentum")}
+        options = {
+            "likelihood": self.loss,
+            **parts,
+            "weight_decay": self.weight_decay,
+            "seed": self.generator.initial_seed(),
+            "autocast": None if self._low is None else "bfloat16",
+        }
+        return _copied, (type(self), self.model, options, self.state_dict())
+
+
+def _copied(kind: type[KFAC], model: nn.Module, options: dict[str, Any], state: dict[str, Any]) -> KFAC:
+    """Build a copy anew and let it take up the state."""
+    copy = kind(model, **options)
+    copy.load_state_dict(state)
+    return copy

@@ -65,6 +65,8 @@ class Loss:
         Raises:
             ConfigError: It is none of these.
         """
+        if isinstance(value, Loss):
+            return value
         if is_criterion(value):
             return cls(read_criterion(value))
         return cls(get_registry().build("likelihood", value))
