@@ -7,6 +7,7 @@ text.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -157,6 +158,12 @@ class ProblemConfig(SlotConfig):
 
     data_dir: str | None = None
     """Folder of the data files; also the environment variable KFAC_DATA."""
+
+    def located(self) -> Self:
+        """The same with names of files and folders that do not depend on the working folder, for a run's own record."""
+        if self.data_dir is None:
+            return self
+        return self.model_copy(update={"data_dir": str(Path(self.data_dir).expanduser().absolute())})
 
 
 class SinkConfig(SlotConfig):

@@ -68,14 +68,16 @@ def resolve(
         sets: Assignments ``KEY=VALUE`` with dotted keys.
 
     Returns:
-        The complete, validated configuration.
+        The complete, validated configuration. Files of the problem that are there are named from the root, so that the
+        run can go on from another folder.
 
     Raises:
         ConfigError: A key, name or value is wrong; the message says where it came from and the nearest right one.
         PluginError: A component that was named belongs to a plug-in that cannot be used.
     """
     named = {"preset": preset} if preset is not None else {}
-    return resolve_layers(registry, user_layers(registry, files, {**(flags or {}), **named}, sets))
+    config = resolve_layers(registry, user_layers(registry, files, {**(flags or {}), **named}, sets))
+    return config.model_copy(update={"problem": config.problem.located()})
 
 
 def user_layers(

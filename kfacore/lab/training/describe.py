@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from kfacore.lab.training.setup import build_model
+from kfacore.lab.data.status import ReportsData
+from kfacore.lab.training.setup import build_model, build_optimizer, check_data, resolve_device
 from kfacore.network import find_layers
 from kfacore.roles.block import Block
 
@@ -91,7 +92,7 @@ class ModelTable:
 
 
 def describe(config: RunConfig, registry: Registry, init: Path | None = None) -> ModelTable:
-    """Build the model, and nothing else, and list its layers.
+    """Build the model and list its layers; refuse what the run would refuse, as far as nothing is fetched or trained.
 
     Args:
         config: The resolved configuration.
@@ -99,13 +100,19 @@ def describe(config: RunConfig, registry: Registry, init: Path | None = None) ->
         init: A file of parameters, which is checked against the model.
 
     Returns:
-        The table; data is only read by problems whose sizes come from it.
+        The table. Data is read and checked if it is there; a problem whose files are missing, or are generated on first
+        use, is described all the same.
 
     Raises:
-        KfacError: The problem, the model or the parameters are not usable.
+        KfacError: The device, the problem, its data, the model, the optimizer or the parameters are not usable.
     """
+    resolve_device(config.device)
     problem: Problem = registry.build("problem", config.problem)
+    likelihood = registry.build("likelihood", config.likelihood)
     model = build_model(config, problem)
+    if _data_is_there(config.problem):
+        check_data(model, likelihood, problem.load())
+    build_optimizer(config, registry, model, likelihood)
     if init is not None:
         from kfacore.lab.training.init import load_parameters
 
@@ -122,6 +129,11 @@ def describe(config: RunConfig, registry: Registry, init: Path | None = None) ->
         for index, layer in enumerate(layers)
     ]
     return ModelTable(tuple(rows), size)
+
+
+def _data_is_there(problem: object) -> bool:
+    """Whether loading it takes no more than reading it."""
+    return not isinstance(problem, ReportsData) or problem.data_status().state not in ("missing", "generated")
 
 
 def _factors(approx: Approximation, layers: Sequence[Block]) -> list[list[FactorInfo]]:

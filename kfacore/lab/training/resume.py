@@ -27,8 +27,9 @@ _FREE = (
     ("eval",),
     ("checkpoint",),
     ("problem", "data_dir"),
+    ("problem", "file"),
 )
-"""Keys that say how long, where and how often, but not what is computed."""
+"""Keys that say how long, where and how often, but not what is computed: data is known by its checksum."""
 
 
 def resume_config(

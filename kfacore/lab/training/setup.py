@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from kfacore.lab.config.run import RunConfig
     from kfacore.registry import Registry
 
-__all__ = ["Parts", "build_model", "build_parts", "method_of", "resolve_device"]
+__all__ = [
+    "Parts",
+    "build_model",
+    "build_optimizer",
+    "build_parts",
+    "check_data",
+    "manifest",
+    "method_of",
+    "resolve_device",
+]
 
 
 @dataclass
@@ -111,7 +120,7 @@ def build_parts(config: RunConfig, registry: Registry, init: Path | None = None)
     likelihood: Likelihood = registry.build("likelihood", config.likelihood)
     data = problem.load()
     model = build_model(config, problem)
-    check(data, likelihood, _outputs(model, data.train))
+    check_data(model, likelihood, data)
     recorded = load_parameters(model, init) if init is not None else None
     model = model.to(device=device, dtype=dtype)
     # The average copies the model, so it must come before an optimizer attaches anything to it.
@@ -121,7 +130,7 @@ def build_parts(config: RunConfig, registry: Registry, init: Path | None = None)
         problem=problem,
         likelihood=likelihood,
         model=model,
-        optimizer=_build_optimizer(config, registry, model, likelihood),
+        optimizer=build_optimizer(config, registry, model, likelihood),
         average=average,
         data=data,
         train=_place(data.train, device, dtype),
@@ -178,7 +187,21 @@ def _chosen(config: RunConfig) -> set[str]:
     return chosen
 
 
-def _build_optimizer(config: RunConfig, registry: Registry, model: nn.Module, likelihood: Likelihood) -> Optimizer:
+def check_data(model: nn.Module, likelihood: Likelihood, data: ProblemData) -> None:
+    """Refuse data that the model and the likelihood cannot be trained on.
+
+    Raises:
+        DataError: The message says what does not fit.
+    """
+    check(data, likelihood, _outputs(model, data.train))
+
+
+def build_optimizer(config: RunConfig, registry: Registry, model: nn.Module, likelihood: Likelihood) -> Optimizer:
+    """What trains the model, with its parts.
+
+    Raises:
+        KfacError: The optimizer refuses the model or its parts cannot be built.
+    """
     component = registry.find("optimizer", config.optimizer.kind)
     optimizer: type[Optimizer] = registry.load(component)
     return optimizer.for_run(

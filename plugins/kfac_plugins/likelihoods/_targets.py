@@ -70,8 +70,8 @@ def _advice(y: Tensor, outputs: int) -> str:
     distinct = len(torch.unique(y.long()))
     if distinct > _MANY or outputs == 1:
         return (
-            f" (whole numbers, {distinct} distinct ones: if they are quantities and not classes, convert them with "
-            ".float().unsqueeze(1))"
+            f" (whole numbers, {distinct} distinct ones: if they are quantities and not classes, make them "
+            "floating-point, one column an output: .float().unsqueeze(1), or problem.task=regression for a .npz file)"
         )
     return " (integer class numbers need the categorical likelihood)"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -114,7 +114,14 @@ class NpzConfig(ProblemConfig):
     """What is learned; by default an autoencoder without y_train, a classifier for integer y_train, else a regression.
     The likelihood must suit it: categorical for a classifier."""
     classes: Annotated[int, Field(ge=2)] | None = None
-    """Number of classes of a classifier; by default the largest training label plus one."""
+    """Number of classes of a classifier; by default the largest training label plus one, which must not be far above
+    the number of distinct labels."""
+
+    def located(self) -> Self:
+        """The file's name from the root if it is in the working folder."""
+        path = Path(self.file).expanduser()
+        named = str(path.absolute()) if self.file and path.is_file() else self.file
+        return super().located().model_copy(update={"file": named})
 
     def data_status(self) -> DataStatus:
         """Whether the named file is there."""

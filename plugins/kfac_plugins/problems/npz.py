@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -10,6 +13,7 @@ from torch import nn
 from kfac_plugins.problems import NpzConfig
 from kfac_plugins.problems._splits import autoencoder_split
 from kfac_plugins.problems.npz_file import Arrays, find_npz, read_arrays
+from kfacore.errors import ResourceError
 from kfacore.lab.data.checksum import sha256_of_arrays
 from kfacore.lab.models import mlp, sparse_init
 from kfacore.roles import Problem, ProblemData, Split
@@ -78,12 +82,32 @@ class Npz(Problem):
 
         Raises:
             ConfigError: ``code_layer`` is not the number of a hidden layer.
+            ResourceError: The net is larger than the machine.
         """
         config, arrays = self.config, self.arrays
         sizes = (arrays.x_train.shape[1], *config.sizes, arrays.outputs)
+        _require_memory(sizes)
         model = mlp(sizes, config.hidden, linear=() if config.code_layer is None else (config.code_layer,))
         sparse_init(model, generator)
         return model
+
+
+def _require_memory(sizes: Sequence[int]) -> None:
+    """Refuse a net whose parameters alone do not fit into this machine, before it is tried.
+
+    Raises:
+        ResourceError: It says how much is needed.
+    """
+    needed = 4 * sum((a + 1) * b for a, b in pairwise(sizes))
+    try:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # a system that does not tell
+        return
+    if needed > there // 2:
+        raise ResourceError(
+            f"a net of widths {', '.join(map(str, sizes))} has {needed / 1e9:.1f} GB of parameters, this machine "
+            f"{there / 1e9:.1f} GB of memory; choose smaller problem.sizes, or fewer classes"
+        )
 
 
 def _split(inputs: NDArray[np.float32], targets: NDArray[Any] | None) -> Split:

@@ -20,6 +20,12 @@ __all__ = ["Arrays", "Task", "find_npz", "npz_status", "read_arrays"]
 Task = Literal["autoencoder", "classifier", "regression"]
 
 _WHAT = "your own arrays: x_train, and y_train, x_test, y_test as needed"
+_LARGEST = 2**62
+"""No class number is larger; unsigned ones may be beyond int64."""
+
+_FEW_CLASSES = 20
+"""Up to so many classes may be guessed from the largest label, however few of them occur."""
+
 _NO_FILE = "the problem 'npz' needs a file: --set problem.file=data.npz"
 
 
@@ -77,7 +83,7 @@ def read_arrays(path: Path, task: Task | None, classes: int | None) -> Arrays:
 
     Raises:
         DataError: An array is missing, empty, not numeric, not finite, of the wrong shape or dtype, counts do not
-            match, or a label is out of range.
+            match, or a label is out of range or no class number at all.
     """
     raw = read_npz(path, required=("x_train",), optional=("y_train", "x_test", "y_test"))
     _check_pairs(raw, path)
@@ -93,7 +99,7 @@ def read_arrays(path: Path, task: Task | None, classes: int | None) -> Arrays:
     outputs = x_train.shape[1]
     if task == "classifier":
         y_train = _labels(raw["y_train"], f"{path}: array 'y_train'", classes)
-        outputs = classes or max(2, int(y_train.max()) + 1)
+        outputs = classes or _count_classes(y_train, f"{path}: array 'y_train'")
         if x_test is not None:
             y_test = _labels(raw["y_test"], f"{path}: array 'y_test'", outputs)
     elif task == "regression":
@@ -141,6 +147,25 @@ def _check_pairs(raw: dict[str, NDArray[Any]], path: Path) -> None:
         )
 
 
+def _count_classes(labels: NDArray[np.int64], where: str) -> int:
+    """The largest label plus one, unless most of these classes would be empty: labels are then something else.
+
+    Raises:
+        DataError: They look like ids, years or prices.
+    """
+    import numpy as np
+
+    classes, distinct = int(labels.max()) + 1, len(np.unique(labels))
+    if classes > max(_FEW_CLASSES, 2 * distinct):
+        raise DataError(
+            f"{where} holds {distinct} distinct class numbers, the largest {classes - 1}: most of {classes:,} classes "
+            "would be empty. If they are ids, renumber them, for example with numpy.unique(y, return_inverse=True) on "
+            "all labels together; if they are quantities (prices, counts), set problem.task=regression; if there are "
+            f"so many classes, set problem.classes={classes}"
+        )
+    return max(2, classes)
+
+
 def _infer(raw: dict[str, NDArray[Any]]) -> Task:
     if "y_train" not in raw:
         return "autoencoder"
@@ -185,11 +210,11 @@ def _labels(array: NDArray[Any], where: str, classes: int | None) -> NDArray[np.
     if array.shape not in ((len(array),), (len(array), 1)):
         raise DataError(
             f"{where} has shape {array.shape}; a classifier needs one class number a case, shape ({len(array)},); from "
-            "one-hot rows take .argmax(1)"
+            "one-hot rows take .argmax(1), or set problem.task=regression if they are quantities"
         )
     labels = array.reshape(-1)
     top = "" if classes is None else f" to {classes - 1}"
-    wrong = labels < 0 if classes is None else (labels < 0) | (labels >= classes)
+    wrong = (labels < 0) | (labels > _LARGEST if classes is None else labels >= classes)
     if wrong.any():
         first = int(wrong.argmax())
         raise DataError(
