@@ -121,7 +121,8 @@ def _answer(store: Store, plan: list[Key], baseline: bool) -> int:
     kinds = list(dict.fromkeys(name for _, _, name in plan if family(name) == "kfac"))
     for kind in kinds:
         report.table(f"robust: {kind}, final losses and their ratios to the best of the others", rows(records, kind))
-    report.table("robust: all problems together", [summary(records, kind) for kind in kinds])
+    if kinds:
+        report.table("robust: all problems together", [summary(records, kind) for kind in kinds])
     if strange := strangers(records):
         print(f"the first losses differ, as if problems had changed between runs: {', '.join(strange)}")
     store.save(tables=report.tables)

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
+from benchmarks.robust.muon import Muon
 from benchmarks.robust.task import Task, net
 from kfacore import KFAC
 from kfacore.registry import get_registry
@@ -19,8 +20,8 @@ __all__ = ["CONTENDERS", "FAMILIES", "Stepped", "Stepper", "choose_contenders", 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "kfac": ("blockdiag", "tridiag"),
     "adam": ("0.0003", "0.001", "0.003", "0.01"),
-    "muon": ("0.001", "0.003", "0.01"),
-    "soap": ("0.001", "0.003", "0.01"),
+    "muon": ("0.003", "0.01", "0.03"),
+    "soap": ("0.003", "0.01", "0.03"),
 }
 """K-FAC's approximations, the others' learning rates; of several rates the best on a problem counts."""
 
@@ -120,10 +121,7 @@ def _muon(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     """
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     rest = [parameter for parameter in model.parameters() if parameter.ndim != 2]
-    return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=rate, weight_decay=0.0),
-    ]
+    return [Muon(matrices, lr=rate), torch.optim.AdamW(rest, lr=rate, weight_decay=0.0)]
 
 
 def _soap(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
