@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 
 import numpy as np
 
@@ -18,8 +19,7 @@ def bundled(name: str) -> tuple[Array, Array]:
     Raises:
         ImportError: scikit-learn is not installed.
     """
-    from sklearn import datasets
-
+    datasets = import_module("sklearn.datasets")
     x, y = getattr(datasets, f"load_{name}")(return_X_y=True)
     return np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
 

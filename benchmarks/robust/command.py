@@ -22,7 +22,7 @@ from benchmarks.robust.contenders import choose_contenders, family, missing
 from benchmarks.robust.problems import QUICK, choose
 from benchmarks.robust.race import Budget, Record, race
 from benchmarks.robust.store import Key, Store
-from benchmarks.robust.table import rows, strangers, summary
+from benchmarks.robust.table import rows, standing, strangers, summary
 
 __all__ = ["main"]
 
@@ -122,7 +122,9 @@ def _answer(store: Store, plan: list[Key], baseline: bool) -> int:
     for kind in kinds:
         report.table(f"robust: {kind}, final losses and their ratios to the best of the others", rows(records, kind))
     if kinds:
-        report.table("robust: all problems together", [summary(records, kind) for kind in kinds])
+        report.table("robust: runs that diverged, and why", [summary(records, kind) for kind in kinds])
+        ratios = [line for kind in kinds for line in standing(records, kind)]
+        report.table("robust: number of problems by their ratio of final losses", ratios)
     if strange := strangers(records):
         print(f"the first losses differ, as if problems had changed between runs: {', '.join(strange)}")
     store.save(tables=report.tables)

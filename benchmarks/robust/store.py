@@ -43,6 +43,8 @@ class Store:
         self._file = file
         self._budget = budget
         self._records: dict[Key, Record] = {}
+        self._lines: dict[Key, str] = {}
+        self._made_by = {"code": code(), "commit": _commit()}  # now: the source may change while runs go on
         if file is not None and file.is_file():
             self.take(file)
 
@@ -62,7 +64,7 @@ class Store:
             if family(record["contender"]) == "kfac":
                 same = same and kfac and record["code"] == code()
             if same and key(record) not in self._records:
-                self._records[key(record)] = {name: _read(name, value) for name, value in record.items()}
+                self._keep({name: _read(name, value) for name, value in record.items()})
                 taken += 1
         return taken
 
@@ -74,17 +76,22 @@ class Store:
 
     def add(self, record: Record) -> None:
         """Keep one more, also in the file."""
-        self._records[key(record)] = {**record, "code": code()}
+        self._keep({**record, **self._made_by})
         self.save()
+
+    def _keep(self, record: Record) -> None:
+        self._records[key(record)] = record
+        self._lines[key(record)] = _text(record)
 
     def save(self, **more: Any) -> None:
         """Write everything, and what more there is to say, replacing the file in one move."""
         if self._file is None:
             return
-        content = {"benchmark": "robust", "settings": facts(self._budget), **more, "runs": list(self)}
+        content = {"benchmark": "robust", "settings": facts(self._budget), **more}
+        runs = ",\n".join(self._lines.values())
         part = self._file.with_name(self._file.name + ".part")
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(_plain(content), allow_nan=False) + "\n")
+        part.write_text(f'{_text(content)[:-1]}, "runs": [\n{runs}\n]}}\n')
         os.replace(part, self._file)
 
 
@@ -93,6 +100,10 @@ _NUMBERS = {"first", "best", "final", "first_test", "best_test", "final_test", "
 
 def _read(name: str, value: Any) -> Any:
     return math.nan if name in _NUMBERS and value is None else value
+
+
+def _text(value: Any) -> str:
+    return json.dumps(_plain(value), allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

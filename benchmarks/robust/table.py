@@ -1,4 +1,4 @@
-"""What the records say: a row for each problem, and the two numbers that matter in one line.
+"""What the records say: a row for each problem, and what they come to together.
 
 A ratio is (K-FAC's loss + floor) / (the other's loss + floor) at the end, each loss a median over seeds, the other's
 that of its best learning rate on this problem, and the floor a thousandth of the first loss: below it nobody needs to
@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.robust.contenders import FAMILIES, family
 from benchmarks.robust.race import Record
 
-__all__ = ["rows", "strangers", "summary"]
+__all__ = ["rows", "standing", "strangers", "summary"]
 
 FLOOR = 1e-3
 CLOSE = 1.5
@@ -70,19 +70,27 @@ def _median(runs: list[Record], loss: str) -> float:
 
 
 def summary(records: Iterable[Record], contender: str) -> dict[str, Any]:
-    """Of one kind of K-FAC: runs, those diverged and why, and on how many problems it keeps up with each rival."""
-    records = list(records)
+    """Of one kind of K-FAC: runs, those diverged and why."""
     runs = [record for record in records if record["contender"] == contender]
     line: dict[str, Any] = {"": contender, "runs": len(runs), "diverged": sum(run["diverged"] for run in runs)}
     for verdict in ("nan", "doubled", "rose", "batches_rose", "whole_rose"):
         line[verdict] = sum(run[verdict] for run in runs)
     line["failed"] = sum(run["error"] is not None for run in runs)
-    table = rows(records, contender)
-    for column in (*(f"/ {rival}" for rival in RIVALS), "test / adam"):
-        ratios = [row[column] for row in table if row[column] is not None]
-        line[f"{column} <= {CLOSE:g}"] = f"{sum(ratio <= CLOSE for ratio in ratios)}/{len(ratios)}"
-        line[f"{column} < 1"] = f"{sum(ratio < 1 for ratio in ratios)}/{len(ratios)}"
+    line["undone"] = sum(run["rejected"] for run in runs)
     return line
+
+
+def standing(records: Iterable[Record], contender: str) -> list[dict[str, Any]]:
+    """Of one kind of K-FAC, against each rival: on how many problems it keeps up, and on how many it is ahead."""
+    table = rows(records, contender)
+    lines = []
+    for column in (f"{test}/ {rival}" for test in ("", "test ") for rival in RIVALS):
+        ratios = [row[column] for row in table if row[column] is not None]
+        if ratios:
+            close, ahead = sum(ratio <= CLOSE for ratio in ratios), sum(ratio < 1 for ratio in ratios)
+            ratio = {f"<= {CLOSE:g}": close, "< 1": ahead, "median": median(ratios), "largest": max(ratios)}
+            lines.append({"": f"{contender} {column}", "problems": len(ratios), **ratio})
+    return lines
 
 
 def strangers(records: Iterable[Record]) -> list[str]:
