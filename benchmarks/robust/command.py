@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import Report
-from benchmarks.robust.contenders import choose_contenders, family, missing
+from benchmarks.robust.contenders import CONTENDERS, choose_contenders, family, missing
 from benchmarks.robust.problems import QUICK, choose
 from benchmarks.robust.race import Budget, Record, race
 from benchmarks.robust.store import Key, Store
@@ -121,8 +121,10 @@ def _answer(store: Store, plan: list[Key], baseline: bool) -> int:
     kinds = list(dict.fromkeys(name for _, _, name in plan if family(name) == "kfac"))
     for kind in kinds:
         report.table(f"robust: {kind}, final losses and their ratios to the best of the others", rows(records, kind))
+    raced = {record["contender"] for record in records}
+    verdicts = [summary(records, name) for name in CONTENDERS if name in raced]
+    report.table("robust: runs that diverged, and why; the others by the same measure", verdicts)
     if kinds:
-        report.table("robust: runs that diverged, and why", [summary(records, kind) for kind in kinds])
         ratios = [line for kind in kinds for line in standing(records, kind)]
         report.table("robust: number of problems by their ratio of final losses", ratios)
     if strange := strangers(records):

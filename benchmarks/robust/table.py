@@ -70,7 +70,7 @@ def _median(runs: list[Record], loss: str) -> float:
 
 
 def summary(records: Iterable[Record], contender: str) -> dict[str, Any]:
-    """Of one kind of K-FAC: runs, those diverged and why."""
+    """Of one contender: runs, those diverged and why."""
     runs = [record for record in records if record["contender"] == contender]
     line: dict[str, Any] = {"": contender, "runs": len(runs), "diverged": sum(run["diverged"] for run in runs)}
     for verdict in ("nan", "doubled", "rose", "batches_rose", "whole_rose"):
