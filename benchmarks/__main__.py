@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from benchmarks import everything, launches, memory, phases, refresh, spike, step, target, tolerance, width
+from benchmarks import everything, launches, memory, phases, refresh, robust, spike, step, target, tolerance, width
 
 BENCHMARKS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "all": (everything.main, "every benchmark that is quick enough for `make bench`"),
@@ -13,6 +13,7 @@ BENCHMARKS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "memory": (memory.main, "peak memory of training against Adam"),
     "phases": (phases.main, "where a step's time goes"),
     "refresh": (refresh.main, "factors side by side against one after another, also beside other work"),
+    "robust": (robust.main, "problems that nobody tuned for: does training ever fall apart, and who is ahead"),
     "spike": (spike.main, "the slowest step against the median one"),
     "step": (step.main, "cost of a K-FAC step against SGD with momentum on the same model and batch"),
     "target": (target.main, "seconds, steps and cases to a training error; takes as long as training"),
