@@ -37,6 +37,7 @@ from kfacore.schema.slots import (
     ProblemConfig,
     SinkConfig,
     SlotConfig,
+    TrustConfig,
 )
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "ProblemConfig",
     "SinkConfig",
     "SlotConfig",
+    "TrustConfig",
     "hookimpl",
     "hookspec",
 ]
@@ -72,6 +74,7 @@ SLOTS: dict[str, type[SlotConfig]] = {
     "approx": ApproxConfig,
     "damping": DampingConfig,
     "momentum": MomentumConfig,
+    "trust": TrustConfig,
     "sink": SinkConfig,
     "executor": ExecutorConfig,
 }

@@ -56,10 +56,15 @@ class Preconditioner:
         self.counts: Counter[str] = Counter()
         self._background = BackgroundRefresh(like.device)
         self._walked = _FIRST_REFRESHES
+        self._hurried = False
 
     def update(self, samples: Sequence[LayerSamples]) -> None:
         """Take in what the estimator saw in a mini-batch."""
         self.moments.update(samples, self.decay)
+
+    def hurry(self) -> None:
+        """Refresh in the next step, due or not: the inverse in use has led to a step that was undone."""
+        self._hurried = True
 
     def due(self, step: int) -> bool:
         """Whether the inverse is refreshed in this step: the first three, and every T_3 or sooner.
@@ -67,7 +72,7 @@ class Preconditioner:
         With a growth g the refresh after step s comes at s + min(T_3, max(1, floor(g s))): the parameters move most
         in the first steps, and the averages, whose weights are 1/k there, with them.
         """
-        if self.inverse is None or step <= _FIRST_REFRESHES:
+        if self.inverse is None or step <= _FIRST_REFRESHES or self._hurried:
             return True
         period, growth = self.approx.config.refresh_every, self.approx.config.refresh_growth
         if growth is None:
@@ -162,6 +167,7 @@ class Preconditioner:
     def use(self, inverse: Inverse) -> None:
         """Take up one of the refreshed inverses."""
         self.inverse = inverse
+        self._hurried = False
         self.moments.refreshed(inverse)
 
     @property
@@ -194,6 +200,7 @@ class Preconditioner:
             "moments": self.moments.state_dict(),
             "inverse": None if self.inverse is None else self.inverse.state_dict(),
             "background": self._background.state_dict(),
+            "hurried": self._hurried,
             "counts": dict(self.counts),
         }
 
@@ -203,4 +210,5 @@ class Preconditioner:
         saved = state["inverse"]
         self.inverse = None if saved is None else self._load(saved)
         self._background.load_state_dict(state["background"], self._load)
+        self._hurried = state.get("hurried", False)
         self.counts = Counter(state["counts"])

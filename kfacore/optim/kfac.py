@@ -18,10 +18,12 @@ from kfacore.errors import ConfigError
 from kfacore.nest import cases_of
 from kfacore.network import BlockVector, Linearization, Linearizer
 from kfacore.optim.guards import as_parameters, require_finite, require_state
+from kfacore.optim.keeper import Keeper
 from kfacore.optim.local import LocalModel, combine
 from kfacore.optim.loss import BoundLoss, Loss
 from kfacore.optim.objective import penalty
 from kfacore.optim.options import KFACConfig, complete
+from kfacore.optim.phases import At, Trial
 from kfacore.optim.quadratic import model_value
 from kfacore.registry import get_registry
 from kfacore.roles.approx import Approximation
@@ -32,7 +34,15 @@ from kfacore.roles.likelihood import Likelihood
 from kfacore.roles.momentum import Momentum
 from kfacore.roles.optimizer import Optimizer, StepReport
 from kfacore.roles.samples import LayerSamples, mean_diagonal
-from kfacore.schema.slots import ApproxConfig, DampingConfig, EstimatorConfig, LikelihoodConfig, MomentumConfig
+from kfacore.roles.trust import Trust
+from kfacore.schema.slots import (
+    ApproxConfig,
+    DampingConfig,
+    EstimatorConfig,
+    LikelihoodConfig,
+    MomentumConfig,
+    TrustConfig,
+)
 
 __all__ = ["KFAC"]
 
@@ -52,6 +62,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         estimator: The statistics estimator.
         damping: The damping strategy.
         momentum: The momentum rule.
+        trust: Whether steps that raise the objective are undone.
         weight_decay: eta >= 0.
         preset: Where slots that are left out come from.
         seed: Seed of the sampled targets.
@@ -74,6 +85,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         estimator: str | Mapping[str, Any] | EstimatorConfig | Estimator | None = None,
         damping: str | Mapping[str, Any] | DampingConfig | Damping | None = None,
         momentum: str | Mapping[str, Any] | MomentumConfig | Momentum | None = None,
+        trust: str | Mapping[str, Any] | TrustConfig | Trust | None = None,
         weight_decay: float | None = None,
         preset: str | None = None,
         seed: int | None = None,
@@ -85,6 +97,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             "estimator": estimator,
             "damping": damping,
             "momentum": momentum,
+            "trust": trust,
             "weight_decay": weight_decay,
             "preset": preset,
             "seed": seed,
@@ -105,6 +118,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         self.estimator = registry.build("estimator", chosen["estimator"])
         self.damping = registry.build("damping", chosen["damping"])
         self.momentum = registry.build("momentum", chosen["momentum"])
+        self.trust = registry.build("trust", chosen["trust"])
 
         self.linearizer = Linearizer(model, self.approx.structure)
         self.approx.check_layers([layer.info for layer in self.linearizer.layers])
@@ -119,6 +133,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         self._delta: BlockVector | None = None
         self._proposals: list[BlockVector] = []
         self._spare: list[BlockVector] = []
+        self._keeper = Keeper()
+        self._predicted = torch.full((), torch.nan, dtype=torch.float64, device=device)
         torch.optim.Optimizer.__init__(self, parameters, {"weight_decay": float(eta)})
 
     @classmethod
@@ -191,35 +207,70 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             return self._step(inputs, targets, valid, low)
 
     def _step(self, inputs: Any, targets: Tensor, valid: Tensor | None, low: torch.dtype | None) -> StepReport:
-        k = self.steps + 1
-        m = cases_of(inputs)
         self._follow_weight_decay()
-        adapts = self.damping.adapts(k)
-        steps = self.momentum.iterations(m)
-        pulled = self.momentum.cases(m) if steps > 1 else 0
-        batch = self.linearizer(inputs, self.estimator.cases(m), None if adapts or steps > 1 else low, pulled)
+        at = self._look_back(self._begin(inputs, targets, valid, low), low)
+        preconditioner = self._prepare()
+        at.waits = at.adapts or at.asks or preconditioner.waits(at.step, self.damping.candidates(at.step))
+        if at.waits or self._reads(at.objective):
+            self._require_finite("objective", at.objective, at)
+        samples = self._samples(at.batch, at.bound)
+        preconditioner.update(samples)
+        if at.step == 1:
+            self.damping.observe(mean_diagonal(samples))
+        grad = self._gradient(at.batch, at.bound, retain=at.iterations > 1)
+        undone = 0
+        for attempt in range(self.trust.attempts(at.step)):
+            trial = self._try(at, grad, preconditioner, again=attempt > 0)
+            self._take(trial)
+            rho, accepted = self._judge(at, trial)
+            if not self._undone(at, accepted):
+                break
+            undone += 1
+        self.steps = at.step
+        return trial.report(at, rho, accepted, undone)
+
+    def _begin(self, inputs: Any, targets: Tensor, valid: Tensor | None, low: torch.dtype | None) -> At:
+        """The forward pass, and the objective before the step."""
+        k, m = self.steps + 1, cases_of(inputs)
+        adapts, asks, iterations = self.damping.adapts(k), self.trust.asks(k), self.momentum.iterations(m)
+        pulled = self.momentum.cases(m) if iterations > 1 else 0
+        batch = self.linearizer(
+            inputs, self.estimator.cases(m), None if adapts or asks or iterations > 1 else low, pulled
+        )
         bound = self.loss.bind(batch.outputs(), targets, valid, step=k)
         loss, objective, error = self._objective(batch, bound)
+        return At(k, inputs, targets, valid, batch, bound, loss, objective, error, adapts, asks, iterations)
 
-        preconditioner = self._prepare()
-        gammas = self.damping.candidates(k)
-        if adapts or preconditioner.waits(k, gammas):  # this step waits for the device anyway
-            self._require_finite("objective", objective, inputs, targets)
-        samples = self._samples(batch, bound)
-        preconditioner.update(samples)
-        if k == 1:
-            self.damping.observe(mean_diagonal(samples))
-            gammas = self.damping.candidates(k)
-        grad = self._gradient(batch, bound, retain=steps > 1)
+    def _look_back(self, at: At, low: torch.dtype | None) -> At:
+        """Undo the step before if the new mini-batch shows that it did harm; one forward pass where it is in doubt."""
+        if not (self.trust.looks_back and self._reads(at.objective)):
+            return at
+        now = float(at.objective)
+        if self._keeper.full and self.trust.doubts(now):
+            assert self._delta is not None
+            with self._keeper.swapped(self._parameters()):
+                earlier = float(self._measure(at))
+            if self.trust.disowns(now, earlier):
+                self._keeper.restore(self._parameters(), self._delta)
+                self._distrust(at.step, self.trust.late)
+                at = self._begin(at.inputs, at.targets, at.valid, low)
+                said = f"objective {now:.4g} on a new mini-batch, {earlier:.4g} without it"
+                at.undone = (f"step {self.steps} was undone: {said}",)
+                now = earlier
+        self.trust.saw(now)
+        return at
 
-        candidates, notices, refreshed = self._inverses(preconditioner, gammas, k)
+    def _try(self, at: At, grad: BlockVector, preconditioner: Preconditioner, *, again: bool) -> Trial:
+        """Delta, and how far to go along it and the step before, by the quadratic model of the mini-batch."""
+        candidates, notices, refreshed = self._inverses(preconditioner, at.step, again=again)
         proposals = self._propose([inverse for _, inverse in candidates], grad)
-        local = self._local(batch, bound, grad)
-        used = self.momentum.uses_model or self.damping.uses_model or steps > 1
+        local = self._local(at.batch, at.bound, grad)
+        used = self.momentum.uses_model or self.damping.uses_model or at.iterations > 1
         M, b = self._model(local, proposals, used)
+        if not again:
+            self.damping.confirm(local.change_before() / self._predicted)
         x = self.momentum.coefficients(M, b)
         values = model_value(M, b, x)
-
         best = 0
         if len(candidates) > 1:
             best = int(torch.where(torch.isnan(values), torch.inf, values).argmin())
@@ -227,40 +278,73 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         if refreshed:
             preconditioner.use(inverse)
             self.damping.choose(gamma)
-        lam, (alpha, mu), value = self.damping.lam, x[best], values[best]
+        (alpha, mu), value = x[best], values[best]
         further = None
-        if steps > 1:
+        if at.iterations > 1:
             further = self._copy_of_delta()
             further.combine(mu, proposals[best], alpha)
             previous = local.J[len(proposals) :].sum(0)  # zero in the first step, which has none
             Jdelta = combine(alpha, local.J[best], mu, previous)
-            value = value + local.go_on(further, Jdelta, inverse, self.momentum, steps - 1, self._spare[1:])
-        if adapts or refreshed:
-            self._require_finite("quadratic model", value, inputs, targets)
-        self._take(further, proposals[best], alpha, mu)
+            value = value + local.go_on(further, Jdelta, inverse, self.momentum, at.iterations - 1, self._spare[1:])
+        if (at.waits or refreshed) and not self.trust.looks_back:
+            self._require_finite("quadratic model", value, at)
+        lam = self.damping.lam
+        return Trial(proposals[best], inverse, further, alpha, mu, value, used, lam, gamma, refreshed, notices)
 
-        self.steps = k
-        rho = self._adapt(inputs, bound, objective, value) if adapts else None
-        return StepReport(
-            step=k,
-            batch_size=m,
-            loss=loss,
-            objective=objective,
-            error=error,
-            model_value=value if used else None,
-            rho=rho,
-            lam=lam,
-            gamma=gamma,
-            alpha=alpha,
-            mu=mu,
-            refreshed=refreshed,
-            notices=tuple(str(notice) for notice in notices),
-        )
+    def _judge(self, at: At, trial: Trial) -> tuple[Tensor | None, Tensor]:
+        """rho = (h(theta + delta) - h(theta)) / model value where it is wanted, -inf if h went up; and the verdict."""
+        rho, accepted = None, torch.isfinite(trial.value)
+        if at.adapts or at.asks:
+            change = self._measure(at) - at.objective
+            rho = torch.where(change > 0, -torch.inf, change / trial.value)
+            accepted = self.trust.accepts(at.objective, change)
+            if at.adapts:
+                self.damping.adapt(rho)
+        self._predicted = trial.value
+        return rho, accepted
 
-    def _require_finite(self, what: str, value: Tensor, inputs: Any, targets: Tensor) -> None:
+    def _undone(self, at: At, accepted: Tensor) -> bool:
+        """Undo the step unless it was accepted, and say whether the host knows that it was not.
+
+        Where the host would have to wait, the device decides alone.
+        """
+        if not self.trust.looks_back:
+            return False
+        assert self._delta is not None
+        if not (at.waits or self._reads(accepted)):
+            self._keeper.restore(self._parameters(), self._delta, accepted)
+            self.damping.strengthen(self.trust.early, ~accepted)
+            return False
+        kept = bool(accepted)
+        self.trust.judged(at.step, kept)
+        if not kept:
+            self._keeper.restore(self._parameters(), self._delta)
+            self._distrust(at.step, self.trust.early)
+        return not kept
+
+    def _distrust(self, step: int, factor: float) -> None:
+        """After a step was undone: lambda rises, the inverse is made anew, the next steps are asked about."""
+        self.damping.strengthen(factor, torch.ones((), dtype=torch.bool, device=self.damping.lam.device))
+        self._predicted = torch.full_like(self._predicted, torch.nan)
+        self.trust.judged(step, False)
+        assert self.preconditioner is not None
+        self.preconditioner.hurry()
+
+    def _measure(self, at: At) -> Tensor:
+        """h of the mini-batch at the parameters as they are now."""
+        with torch.no_grad():
+            loss, _ = at.bound.value([self.model(at.inputs)])
+        return loss + penalty(self._parameters(), self.weight_decay)
+
+    @staticmethod
+    def _reads(value: Tensor) -> bool:
+        """Whether reading a number costs no wait."""
+        return value.device.type == "cpu"
+
+    def _require_finite(self, what: str, value: Tensor, at: At) -> None:
         damping = self.damping.lam, self.damping.gamma
         deferred = self.loss.deferred
-        require_finite(what, value, inputs, targets, step=self.steps + 1, damping=damping, deferred=deferred)
+        require_finite(what, value, at.inputs, at.targets, step=at.step, damping=damping, deferred=deferred)
 
     def _samples(self, batch: Linearization, bound: BoundLoss) -> list[LayerSamples]:
         """What the estimator's backward passes show of each block, with the S that their squares are divided by."""
@@ -307,10 +391,11 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         return grad
 
     def _inverses(
-        self, preconditioner: Preconditioner, gammas: list[Tensor], k: int
+        self, preconditioner: Preconditioner, k: int, *, again: bool
     ) -> tuple[Sequence[tuple[Tensor, Inverse]], list[Notice], bool]:
         """The inverses to compare in this step, with their gammas: new ones, or the one in use."""
-        found, notices = preconditioner.candidates(k, gammas, pi=self.damping.config.pi)
+        gammas, pi = self.damping.candidates(k), self.damping.config.pi
+        found, notices = preconditioner.refresh(gammas, pi=pi) if again else preconditioner.candidates(k, gammas, pi=pi)
         return found or [(self.damping.gamma, preconditioner.in_use)], notices, bool(found)
 
     def _propose(self, inverses: list[Inverse], grad: BlockVector) -> list[BlockVector]:
@@ -324,7 +409,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
 
     def _local(self, batch: Linearization, bound: BoundLoss, grad: BlockVector) -> LocalModel:
         n = self.momentum.cases(batch.cases)
-        return LocalModel(batch, bound, grad, self.damping.lam + self.weight_decay, n)
+        own = self._parameters() if self.momentum.config.slope == "model" and n < batch.cases else None
+        return LocalModel(batch, bound, grad, self.damping.lam, self.weight_decay, n, own)
 
     def _model(self, local: LocalModel, proposals: list[BlockVector], used: bool = True) -> tuple[Tensor, Tensor]:
         """M and b on (Delta, delta_prev) for each candidate; zeros if nothing uses the model."""
@@ -342,23 +428,16 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         self._spare[0].flat.copy_(self._delta.flat)
         return self._spare[0]
 
-    def _take(self, further: BlockVector | None, proposal: BlockVector, alpha: Tensor, mu: Tensor) -> None:
-        """Theta <- theta + delta. Always: the method has no rejection."""
+    def _take(self, trial: Trial) -> None:
+        """theta <- theta + delta, with delta = alpha Delta + mu delta_prev."""
         assert self._delta is not None
-        if further is None:
-            self._delta.combine(mu, proposal, alpha)
+        if self.trust.looks_back:
+            self._keeper.keep(self._parameters())
+        if trial.further is None:
+            self._delta.combine(trial.mu, trial.proposal, trial.alpha)
         else:
-            self._delta.flat.copy_(further.flat)
+            self._delta.flat.copy_(trial.further.flat)
         torch._foreach_add_(self._parameters(), self._delta.parts)
-
-    def _adapt(self, inputs: Any, bound: BoundLoss, before: Tensor, predicted: Tensor) -> Tensor:
-        """rho = (h(theta + delta) - h(theta)) / model value on the same mini-batch; -inf if h went up."""
-        with torch.no_grad():
-            loss, _ = bound.value([self.model(inputs)])
-        change = loss + penalty(self._parameters(), self.weight_decay) - before
-        rho = torch.where(change > 0, -torch.inf, change / predicted)
-        self.damping.adapt(rho)
-        return rho
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bit for bit, copied; loads with ``torch.load(weights_only=True)``."""
@@ -374,6 +453,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             "seed": self.generator.initial_seed(),
             "preconditioner": None if self.preconditioner is None else self.preconditioner.state_dict(),
             "delta": None if self._delta is None else self._delta.flat.clone(),
+            "predicted": self._predicted,
+            "trust": self.trust.state_dict(),
         }
         return state
 
@@ -398,6 +479,9 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             self.generator.set_state(own["generator"].cpu())
         else:
             self.generator.manual_seed(own["seed"] + self.steps)
+        self._predicted = own.get("predicted", torch.full((), torch.nan)).to(self._predicted)
+        self.trust.load_state_dict(own.get("trust", self.trust.state_dict()))
+        self._keeper = Keeper()
         if self.preconditioner is not None:
             self.preconditioner.discard()
         self.preconditioner = self._grad = self._delta = None
@@ -414,7 +498,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         So a copy has a model of its own, `model`, unless both are copied together: ``copy.deepcopy((model,
         optimizer))``. As with torch's optimizers, hooks of the step are not copied. It goes on bit for bit.
         """
-        parts = {slot: getattr(self, slot) for slot in ("approx", "estimator", "damping", "momentum")}
+        parts = {slot: getattr(self, slot) for slot in ("approx", "estimator", "damping", "momentum", "trust")}
         options = {
             "likelihood": self.loss,
             **parts,

@@ -31,8 +31,11 @@ class LocalModel:
         loss: What turns its outputs into F_R: the mini-batch's loss, or a likelihood of outputs (n, o) that is averaged
             over cases.
         grad: The objective's gradient.
-        damping: lambda + eta.
+        lam: lambda.
+        eta: Weight decay.
         cases: How many of the first cases F is the mean of.
+        own: theta, if the slope along the directions is to be that of these cases too, mean of r^T J v + eta theta^T v
+            with the residual r; left out, it is that of the gradient.
 
     Attributes:
         grad: The gradient.
@@ -40,14 +43,22 @@ class LocalModel:
     """
 
     def __init__(
-        self, batch: Linearization, loss: BoundLoss | Likelihood, grad: BlockVector, damping: Tensor, cases: int
+        self,
+        batch: Linearization,
+        loss: BoundLoss | Likelihood,
+        grad: BlockVector,
+        lam: Tensor,
+        eta: float,
+        cases: int,
+        own: Sequence[Tensor] | None = None,
     ) -> None:
         self.grad = grad
-        self.J = damping.new_empty(0)
+        self.J = lam.new_empty(0)
         self._batch = batch
         self._given = loss
-        self._damping = damping
-        self._cases = cases
+        self._damping, self._eta = lam + eta, eta
+        self._cases, self._own = cases, own
+        self._before = lam.new_full((), torch.nan)
 
     @cached_property
     def _z(self) -> Tensor:
@@ -78,12 +89,29 @@ class LocalModel:
         gram = self._loss.fisher_gram(self._z, self.J)
         inner = symmetric_gram(lambda i, j: torch.dot(directions[i].flat, directions[j].flat), len(directions))
         M = gram + self._damping * inner
-        slope = (self.grad if grad is None else grad).flat
-        b = torch.stack([torch.dot(v.flat, slope) for v in directions]).double()
+        b = self._slopes(directions, self.grad if grad is None else grad, beginning=grad is None)
+        if last and grad is None:
+            self._before = b[-1] - 0.5 * (gram[-1, -1] + self._eta * inner[-1, -1])
         if not last:
             M = nn.functional.pad(M, (0, 1, 0, 1))
             b = nn.functional.pad(b, (0, 1))
         return on_planes(M, b)
+
+    def _slopes(self, directions: Sequence[BlockVector], grad: BlockVector, *, beginning: bool) -> Tensor:  # (k,)
+        """Derivative of h along each direction."""
+        if self._own is None or not beginning:
+            return torch.stack([torch.dot(v.flat, grad.flat) for v in directions]).double()
+        slopes = self._loss.slopes(self._z, self.J)
+        if not self._eta:
+            return slopes
+        return slopes + self._eta * torch.stack([_inner(self._own, v.parts) for v in directions])
+
+    def change_before(self) -> Tensor:  # () float64
+        """What the step before changed h by, to second order: b_v - v^T (F + eta I) v / 2 for v, the last direction.
+
+        NaN where there was no such direction.
+        """
+        return self._before
 
     def gradient_at(
         self,
@@ -143,6 +171,11 @@ class LocalModel:
             delta.flat.add_(last.flat)
             Jdelta = Jdelta + Jlast
         return change
+
+
+def _inner(u: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:  # () float64
+    """Inner product of two lists of tensors."""
+    return torch.stack([(a * b).sum(dtype=torch.float64) for a, b in zip(u, v, strict=True)]).sum()
 
 
 def combine(alpha: Tensor, u: Tensor, mu: Tensor, v: Tensor) -> Tensor:

@@ -280,6 +280,17 @@ class BoundLoss:
             )[:, own]
         return self.layout.from_rows(self._masked(self._weighted(vectors, here, root=True), here))
 
+    def slopes(
+        self,
+        z: Tensor,  # (n, ..., o)
+        Jv: Tensor,  # (k, n, ..., o)
+    ) -> Tensor:  # (k,) float64
+        """Derivative of the loss of the first cases along directions: (1/S) sum over rows of r^T J v."""
+        rows = self.layout.to_rows(z)
+        here = slice(0, len(rows))
+        r = self._masked(self._weighted(self.likelihood.residual(rows, self.terms.target[here]), here), here)
+        return (r * self.layout.to_rows(Jv, 1)).sum((1, 2), dtype=torch.float64) / self.total(len(z))
+
     def fisher_product(
         self,
         z: Tensor,  # (n, ..., o)

@@ -15,11 +15,17 @@ from kfacore.schema.slots import (
     LikelihoodConfig,
     Model,
     MomentumConfig,
+    TrustConfig,
 )
 
 __all__ = ["KFACConfig", "complete"]
 
-_STANDARD = {"estimator": "monte-carlo", "damping": "levenberg-marquardt", "momentum": "quadratic-model"}
+_STANDARD = {
+    "estimator": "monte-carlo",
+    "damping": "levenberg-marquardt",
+    "momentum": "quadratic-model",
+    "trust": "none",
+}
 """The component of a slot when neither the caller nor the preset names one."""
 
 
@@ -36,6 +42,8 @@ class KFACConfig(Model):
     """The damping strategy; the preset's if left out."""
     momentum: str | dict[str, Any] | MomentumConfig | None = None
     """The momentum rule; the preset's if left out."""
+    trust: str | dict[str, Any] | TrustConfig | None = None
+    """Whether steps that raise the objective are undone; the preset's if left out."""
     weight_decay: float = 1e-5
     """eta of the objective h = loss + eta/2 ||theta||^2, biases included."""
     preset: str = "default"

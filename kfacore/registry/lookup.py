@@ -17,7 +17,18 @@ from kfacore.schema.explain import explain
 from kfacore.schema.slots import SlotConfig
 
 if TYPE_CHECKING:
-    from kfacore.roles import Approximation, Damping, Estimator, Executor, Likelihood, Momentum, Part, Problem, Sink
+    from kfacore.roles import (
+        Approximation,
+        Damping,
+        Estimator,
+        Executor,
+        Likelihood,
+        Momentum,
+        Part,
+        Problem,
+        Sink,
+        Trust,
+    )
 
 __all__ = ["Registry", "get_registry", "reset_registry"]
 
@@ -29,6 +40,7 @@ _ROLES = {
     "approx": "Approximation",
     "damping": "Damping",
     "momentum": "Momentum",
+    "trust": "Trust",
     "sink": "Sink",
     "executor": "Executor",
 }
@@ -187,6 +199,8 @@ class Registry:
     def build(self, slot: Literal["damping"], value: object) -> Damping: ...
     @overload
     def build(self, slot: Literal["momentum"], value: object) -> Momentum: ...
+    @overload
+    def build(self, slot: Literal["trust"], value: object) -> Trust: ...
     @overload
     def build(self, slot: Literal["sink"], value: object) -> Sink: ...
     @overload

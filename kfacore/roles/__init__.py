@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kfacore.roles.problem import Problem, ProblemData, Split
     from kfacore.roles.samples import LayerSamples
     from kfacore.roles.sink import Sink
+    from kfacore.roles.trust import Trust
 
 __all__ = [
     "Approximation",
@@ -46,6 +47,7 @@ __all__ = [
     "Sink",
     "Split",
     "StepReport",
+    "Trust",
     "Use",
 ]
 
@@ -73,6 +75,7 @@ _HOMES = {
     "Sink": "sink",
     "Split": "problem",
     "StepReport": "optimizer",
+    "Trust": "trust",
     "Use": "layer",
 }
 

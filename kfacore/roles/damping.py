@@ -61,6 +61,22 @@ class Damping(Part):
             rho: (), float64; -inf where the objective went up, NaN where it is not a number.
         """
 
+    def strengthen(self, factor: float, where: Tensor) -> None:
+        """Raise lambda, because a step was undone; a strategy without one does nothing.
+
+        Args:
+            factor: What lambda is multiplied with.
+            where: (), bool: whether at all.
+        """
+
+    def confirm(self, ratio: Tensor) -> None:  # optional: most strategies ask the step's own mini-batch only
+        """Told in every step how much of what the step before promised a new mini-batch sees.
+
+        Args:
+            ratio: (), float64: change of h by the last step, as the new mini-batch's quadratic model has it, over that
+                which was predicted; NaN if there was no step.
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """Lambda and gamma."""
         return {"lam": self.lam, "gamma": self.gamma}

@@ -25,8 +25,8 @@ class Estimator(Part):
     config: EstimatorConfig
 
     def cases(self, batch_size: int) -> int:
-        """Number of cases used, ceil(tau_1 m)."""
-        return share_of(batch_size, self.config.tau1)
+        """Number of cases used, ceil(tau_1 m), or ``min_cases`` if that is more."""
+        return share_of(batch_size, self.config.tau1, self.config.min_cases)
 
     @abstractmethod
     def output_vectors(

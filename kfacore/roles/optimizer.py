@@ -31,6 +31,8 @@ class StepReport:
         alpha: Learning rate of the step, or None.
         mu: Momentum coefficient of the step, or None.
         refreshed: Whether the approximate inverse was recomputed.
+        accepted: Whether the step was kept; a step that was undone has left the parameters as they were.
+        undone: Steps undone on this mini-batch, the reported one included if it was.
         notices: What was reported by name in this step (extra jitter, kept inverses).
     """
 
@@ -46,6 +48,8 @@ class StepReport:
     alpha: Tensor | None = None
     mu: Tensor | None = None
     refreshed: bool = False
+    accepted: bool | Tensor = True
+    undone: int = 0
     notices: tuple[str, ...] = ()
 
 

@@ -32,25 +32,35 @@ PRESETS: dict[str, dict[str, Any]] = {
     # first mini-batch of 500 cases has the smaller error for the same cases on CURVES. Runs are short, so averages over
     # ten steps are the better ones; over a hundred they trail behind.
     "default": {
+        "estimator": {"min_cases": 250},
         "approx": {"refresh_growth": 0.4, "tolerance": 0.02, "power": 0.85},
-        "damping": {"kind": "levenberg-marquardt", "lambda0": None, "gamma_rule": "tied", "pi": "net"},
-        "momentum": {"kind": "quadratic-model", "tau2": 0.125, "min_cases": 250},
+        "damping": {
+            "kind": "levenberg-marquardt",
+            "lambda0": None,
+            "confirmed": True,
+            "gamma_rule": "tied",
+            "pi": "net",
+        },
+        "momentum": {"kind": "quadratic-model", "tau2": 0.125, "min_cases": 250, "slope": "model"},
+        "trust": {"kind": "undo"},
         "batch": {"start": 500, "sampling": "epochs"},
         "averaging": {"start": 20, "decay": 0.9},
     },
     # Martens & Grosse (2015) to the letter of the authors' program (method, sections 2 to 5). Everything is stated,
     # so that a problem's suggestions cannot change it.
     "paper": {
-        "estimator": {"kind": "monte-carlo", "tau1": 0.125, "decay": 0.95},
+        "estimator": {"kind": "monte-carlo", "tau1": 0.125, "min_cases": 1, "decay": 0.95},
         "approx": {"refresh_every": 20, "refresh_growth": None, "tolerance": 0.0, "power": 1.0},
         "damping": {
             "kind": "levenberg-marquardt",
             "lambda0": 150.0,
             "rate": 0.95,
+            "confirmed": False,
             "gamma_rule": "compared",
             "pi": "layer",
         },
-        "momentum": {"kind": "quadratic-model", "tau2": 1.0, "min_cases": 1, "iterations": 1},
+        "momentum": {"kind": "quadratic-model", "tau2": 1.0, "min_cases": 1, "slope": "batch", "iterations": 1},
+        "trust": {"kind": "none"},
         "weight_decay": 1e-5,
         "batch": {"schedule": "exponential", "start": 1000, "target_step": 500, "sampling": "independent"},
         "averaging": {"start": 200, "decay": 0.99},

@@ -27,6 +27,7 @@ __all__ = [
     "ProblemConfig",
     "SinkConfig",
     "SlotConfig",
+    "TrustConfig",
     "literals_of",
     "may_be_none",
 ]
@@ -94,6 +95,8 @@ class EstimatorConfig(SlotConfig):
 
     tau1: Fraction = 0.125
     """Share of the mini-batch, its first cases, used for the statistics (tau_1)."""
+    min_cases: Annotated[int, Field(strict=True, ge=1)] = 1
+    """No fewer cases than this for the statistics, whatever tau1 says; all of a mini-batch that has fewer."""
     decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     """Largest weight of the past in the running averages: f = min(1 - 1/k, decay)."""
 
@@ -136,6 +139,9 @@ class MomentumConfig(SlotConfig):
     """Share of the mini-batch, its first cases, used for the quadratic model (tau_2)."""
     min_cases: Annotated[int, Field(strict=True, ge=1)] = 1
     """No fewer cases than this for the quadratic model, whatever tau2 says; all of a mini-batch that has fewer."""
+    slope: Literal["batch", "model"] = "batch"
+    """Whose gradient the quadratic model has: the whole mini-batch's, or that of the cases which its curvature is of.
+    With tau2 = 1 they are the same."""
     iterations: Annotated[int, Field(strict=True, ge=1)] = 1
     """Steps taken on the quadratic model before the parameters move, all with its one gradient; 1 is the paper's."""
     iterations_from: Annotated[int, Field(strict=True, ge=1)] = 1
@@ -144,6 +150,10 @@ class MomentumConfig(SlotConfig):
 
 class LayerConfig(SlotConfig):
     """Options of a layer type. The network takes every registered one; nobody chooses it."""
+
+
+class TrustConfig(SlotConfig):
+    """Options of a rule of trust."""
 
 
 class OptimizerConfig(SlotConfig):

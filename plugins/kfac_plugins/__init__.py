@@ -14,6 +14,7 @@ from kfac_plugins.momentum import COMPONENTS as MOMENTUM
 from kfac_plugins.optimizers import COMPONENTS as OPTIMIZERS
 from kfac_plugins.problems import COMPONENTS as PROBLEMS
 from kfac_plugins.sinks import COMPONENTS as SINKS
+from kfac_plugins.trust import COMPONENTS as TRUST
 from kfacore.plugin import API_VERSION, Component, hookimpl
 
 __all__ = ["KFAC_API", "kfac_components"]
@@ -24,4 +25,4 @@ KFAC_API = API_VERSION
 @hookimpl
 def kfac_components() -> list[Component]:
     """The manifests of everything built in, slot by slot."""
-    return [*PROBLEMS, *LIKELIHOODS, *OPTIMIZERS, *ESTIMATORS, *APPROX, *DAMPING, *MOMENTUM, *SINKS, *EXECUTORS]
+    return [*PROBLEMS, *LIKELIHOODS, *OPTIMIZERS, *ESTIMATORS, *APPROX, *DAMPING, *MOMENTUM, *TRUST, *SINKS, *EXECUTORS]

@@ -41,8 +41,8 @@ class RecordingKFAC(KFAC):
 
     record: dict[str, Any]
 
-    def _inverses(self, *args: Any) -> Any:
-        result = super()._inverses(*args)
+    def _inverses(self, *args: Any, **options: Any) -> Any:
+        result = super()._inverses(*args, **options)
         self.record["gammas"] = [float(gamma) for gamma, _ in result[0]]
         return result
 

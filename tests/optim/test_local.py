@@ -43,7 +43,7 @@ class Problem:
         self.F = dense.fisher(net, "bernoulli", x[:n])
         self.A = self.F + DAMPING * torch.eye(len(self.F), dtype=Float)
         damping = torch.tensor(DAMPING, dtype=Float)
-        self.local = LocalModel(batch, Bernoulli(), self.vector(self.g), damping, n)
+        self.local = LocalModel(batch, Bernoulli(), self.vector(self.g), damping, 0.0, n)
 
     def vector(self, values: Tensor) -> BlockVector:
         fresh = BlockVector(self.zero.layers, torch.zeros_like(self.zero.flat))

@@ -42,6 +42,7 @@ SLOT_DEFAULTS: dict[str, Any] = {
     "approx": "tridiag",
     "damping": "levenberg-marquardt",
     "momentum": "quadratic-model",
+    "trust": "none",
     "sink": ["jsonl"],
 }
 """The component of each slot when nobody names one; the likelihood is the problem's."""

@@ -20,6 +20,7 @@ from kfacore.schema.slots import (
     OptimizerConfig,
     ProblemConfig,
     SinkConfig,
+    TrustConfig,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ __all__ = [
     "run_config_model",
 ]
 
-PART_SLOTS = ("estimator", "approx", "damping", "momentum")
+PART_SLOTS = ("estimator", "approx", "damping", "momentum", "trust")
 """Slots that only some optimizers use: those which their manifest lists in ``uses``."""
 
 # Strict, because `steps = true` or `steps = "500"` in a file is a slip and not a number.
@@ -120,6 +121,8 @@ class RunConfig(Model):
     """How lambda and gamma are chosen."""
     momentum: MomentumConfig | None = None
     """How the learning rate and the momentum coefficient of a step are chosen."""
+    trust: TrustConfig | None = None
+    """Whether steps that raise the objective are undone."""
     sink: tuple[SinkConfig, ...] = ()
     """Where the events of the run go."""
     steps: Count = 500

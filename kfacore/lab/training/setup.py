@@ -180,7 +180,7 @@ def manifest(config: RunConfig, registry: Registry, parts: Parts, started: str) 
 def _chosen(config: RunConfig) -> set[str]:
     """The components in the configuration, as ``"slot/name"``."""
     chosen = {f"sink/{sink.kind}" for sink in config.sink}
-    for slot in ("problem", "likelihood", "optimizer", "estimator", "approx", "damping", "momentum"):
+    for slot in ("problem", "likelihood", "optimizer", "estimator", "approx", "damping", "momentum", "trust"):
         value = getattr(config, slot)
         if value is not None:
             chosen.add(f"{slot}/{value.kind}")

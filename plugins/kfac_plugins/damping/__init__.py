@@ -26,6 +26,8 @@ class LevenbergMarquardtConfig(DampingConfig):
     """Steps between adaptations of lambda (T_1)."""
     rate: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
     """What lambda is multiplied with a step while the model is good; w1 = rate^T_1."""
+    confirmed: bool = False
+    """Lower lambda only while new mini-batches see the decrease that steps promised on their own."""
     gamma_rule: Literal["compared", "tied"] = "compared"
     """Where gamma comes from: comparing three every T_2 steps, or always sqrt(lambda + weight decay)."""
     gamma_every: Period = 20

@@ -10,6 +10,11 @@ quadratic model. The clamp of the candidates is the authors' program's; the pape
 Without a lambda_0, lambda starts at 0.15 times the mean diagonal entry of the Fisher on the first mini-batch, so
 that it follows the scale of the objective: h and F times c need lambda times c. The factor was measured, see docs.
 
+Small mini-batches flatter a step: it fits their own noise, rho is near 1 whatever lambda is, and lambda would fall for
+ever. With ``confirmed`` it falls only while new mini-batches see at least a tenth of the decrease that steps promise (a
+running mean over ten steps), and rises where they see h go up by as much. The ratio is free: slope and curvature of a
+new mini-batch along the step before are in its quadratic model.
+
 Tied, gamma is sqrt(lambda + eta) at every refresh: the paper's first value, kept up, which Ba et al. (2017, section
 A.2) use throughout. It needs one inverse where the comparison needs three.
 """
@@ -17,6 +22,7 @@ A.2) use throughout. It needs one inverse where the comparison needs three.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +33,12 @@ from kfacore.roles.damping import Damping
 __all__ = ["LevenbergMarquardt"]
 
 _DECAY = 19.0 / 20.0
+
+_MEMORY = 0.9
+"""Decay of the running mean of what new mini-batches confirm."""
+
+_CONFIRMED, _REFUTED = 0.1, -0.1
+"""Running means above and below which lambda may fall, and rises."""
 
 _AUTOMATIC = 0.15
 """The automatic lambda_0, in units of the mean diagonal entry of the Fisher."""
@@ -44,6 +56,7 @@ class LevenbergMarquardt(Damping):
         first = _AUTOMATIC if c.lambda0 is None else c.lambda0
         self.lam = torch.tensor(first, dtype=torch.float64, device=device)
         self.gamma = torch.tensor(math.sqrt(first + weight_decay), dtype=torch.float64, device=device)
+        self._confirmed = torch.ones_like(self.lam)
         self.follow(weight_decay)
 
     def follow(self, weight_decay: float) -> None:
@@ -76,6 +89,26 @@ class LevenbergMarquardt(Damping):
     def adapt(self, rho: Tensor) -> None:
         """The Levenberg-Marquardt rule, on the device; NaN counts as a failure of the model."""
         w1 = self.config.rate**self.config.lambda_every
+        bad, good = ~(rho >= 0.25), rho > 0.75
+        if self.config.confirmed:
+            bad, good = bad | (self._confirmed < _REFUTED), good & (self._confirmed > _CONFIRMED)
         # Chosen among tensors of lambda's dtype: between plain numbers torch.where answers in its default dtype.
-        kept = torch.where(rho >= 0.25, self.lam, self.lam / w1)
-        self.lam = torch.where(rho > 0.75, self.lam * w1, kept)
+        self.lam = torch.where(bad, self.lam / w1, torch.where(good, self.lam * w1, self.lam))
+
+    def strengthen(self, factor: float, where: Tensor) -> None:
+        """lambda times the factor."""
+        self.lam = torch.where(where, self.lam * factor, self.lam)
+
+    def confirm(self, ratio: Tensor) -> None:
+        """A running mean of the ratio between -1 and 1.5, so that no single mini-batch decides."""
+        mean = _MEMORY * self._confirmed + (1.0 - _MEMORY) * ratio.clamp(-1.0, 1.5)
+        self._confirmed = torch.where(torch.isfinite(ratio), mean, self._confirmed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lambda, gamma, and what was confirmed."""
+        return {**super().state_dict(), "confirmed": self._confirmed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up all three; a state from before there was the third has none."""
+        super().load_state_dict(state)
+        self._confirmed = state.get("confirmed", torch.ones_like(self.lam)).to(self.lam)

@@ -15,7 +15,7 @@ Below1 = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class KfacOptimizerConfig(OptimizerConfig):
-    """K-FAC; its options are those of the slots estimator, approx, damping and momentum."""
+    """K-FAC; its options are those of the slots estimator, approx, damping, momentum and trust."""
 
     kind: Literal["kfac"] = "kfac"
     autocast: Literal["bfloat16"] | None = None
@@ -65,7 +65,7 @@ COMPONENTS: tuple[Component, ...] = (
         KfacOptimizerConfig,
         "kfacore.optim.kfac:KFAC",
         "K-FAC: Kronecker-factored curvature with exact re-scaling and momentum.",
-        uses=frozenset({"estimator", "approx", "damping", "momentum"}),
+        uses=frozenset({"estimator", "approx", "damping", "momentum", "trust"}),
     ),
     Component(
         "optimizer",

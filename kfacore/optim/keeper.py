@@ -1,0 +1,63 @@
+"""The parameters as they were before the last step, so that a step can be undone exactly.
+
+A copy, not the step subtracted again: a step that has to be undone may be so large that rounding has eaten what was
+there, or not finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from kfacore.network import BlockVector
+
+__all__ = ["Keeper"]
+
+
+class Keeper:
+    """Copies parameters and puts them back.
+
+    Attributes:
+        full: Whether there is a copy.
+    """
+
+    def __init__(self) -> None:
+        self._copies: list[Tensor] = []
+        self.full = False
+
+    def keep(self, parameters: Sequence[Tensor]) -> None:
+        """Remember the parameters as they are now, in memory that is taken once."""
+        if not self._copies:
+            self._copies = [parameter.clone() for parameter in parameters]
+        else:
+            torch._foreach_copy_(self._copies, list(parameters))
+        self.full = True
+
+    @contextmanager
+    def swapped(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """For a while the copy in the place of the parameters."""
+        now = [parameter.clone() for parameter in parameters]
+        torch._foreach_copy_(list(parameters), self._copies)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(list(parameters), now)
+
+    def restore(self, parameters: Sequence[Tensor], delta: BlockVector, kept: Tensor | None = None) -> None:
+        """Put the parameters back and forget the step; both where the device says so, if the host does not know.
+
+        Args:
+            parameters: Receive the copy.
+            delta: The step, which becomes zero.
+            kept: (), bool: nothing is done where it is true. None undoes in any case.
+        """
+        if kept is None:
+            torch._foreach_copy_(list(parameters), self._copies)
+            delta.flat.zero_()
+            return
+        for parameter, copy in zip(parameters, self._copies, strict=True):
+            parameter.copy_(torch.where(kept, parameter, copy))
+        delta.flat.copy_(torch.where(kept, delta.flat, torch.zeros_like(delta.flat)))

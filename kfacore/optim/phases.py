@@ -1,0 +1,103 @@
+"""What the phases of a step hand to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from kfacore.network import BlockVector, Linearization
+from kfacore.optim.loss import BoundLoss
+from kfacore.roles.inverse import Inverse, Notice
+from kfacore.roles.optimizer import StepReport
+
+__all__ = ["At", "Trial"]
+
+
+@dataclass
+class At:
+    """Where a step begins: its mini-batch at the parameters as they are.
+
+    Attributes:
+        step: Number of the step, k.
+        inputs: Of the mini-batch.
+        targets: Of the mini-batch.
+        valid: Positions that count.
+        batch: The linearised mini-batch.
+        bound: Its loss.
+        loss: Mean loss, () float64.
+        objective: h, () float64.
+        error: The reported error, ().
+        adapts: Whether lambda is adapted after this step.
+        asks: Whether the rule of trust wants h after this step besides.
+        iterations: Steps on the quadratic model.
+        waits: Whether this step waits for the device anyway.
+        undone: What is to be said about the step before.
+    """
+
+    step: int
+    inputs: Any
+    targets: Any
+    valid: Tensor | None
+    batch: Linearization
+    bound: BoundLoss
+    loss: Tensor
+    objective: Tensor
+    error: Tensor
+    adapts: bool
+    asks: bool
+    iterations: int
+    waits: bool = False
+    undone: tuple[str, ...] = ()
+
+
+@dataclass
+class Trial:
+    """A step that was tried.
+
+    Attributes:
+        proposal: Delta.
+        inverse: The inverse that it is made with.
+        further: The whole step, where it has several iterations.
+        alpha: Learning rate, ().
+        mu: Momentum coefficient, ().
+        value: Predicted change of h, () float64.
+        used: Whether there is a quadratic model.
+        lam: lambda.
+        gamma: gamma.
+        refreshed: Whether the inverse was made for it.
+        notices: What must be reported.
+    """
+
+    proposal: BlockVector
+    inverse: Inverse
+    further: BlockVector | None
+    alpha: Tensor
+    mu: Tensor
+    value: Tensor
+    used: bool
+    lam: Tensor
+    gamma: Tensor
+    refreshed: bool
+    notices: list[Notice]
+
+    def report(self, at: At, rho: Tensor | None, accepted: Tensor, undone: int) -> StepReport:
+        """The step's report."""
+        return StepReport(
+            step=at.step,
+            batch_size=at.batch.cases,
+            loss=at.loss,
+            objective=at.objective,
+            error=at.error,
+            model_value=self.value if self.used else None,
+            rho=rho,
+            lam=self.lam,
+            gamma=self.gamma,
+            alpha=self.alpha,
+            mu=self.mu,
+            refreshed=self.refreshed,
+            accepted=accepted,
+            undone=undone,
+            notices=(*at.undone, *(str(notice) for notice in self.notices)),
+        )

@@ -1,0 +1,55 @@
+"""Trust in steps: configs and manifests. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kfacore.plugin import Component, TrustConfig
+
+__all__ = ["COMPONENTS", "NoTrustConfig", "UndoConfig"]
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+Above1 = Annotated[float, Field(gt=1.0)]
+
+
+class NoTrustConfig(TrustConfig):
+    """Options of taking every step."""
+
+    kind: Literal["none"] = "none"
+    """Name of the implementation."""
+
+
+class UndoConfig(TrustConfig):
+    """Options of undoing steps that raise the objective."""
+
+    kind: Literal["undo"] = "undo"
+    """Name of the implementation."""
+
+    attempts: Count = 8
+    """How often the first mini-batches are solved, with lambda raised in between, until a step is accepted."""
+    settling: Count = 10
+    """Steps at the start, and after every step undone, in which each step is asked about."""
+    doubt: Above1 = 1.5
+    """A mini-batch whose objective is this many times the mean of the last ten makes the step before it doubtful."""
+    worse: Above1 = 1.2
+    """A doubtful step is undone if the new mini-batch's objective is this many times what it is without that step."""
+
+
+COMPONENTS: tuple[Component, ...] = (
+    Component(
+        "trust",
+        "none",
+        NoTrustConfig,
+        "kfac_plugins.trust.none:NoTrust",
+        "Every step is taken, as in the paper.",
+    ),
+    Component(
+        "trust",
+        "undo",
+        UndoConfig,
+        "kfac_plugins.trust.undo:Undo",
+        "Steps that raise the objective are undone, and lambda raised.",
+    ),
+)

@@ -1,0 +1,87 @@
+r"""Steps that raise the objective are undone.
+
+Two questions are asked. The first one after a step, on its own mini-batch: is h(theta + delta) <= h(theta)? Where the
+quadratic model holds the answer is yes, so a no says that the step left the region in which it does; a Levenberg-
+Marquardt method would not take it either (More 1978; Nocedal & Wright 2006, algorithm 4.1), where the paper's takes all
+steps. The second one before the next step, on its mini-batch, whose h is known anyway: a value far above the last ones
+makes the step before doubtful, and one forward pass without that step tells whether it did the harm or the mini-batch
+is a hard one. Either way the step goes, the previous step is forgotten, and lambda rises.
+
+Every step is asked about while it is new: at the start, and after a step undone. Later the steps that adapt lambda are,
+which compute h anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from kfac_plugins.trust import UndoConfig
+from kfacore.roles.trust import Trust
+
+__all__ = ["Undo"]
+
+_WINDOW = 10
+"""Mini-batches whose mean objective a new one is compared with."""
+
+_FEWEST = 3
+"""So many must be known before anything is doubtful."""
+
+
+class Undo(Trust):
+    """Accepts what does not raise h beyond rounding."""
+
+    Config = UndoConfig
+    config: UndoConfig
+
+    def __init__(self, config: UndoConfig | None = None) -> None:
+        super().__init__(config)
+        self._undone = 0  # the last step undone; the start counts as one
+        self._recent: list[float] = []
+
+    def asks(self, step: int) -> bool:
+        """While the step is new."""
+        return step <= self._undone + self.config.settling
+
+    def attempts(self, step: int) -> int:
+        """Several at the very start, where lambda is only a guess."""
+        return self.config.attempts if step == 1 else 1
+
+    def accepts(self, before: Tensor, change: Tensor) -> Tensor:
+        """change <= 0 up to rounding of a mean over float32 losses."""
+        return change <= 1e-6 * before.abs()
+
+    @property
+    def looks_back(self) -> bool:
+        """Yes."""
+        return True
+
+    def doubts(self, objective: float) -> bool:
+        """Far above the mean of the last ones, or not a number."""
+        if len(self._recent) < _FEWEST:
+            return not math.isfinite(objective)
+        return not objective <= self.config.doubt * sum(self._recent) / len(self._recent)
+
+    def disowns(self, now: float, earlier: float) -> bool:
+        """Much better without the step."""
+        return math.isfinite(earlier) and not now <= self.config.worse * earlier
+
+    def judged(self, step: int, accepted: bool) -> None:
+        """A step undone makes the following ones new."""
+        if not accepted:
+            self._undone = step
+
+    def saw(self, objective: float) -> None:
+        """Remember the last ones."""
+        if math.isfinite(objective):
+            self._recent = [*self._recent[1 - _WINDOW :], objective]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last step undone and the last objectives."""
+        return {"undone": self._undone, "recent": list(self._recent)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up both."""
+        self._undone, self._recent = int(state["undone"]), [float(value) for value in state["recent"]]
