@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from kfacore.network import BlockVector
 
@@ -38,13 +39,14 @@ class Keeper:
 
     @contextmanager
     def swapped(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """For a while the copy in the place of the parameters."""
+        """For a while the copy in the place of the parameters, whose graph stays valid: they are then what they were."""
         now = [parameter.clone() for parameter in parameters]
-        torch._foreach_copy_(list(parameters), self._copies)
-        try:
-            yield
-        finally:
-            torch._foreach_copy_(list(parameters), now)
+        with _unsafe_preserve_version_counter(tuple(parameters)):
+            torch._foreach_copy_(list(parameters), self._copies)
+            try:
+                yield
+            finally:
+                torch._foreach_copy_(list(parameters), now)
 
     def restore(self, parameters: Sequence[Tensor], delta: BlockVector, kept: Tensor | None = None) -> None:
         """Put the parameters back and forget the step; both where the device says so, if the host does not know.

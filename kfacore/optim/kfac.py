@@ -219,7 +219,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             self.damping.observe(mean_diagonal(samples))
         grad = self._gradient(at.batch, at.bound, retain=at.iterations > 1)
         undone = 0
-        for attempt in range(self.trust.attempts(at.step)):
+        # Several iterations walk back through the graph, which parameters that were put back have left.
+        for attempt in range(self.trust.attempts(at.step) if at.iterations == 1 else 1):
             trial = self._try(at, grad, preconditioner, again=attempt > 0)
             self._take(trial)
             rho, accepted = self._judge(at, trial)

@@ -86,7 +86,7 @@ def test_rho_is_measured_in_full_precision() -> None:
     model = net()
     seen: list[torch.dtype] = []
     model[0].register_forward_hook(lambda _module, _args, output: seen.append(output.dtype))
-    optimizer, _ = train(model, 4, autocast="bfloat16")
+    optimizer, _ = train(model, 4, autocast="bfloat16", trust={"kind": "undo", "settling": 1})
     assert torch.bfloat16 in seen
     seen.clear()
     x = batches(5)[4]

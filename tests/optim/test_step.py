@@ -181,7 +181,8 @@ def test_a_first_step_from_its_definition(approx: str) -> None:
         approx={"kind": approx, "power": 1.0},
         estimator={"kind": "exact", "tau1": 1.0},
         damping={"kind": "fixed", "lambda0": lam, "gamma": gamma},
-        momentum={"kind": "quadratic-model", "tau2": tau2, "min_cases": 1},
+        momentum={"kind": "quadratic-model", "tau2": tau2, "min_cases": 1, "slope": "batch"},
+        trust="none",
         weight_decay=eta,
     )
     report = optimizer.step(x, y)
@@ -267,6 +268,7 @@ def test_rho_is_minus_infinity_where_the_objective_went_up() -> None:
         likelihood="gaussian",
         momentum={"kind": "fixed", "lr": 1e3},
         damping={"kind": "levenberg-marquardt", "lambda0": 1.0, "lambda_every": 1, "rate": 0.95},
+        trust="none",
     )
     before = dense.theta(model)
     report = optimizer.step(*data())
@@ -512,9 +514,10 @@ def test_data_that_is_not_finite_in_steps_that_look(value: float, case: int, ste
     assert torch.equal(dense.theta(model), dense.theta(twin))
 
 
-def test_not_a_number_in_an_ordinary_step_is_found_at_the_next_look() -> None:
+def test_not_a_number_in_an_ordinary_step_is_found_at_the_next_look(monkeypatch: pytest.MonkeyPatch) -> None:
     approx = {"kind": "blockdiag", "refresh_growth": None}
-    optimizer = KFAC(dense.net(SIZES), likelihood="gaussian", approx=approx)
+    optimizer = KFAC(dense.net(SIZES), likelihood="gaussian", approx=approx, trust="none")
+    monkeypatch.setattr(KFAC, "_reads", staticmethod(lambda value: False))
     train(optimizer, 6)
     x, y = data()
     x[0, 0] = math.nan
@@ -540,7 +543,10 @@ def test_an_output_of_the_wrong_shape_is_refused() -> None:
 
 def test_a_quadratic_model_that_is_not_finite_moves_nothing_in_a_refresh_step(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = KFAC(
-        dense.net(SIZES), likelihood="gaussian", damping={"kind": "levenberg-marquardt", "lambda_every": 50}
+        dense.net(SIZES),
+        likelihood="gaussian",
+        damping={"kind": "levenberg-marquardt", "lambda_every": 50},
+        trust="none",
     )
     train(optimizer, 1)
     model = optimizer._model
