@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
 
-__all__ = ["LiveLine", "duration", "figure", "pace", "step_parts"]
+__all__ = ["LiveLine", "counted", "duration", "figure", "pace", "step_parts"]
 
 _NAMES = {"lam": "lambda"}
 _DIGITS = {"loss": 4, "error": 4}
@@ -36,6 +36,11 @@ def figure(value: object, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: ``1 step``, ``2 steps``, ``20,000 steps``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """``42s``, ``3m05s`` or ``2h07m``."""
     total = max(0, round(seconds))
@@ -51,7 +56,9 @@ def pace(seconds: float) -> str:
     return f"{figure(seconds, 3)} s/step" if round(1e3 * seconds) >= 1000 else f"{figure(1e3 * seconds, 3)} ms/step"
 
 
-def step_parts(event: Mapping[str, Any], steps: int, seconds: float, remaining: float, rho: object) -> list[str]:
+def step_parts(
+    event: Mapping[str, Any], steps: int, seconds: float, remaining: float, rho: object, rejected: int = 0
+) -> list[str]:
     """One step in a few words each; numbers that the optimizer does not have are left out.
 
     Args:
@@ -60,6 +67,7 @@ def step_parts(event: Mapping[str, Any], steps: int, seconds: float, remaining: 
         seconds: Recent time of a step.
         remaining: Seconds to go, evaluations not counted.
         rho: The last reduction ratio, which is not computed in every step.
+        rejected: Steps that were undone so far.
     """
     numbers = {name: event.get(name) for name in ("loss", "error", "lam", "gamma", "rho", "alpha", "mu")}
     numbers["rho"] = rho
@@ -70,6 +78,7 @@ def step_parts(event: Mapping[str, Any], steps: int, seconds: float, remaining: 
             for name, value in numbers.items()
             if value is not None
         ),
+        *([f"{rejected} undone"] if rejected else []),
         pace(seconds),
         f"ETA {duration(remaining)}",
     ]
@@ -92,6 +101,7 @@ class LiveLine:
         self._steps = 0
         self._started = 0
         self._rho: object = None
+        self._rejected = 0
         self._recent: list[tuple[int, float]] = []
         self._printed = time.monotonic()
         self._handler = _ConsoleHandler(self.console)
@@ -138,6 +148,7 @@ class LiveLine:
         going_on = f", continued after step {event['step']}" if event["step"] else ""
         self.say(f"run folder {event['run']}{going_on}")
         self._recent = [(int(event["step"]), float(event["seconds"]))]
+        self._rejected = int(event.get("rejected", 0))
 
     def _on_step(self, event: Mapping[str, Any]) -> None:
         step, seconds = int(event["step"]), float(event["seconds"])
@@ -146,7 +157,8 @@ class LiveLine:
         each = (now - before) / max(last - first, 1)
         if event.get("rho") is not None:
             self._rho = event["rho"]
-        parts = step_parts(event, self._steps, each, each * (self._steps - step), self._rho)
+        self._rejected += bool(event.get("rejected"))
+        parts = step_parts(event, self._steps, each, each * (self._steps - step), self._rho, self._rejected)
         if self._live is not None:
             self._live.update(_fitted(parts, self.console.width))
         elif time.monotonic() - self._printed >= _PLAIN_SECONDS:

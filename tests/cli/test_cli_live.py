@@ -112,3 +112,11 @@ def test_paths_and_warnings_are_not_broken(monkeypatch, terminal):
 def test_the_library_warns_elsewhere_again_afterwards(monkeypatch):
     shown(monkeypatch, [START], terminal=False)
     assert not any(isinstance(h, live._ConsoleHandler) for h in logging.getLogger("kfacore").handlers)
+
+
+def test_undone_steps_are_counted(monkeypatch):
+    events = [{**START, "rejected": 2}, step(1), step(2, rejected=True)]
+    lines = shown(monkeypatch, events, terminal=False).splitlines()
+    assert "loss 71.23  error 4.5  2 undone  500 ms/step" in lines[2]
+    assert "3 undone" in lines[3]
+    assert "undone" not in shown(monkeypatch, [START, step(1)], terminal=False)

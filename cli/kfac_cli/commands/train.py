@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kfacore.errors import ConfigError
+from kfacore.errors import ConfigError, NumericalError
 from kfacore.plugin import SLOTS
 from kfacore.registry import get_registry
 
@@ -121,7 +121,8 @@ def _configure(
 
 def _train(config: RunConfig, *, out: Path | None, resume: Path | None, init: Path | None, json: bool) -> None:
     """Train with people or programs looking on."""
-    from kfac_cli.live import LiveLine, duration, figure
+    from kfac_cli.live import LiveLine
+    from kfac_cli.summary import summary
     from kfacore.lab.training.signals import Interrupted
 
     with LiveLine() as live:
@@ -138,19 +139,10 @@ def _train(config: RunConfig, *, out: Path | None, resume: Path | None, init: Pa
     if interrupted is not None:
         typer.echo(str(interrupted), err=True)
         raise typer.Exit(interrupted.exit_code)
-    measures = result.measures
-    live.say(f"done: {result.step} steps in {duration(result.seconds)} of training")
-    for name, prefix in (("current parameters", ""), ("averaged parameters", "averaged_")):
-        if measures.get(f"{prefix}train_error") is not None:
-            numbers = [
-                f"{part} {kind} {figure(measures[f'{prefix}{part}_{kind}'])}"
-                for part in ("train", "test")
-                for kind in ("loss", "error")
-                if measures.get(f"{prefix}{part}_{kind}") is not None
-            ]
-            live.say(f"  {name}: {', '.join(numbers)}")
-    for plot in result.plots:
-        live.say(f"  {plot}")
+    for line in summary(result):
+        typer.echo(line, err=json)  # where programs read stdout, it is theirs alone
+    if result.verdict == "diverged":
+        raise typer.Exit(NumericalError.exit_code)
 
 
 def _print_event(event: Mapping[str, Any]) -> None:

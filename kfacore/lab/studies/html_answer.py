@@ -75,21 +75,26 @@ def lost_runs(results: Results) -> str:
     lost = [run for run in results.runs if not run.done]
     if not lost:
         return ""
-    header = [cell("Run", head="col"), *(cell(h, head="col") for h in ("State", "Seed", "Steps", "Last value"))]
+    header = [
+        cell("Run", head="col"),
+        *(cell(h, head="col") for h in ("State", "Seed", "Steps", "Best value", "Last value")),
+    ]
     header.append(cell("Reason", "text", head="col"))
     rows = []
     for run in lost:
         plan = run.planned
-        values = run.values(results.headline)
-        known = values[values == values]
         style = "broken" if run.state in ("diverged", "failed") else "waiting"
         name = plan.variant if len(results.cells) == 1 else f"{plan.variant}, {plan.problem}"
         rows.append(
             f"<tr>{cell(escape(name), head='row')}{cell(run.state, style)}{cell(str(run.seed))}"
-            f"{cell(amount(run.last('step'), 6))}{cell(amount(float(known[-1]) if known.size else None))}"
+            f"{cell(amount(run.last('step'), 6))}{cell(amount(run.smallest(results.headline)))}"
+            f"{cell(amount(run.latest(results.headline)))}"
             f"{cell(escape(run.reason) or ('has not begun' if not run.config else 'not finished'), 'wrap')}</tr>"
         )
-    note = "They are counted everywhere and have no final value; the figures show them up to where they got."
+    note = (
+        "They are counted everywhere and enter no mean. Their numbers stand here, and the figures show them up to "
+        "where they got. A run that ends at a training loss above its first, or above twice its best, has diverged."
+    )
     return f'<section><h2 id="lost">Runs that are not done</h2><p>{note}</p>{table("Runs", header, rows)}</section>'
 
 

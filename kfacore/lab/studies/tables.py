@@ -125,7 +125,7 @@ def _csv(rows: Iterable[Sequence[object]]) -> str:
 def _runs(results: Results) -> list[Sequence[object]]:
     reached = [f"target_{axis}" for axis in AXES]
     header = ["problem", "variant", "seed", "hash", "state", "reason", *_UNITS.values(), "shared_machine", *reached]
-    header += [f"{kind}_{measure}" for kind in ("final", "best") for measure in results.measures]
+    header += [f"{kind}_{measure}" for kind in ("final", "best", "last") for measure in results.measures]
     rows: list[Sequence[object]] = [header]
     for run in results.runs:
         plan = run.planned
@@ -138,6 +138,7 @@ def _runs(results: Results) -> list[Sequence[object]]:
                 *(None if target is None else _whole(run.reached(results.headline, target, axis)) for axis in AXES),
                 *(run.final(measure) for measure in results.measures),
                 *(run.best(measure) for measure in results.measures),
+                *(run.latest(measure) for measure in results.measures),
             ]
         )
     return rows
