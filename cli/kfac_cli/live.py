@@ -14,14 +14,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.live import Live
-    from rich.text import Text
 
-__all__ = ["LiveLine", "counted", "duration", "figure", "pace", "step_parts"]
+__all__ = ["LiveLine", "counted", "duration", "figure", "fitted", "pace", "step_parts"]
 
 _NAMES = {"lam": "lambda"}
 _DIGITS = {"loss": 4, "error": 4}
+
+_LEAST = ("gamma", "mu", "alpha", "rho", "lambda", "ms/step", "s/step", "error", "undone", "ETA")
+"""Words of the parts of a step that give way on a narrow terminal, in this order."""
 
 _PLAIN_SECONDS = 10.0
 """Seconds between two lines where there is no terminal."""
@@ -140,10 +142,11 @@ class LiveLine:
     def _on_start(self, event: Mapping[str, Any]) -> None:
         self._steps = int(event["steps"])
         method = event["optimizer"] if event["approx"] is None else f"{event['optimizer']}/{event['approx']}"
-        test = f" + {event['test_cases']:,} test" if event["test_cases"] else ""
+        test = f"{event['train_cases']:,} + {event['test_cases']:,} test cases"
+        cases = test if event["test_cases"] else counted(event["train_cases"], "case")
         self.say(
-            f"{event['problem']} with {method}: {event['parameters']:,} parameters, {event['train_cases']:,}{test} "
-            f"cases, {event['dtype']} on {event['device']}"
+            f"{event['problem']} with {method}: {counted(event['parameters'], 'parameter')}, {cases}, "
+            f"{event['dtype']} on {event['device']}"
         )
         going_on = f", continued after step {event['step']}" if event["step"] else ""
         self.say(f"run folder {event['run']}{going_on}")
@@ -160,7 +163,7 @@ class LiveLine:
         self._rejected += bool(event.get("rejected"))
         parts = step_parts(event, self._steps, each, each * (self._steps - step), self._rho, self._rejected)
         if self._live is not None:
-            self._live.update(_fitted(parts, self.console.width))
+            self._live.update(_Fitted(parts))
         elif time.monotonic() - self._printed >= _PLAIN_SECONDS:
             self._printed = time.monotonic()
             self.say("  ".join(parts))
@@ -178,18 +181,36 @@ class LiveLine:
         self.say("  ".join(parts))
 
 
-def _fitted(parts: Sequence[str], width: int) -> Text:
-    """The parts in as many lines as they need: broken between parts, never cut."""
-    from rich.text import Text
+class _Fitted:
+    """The parts of a step in one line of the terminal as wide as it is when drawn: what matters least gives way."""
 
-    lines = [""]
-    for part in parts:
-        longer = f"{lines[-1]}  {part}" if lines[-1] else part
-        if len(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(part)
-    return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+    def __init__(self, parts: Sequence[str]) -> None:
+        self.parts = list(parts)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        yield Text(fitted(self.parts, options.max_width), no_wrap=True, overflow="ellipsis")
+
+
+def fitted(parts: Sequence[str], width: int) -> str:
+    """The parts two spaces apart, without as many of them as do not fit.
+
+    Args:
+        parts: What `step_parts` returned.
+        width: Columns.
+
+    Returns:
+        At most `width` characters unless the step alone is longer; the step and the loss are the last to go.
+    """
+    kept = list(parts)
+    for name in _LEAST:
+        if len("  ".join(kept)) <= width:
+            break
+        kept = [part for part in kept if name not in part.split()]
+    while len(kept) > 1 and len("  ".join(kept)) > width:
+        kept.pop()
+    return "  ".join(kept)
 
 
 class _ConsoleHandler(logging.Handler):

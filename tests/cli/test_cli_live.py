@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from kfac_cli import live
-from kfac_cli.live import LiveLine, duration, figure, pace, step_parts
+from kfac_cli.live import LiveLine, duration, figure, fitted, pace, step_parts
 
 START = {
     "event": "start", "step": 0, "steps": 500, "run": "runs/x", "problem": "curves", "optimizer": "kfac",
@@ -95,10 +95,23 @@ def test_without_a_terminal_lines_are_plain_and_occasional(monkeypatch):
 def test_on_a_terminal_the_line_is_redrawn_and_fits(monkeypatch):
     event = step(3, lam=0.0123456, gamma=0.123456, alpha=0.912345, mu=0.812345, rho=0.987654)
     text = shown(monkeypatch, [START, event], terminal=True, width=60)
-    assert "step 3/500  loss 71.23  error 4.5  lambda 0.0123" in text
-    assert "gamma 0.123  rho 0.988  alpha 0.912  mu 0.812  500 ms/step\n" in text.replace("\r\n", "\n")
+    line = "step 3/500  loss 71.23  error 4.5  500 ms/step  ETA 4m08s"
+    assert line in text
+    assert "lambda" not in text
     assert "…" not in text
     assert "\x1b[2K" in text  # the line is erased before it is drawn again
+
+
+@pytest.mark.parametrize("width", [1, 10, 20, 40, 60, 80, 100, 200])
+def test_what_matters_least_gives_way(width):
+    event = step(3, lam=0.0123456, gamma=0.123456, alpha=0.912345, mu=0.812345, rho=0.987654)
+    parts = step_parts(event, 500, 0.5, 248, 0.98, 12)
+    line = fitted(parts, width)
+    assert len(line) <= max(width, len(parts[0]))
+    assert line.startswith("step 3/500")
+    assert ("loss" in line) == (width >= 23)
+    if width >= 200:
+        assert line == "  ".join(parts)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

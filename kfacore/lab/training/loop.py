@@ -17,7 +17,7 @@ from kfacore.errors import ConfigError, DataError, NumericalError, ResourceError
 from kfacore.lab.training.batches import BatchSampler, BatchSchedule
 from kfacore.lab.training.checkpoint import Best, Checkpoint, load_checkpoint, save_best, save_checkpoint
 from kfacore.lab.training.evaluate import evaluate_all, evaluation_due
-from kfacore.lab.training.files import disk_errors
+from kfacore.lab.training.files import disk_errors, tracebacks
 from kfacore.lab.training.notices import NoticeLog
 from kfacore.lab.training.outcome import Losses
 from kfacore.lab.training.plots import draw_run
@@ -89,7 +89,7 @@ def train(
                 folder.create(config.as_dict(), manifest(config, registry, parts, _now()))
             else:
                 run.restore(checkpoint)
-            with StopSignals() as stop:
+            with StopSignals() as stop, tracebacks(folder.path):
                 return run.go(stop)
         finally:
             folder.unlock()
