@@ -178,7 +178,7 @@ class LiveLine:
             ]
             if numbers:
                 parts.append(f"{name}error: {', '.join(numbers)}")
-        self.say("  ".join(parts))
+        self.console.print("  ".join(parts), markup=False)  # words, no path: rich may break it between them
 
 
 class _Fitted:

@@ -89,10 +89,36 @@ def test_dry_run(kfac, small, tmp_path):
     assert table["layers"][0] == {"name": "0", "d_in": 17, "d_out": 8, "parameters": 136, "factors": {}}
 
 
+def test_damping_and_momentum_have_flags_and_a_byte_order_mark_is_skipped(kfac, small, tmp_path):
+    file = tmp_path / "small.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    code, out, _ = kfac("train", *small, "--damping", "fixed", "--momentum", "none", "--dry-run", "--json")
+    assert code == 0
+    config = json.loads(out)["config"]
+    assert (config["damping"]["kind"], config["momentum"]["kind"], config["steps"]) == ("fixed", "none", 20)
+
+
+def test_the_traceback_of_a_defect_is_in_the_run_folder(kfac, small, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("one line\nand the last")
+
+    monkeypatch.setattr("kfacore.lab.training.loop.read_scalars", broken)
+    code, _, err = kfac("train", *small, "--optimizer", "adam", "--out", "run")
+    assert code == 1
+    file = os.path.join("run", "traceback.txt")
+    last = err.splitlines()[-1]
+    assert last.startswith("error: unexpected ")
+    assert last.endswith(f"and the last (a defect of kfac or of a plug-in; traceback in {file})")
+    assert "in broken" in (tmp_path / file).read_text()
+
+
 USER_ERRORS = [
     (["--problem", "curvs"], "--problem", "did you mean 'curves'"),
     (["--approx", "tridag"], "--approx", "did you mean 'tridiag'"),
     (["--optimizer", "adam", "--approx", "tridiag"], "--approx", "adam"),
+    (["--damping", "fixd"], "--damping", "did you mean 'fixed'"),
+    (["--momentum", "nne"], "--momentum", "did you mean 'none'"),
+    (["--optimizer", "adam", "--damping", "fixed"], "--damping", "adam"),
     (["--set", "dampin.lambda0=1"], "dampin", "did you mean 'damping'"),
     (["--set", "damping.lamda0=1"], "lamda0", "lambda0"),
     (["--steps", "0"], "--steps", "1"),
