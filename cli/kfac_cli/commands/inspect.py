@@ -96,7 +96,7 @@ def register(app: typer.Typer) -> None:
         }
         if target is not None and _FIGURE.fullmatch(target) and not Path(target).exists():
             if target not in _FIGURES:
-                raise ConfigError(f"there is no {target} of curvature; known: {', '.join(_FIGURES)}")
+                raise ConfigError(f"unknown figure '{target}'; known: {', '.join(_FIGURES)}")
             refused = {"--approx": approx, "--layers": layers, "--gamma": gamma, "--lambda": lam}
             given = [name for name, value in refused.items() if value is not None]
             if given:
