@@ -10,9 +10,13 @@ install: $(VENV)/.installed
 # The constraints file pins what was tested; without it an unpinned torch may be a multi-gigabyte build.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "kfacore needs Python 3.11 or newer, found %s" % sys.version.split()[0])'
+	@echo 'installing into $(VENV): torch and what it needs are a large download, minutes on a slow line'
 	$(PYTHON) -m venv $(VENV)
+	@echo 'installed: Python environment (1 of 3)'
 	$(BIN)/pip install --quiet --constraint constraints.txt hatchling editables
+	@echo 'installed: build tools (2 of 3)'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@echo 'installed: kfacore with everything (3 of 3)'
 	touch $@
 
 train: install
@@ -23,8 +27,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A file of tests stays in one process, which makes its shared fixtures once; more threads would only wait on each other.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 bench: install
 	$(BIN)/python -m benchmarks all

@@ -14,14 +14,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.live import Live
-    from rich.text import Text
 
-__all__ = ["LiveLine", "duration", "figure", "pace", "step_parts"]
+__all__ = ["LiveLine", "counted", "duration", "figure", "fitted", "pace", "step_parts"]
 
 _NAMES = {"lam": "lambda"}
 _DIGITS = {"loss": 4, "error": 4}
+
+_LEAST = ("gamma", "mu", "alpha", "rho", "lambda", "ms/step", "s/step", "error", "undone", "ETA")
+"""Words of the parts of a step that give way on a narrow terminal, in this order."""
 
 _PLAIN_SECONDS = 10.0
 """Seconds between two lines where there is no terminal."""
@@ -34,6 +36,11 @@ def figure(value: object, digits: int = 4) -> str:
     if not math.isfinite(value):
         return str(value)
     return f"{value:.{digits}g}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: ``1 step``, ``2 steps``, ``20,000 steps``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
@@ -51,7 +58,9 @@ def pace(seconds: float) -> str:
     return f"{figure(seconds, 3)} s/step" if round(1e3 * seconds) >= 1000 else f"{figure(1e3 * seconds, 3)} ms/step"
 
 
-def step_parts(event: Mapping[str, Any], steps: int, seconds: float, remaining: float, rho: object) -> list[str]:
+def step_parts(
+    event: Mapping[str, Any], steps: int, seconds: float, remaining: float, rho: object, rejected: int = 0
+) -> list[str]:
     """One step in a few words each; numbers that the optimizer does not have are left out.
 
     Args:
@@ -60,6 +69,7 @@ def step_parts(event: Mapping[str, Any], steps: int, seconds: float, remaining: 
         seconds: Recent time of a step.
         remaining: Seconds to go, evaluations not counted.
         rho: The last reduction ratio, which is not computed in every step.
+        rejected: Steps that were undone so far.
     """
     numbers = {name: event.get(name) for name in ("loss", "error", "lam", "gamma", "rho", "alpha", "mu")}
     numbers["rho"] = rho
@@ -70,6 +80,7 @@ def step_parts(event: Mapping[str, Any], steps: int, seconds: float, remaining: 
             for name, value in numbers.items()
             if value is not None
         ),
+        *([f"{rejected} undone"] if rejected else []),
         pace(seconds),
         f"ETA {duration(remaining)}",
     ]
@@ -92,6 +103,7 @@ class LiveLine:
         self._steps = 0
         self._started = 0
         self._rho: object = None
+        self._rejected = 0
         self._recent: list[tuple[int, float]] = []
         self._printed = time.monotonic()
         self._handler = _ConsoleHandler(self.console)
@@ -130,14 +142,16 @@ class LiveLine:
     def _on_start(self, event: Mapping[str, Any]) -> None:
         self._steps = int(event["steps"])
         method = event["optimizer"] if event["approx"] is None else f"{event['optimizer']}/{event['approx']}"
-        test = f" + {event['test_cases']:,} test" if event["test_cases"] else ""
+        test = f"{event['train_cases']:,} + {event['test_cases']:,} test cases"
+        cases = test if event["test_cases"] else counted(event["train_cases"], "case")
         self.say(
-            f"{event['problem']} with {method}: {event['parameters']:,} parameters, {event['train_cases']:,}{test} "
-            f"cases, {event['dtype']} on {event['device']}"
+            f"{event['problem']} with {method}: {counted(event['parameters'], 'parameter')}, {cases}, "
+            f"{event['dtype']} on {event['device']}"
         )
         going_on = f", continued after step {event['step']}" if event["step"] else ""
         self.say(f"run folder {event['run']}{going_on}")
         self._recent = [(int(event["step"]), float(event["seconds"]))]
+        self._rejected = int(event.get("rejected", 0))
 
     def _on_step(self, event: Mapping[str, Any]) -> None:
         step, seconds = int(event["step"]), float(event["seconds"])
@@ -146,9 +160,10 @@ class LiveLine:
         each = (now - before) / max(last - first, 1)
         if event.get("rho") is not None:
             self._rho = event["rho"]
-        parts = step_parts(event, self._steps, each, each * (self._steps - step), self._rho)
+        self._rejected += bool(event.get("rejected"))
+        parts = step_parts(event, self._steps, each, each * (self._steps - step), self._rho, self._rejected)
         if self._live is not None:
-            self._live.update(_fitted(parts, self.console.width))
+            self._live.update(_Fitted(parts))
         elif time.monotonic() - self._printed >= _PLAIN_SECONDS:
             self._printed = time.monotonic()
             self.say("  ".join(parts))
@@ -163,21 +178,39 @@ class LiveLine:
             ]
             if numbers:
                 parts.append(f"{name}error: {', '.join(numbers)}")
-        self.say("  ".join(parts))
+        self.console.print("  ".join(parts), markup=False)  # words, no path: rich may break it between them
 
 
-def _fitted(parts: Sequence[str], width: int) -> Text:
-    """The parts in as many lines as they need: broken between parts, never cut."""
-    from rich.text import Text
+class _Fitted:
+    """The parts of a step in one line of the terminal as wide as it is when drawn: what matters least gives way."""
 
-    lines = [""]
-    for part in parts:
-        longer = f"{lines[-1]}  {part}" if lines[-1] else part
-        if len(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(part)
-    return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+    def __init__(self, parts: Sequence[str]) -> None:
+        self.parts = list(parts)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        yield Text(fitted(self.parts, options.max_width), no_wrap=True, overflow="ellipsis")
+
+
+def fitted(parts: Sequence[str], width: int) -> str:
+    """The parts two spaces apart, without as many of them as do not fit.
+
+    Args:
+        parts: What `step_parts` returned.
+        width: Columns.
+
+    Returns:
+        At most `width` characters unless the step alone is longer; the step and the loss are the last to go.
+    """
+    kept = list(parts)
+    for name in _LEAST:
+        if len("  ".join(kept)) <= width:
+            break
+        kept = [part for part in kept if name not in part.split()]
+    while len(kept) > 1 and len("  ".join(kept)) > width:
+        kept.pop()
+    return "  ".join(kept)
 
 
 class _ConsoleHandler(logging.Handler):

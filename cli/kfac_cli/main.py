@@ -95,9 +95,14 @@ def _environment_failure(error: OSError) -> str | None:
 
 def _unexpected(error: BaseException) -> str:
     """Keep the traceback of a defect where it can be sent from, and say where in one line."""
-    reason = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    notes = getattr(error, "__notes__", [])
+    lines = "".join(traceback.format_exception_only(error)).strip().splitlines()
+    reason = [line for line in lines if line not in notes][-1]
     if os.environ.get(TRACEBACK_VARIABLE):
         return f"unexpected {reason}"
+    for note in notes:
+        if note.startswith("traceback in "):  # a run keeps it in its folder
+            return f"unexpected {reason} (a defect of kfac or of a plug-in; {note})"
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="kfac-traceback-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"

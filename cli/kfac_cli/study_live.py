@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from kfac_cli.live import duration, figure
+from kfac_cli.live import counted, duration, figure
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +81,7 @@ class StudyLive:
         self.console.print(text, markup=False, style=style)
 
     def _on_study(self, event: Mapping[str, Any]) -> None:
-        self.say(f"study {event['name']}: {event['total']} runs, {counts_text(event) or 'none'}")
+        self.say(f"study {event['name']}: {counted(event['total'], 'run')}, {counts_text(event) or 'none'}")
 
     def _on_started(self, event: Mapping[str, Any]) -> None:
         self._under_way[event["run"]] = event
@@ -116,7 +116,9 @@ class StudyLive:
             self.say(f"tuned {where}: {_flat(event['chosen'])}")
 
     def _on_stopping(self, event: Mapping[str, Any]) -> None:
-        self.say(f"stopping: {event['under_way']} runs finish their step and are saved")
+        many = event["under_way"]
+        finish = "finishes its step and is saved" if many == 1 else "finish their step and are saved"
+        self.say(f"stopping: {counted(many, 'run')} {finish}")
 
     def _table(self) -> Table:
         from rich.table import Table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,11 +71,12 @@ def require_finite(
                 f"{name}: {int(bad.sum())} of {len(bad)} cases of the mini-batch of step {step} hold NaN "
                 f"or infinity, the first is case {int(bad.nonzero()[0, 0])}; remove or repair them"
             )
-    lam, gamma = damping
+    lam, gamma = float(damping[0]), float(damping[1])
+    # Ten times what it fell apart with; a lambda of 0 (constant damping by gamma alone) has no multiple.
+    larger = f"damping.lambda0={10.0 * lam:.2g}" if 0.0 < lam < math.inf else f"damping.gamma={10.0 * gamma:.2g}"
     raise NumericalError(
-        f"step {step}: the {what} is not finite (lambda {float(lam):g}, gamma {float(gamma):g}); the parameters have "
-        "diverged, or an earlier mini-batch held NaN or infinity. Check the data, or start with a larger "
-        "damping.lambda0"
+        f"step {step}: the {what} is not finite (lambda {lam:g}, gamma {gamma:g}); the parameters have diverged, or an "
+        f"earlier mini-batch held NaN or infinity. Check the data, or try a larger damping, --set {larger}"
     )
 
 

@@ -91,3 +91,9 @@ def test_a_run_keeps_its_configuration(kfac, tmp_path):
     code, _, err = kfac("inspect", "a", "--seed", "5")
     assert code == 2
     assert "seed" in err
+
+
+def test_a_figure_that_is_not_of_curvature_names_those_that_are(kfac):
+    code, out, err = kfac("inspect", "figure3")
+    assert (code, out) == (2, "")
+    assert err == "error: unknown figure 'figure3'; known: figure1, figure2, figure5, figure6, figure7\n"

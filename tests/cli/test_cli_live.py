@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from kfac_cli import live
-from kfac_cli.live import LiveLine, duration, figure, pace, step_parts
+from kfac_cli.live import LiveLine, duration, figure, fitted, pace, step_parts
 
 START = {
     "event": "start", "step": 0, "steps": 500, "run": "runs/x", "problem": "curves", "optimizer": "kfac",
@@ -95,10 +95,23 @@ def test_without_a_terminal_lines_are_plain_and_occasional(monkeypatch):
 def test_on_a_terminal_the_line_is_redrawn_and_fits(monkeypatch):
     event = step(3, lam=0.0123456, gamma=0.123456, alpha=0.912345, mu=0.812345, rho=0.987654)
     text = shown(monkeypatch, [START, event], terminal=True, width=60)
-    assert "step 3/500  loss 71.23  error 4.5  lambda 0.0123" in text
-    assert "gamma 0.123  rho 0.988  alpha 0.912  mu 0.812  500 ms/step\n" in text.replace("\r\n", "\n")
+    line = "step 3/500  loss 71.23  error 4.5  500 ms/step  ETA 4m08s"
+    assert line in text
+    assert "lambda" not in text
     assert "…" not in text
     assert "\x1b[2K" in text  # the line is erased before it is drawn again
+
+
+@pytest.mark.parametrize("width", [1, 10, 20, 40, 60, 80, 100, 200])
+def test_what_matters_least_gives_way(width):
+    event = step(3, lam=0.0123456, gamma=0.123456, alpha=0.912345, mu=0.812345, rho=0.987654)
+    parts = step_parts(event, 500, 0.5, 248, 0.98, 12)
+    line = fitted(parts, width)
+    assert len(line) <= max(width, len(parts[0]))
+    assert line.startswith("step 3/500")
+    assert ("loss" in line) == (width >= 23)
+    if width >= 200:
+        assert line == "  ".join(parts)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -112,3 +125,11 @@ def test_paths_and_warnings_are_not_broken(monkeypatch, terminal):
 def test_the_library_warns_elsewhere_again_afterwards(monkeypatch):
     shown(monkeypatch, [START], terminal=False)
     assert not any(isinstance(h, live._ConsoleHandler) for h in logging.getLogger("kfacore").handlers)
+
+
+def test_undone_steps_are_counted(monkeypatch):
+    events = [{**START, "rejected": 2}, step(1), step(2, rejected=True)]
+    lines = shown(monkeypatch, events, terminal=False).splitlines()
+    assert "loss 71.23  error 4.5  2 undone  500 ms/step" in lines[2]
+    assert "3 undone" in lines[3]
+    assert "undone" not in shown(monkeypatch, [START, step(1)], terminal=False)

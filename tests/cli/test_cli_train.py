@@ -29,15 +29,17 @@ def flags(folder, *more):
 def test_a_run_for_people(kfac, small, tmp_path):
     code, out, err = kfac("train", *small, "--approx", "blockdiag", "--out", "run")
     assert code == 0
-    assert out == ""
+    assert out.startswith("done: 20 steps in ")
+    assert "  training loss: first " in out
+    assert f"  best parameters (step 20): {os.path.join('run', 'checkpoint-best.pt')}" in out.splitlines()
     assert "npz with kfac/blockdiag: 339 parameters, 60 + 20 test cases, float32 on cpu" in err
     assert "run folder run" in err
     assert "step 20  error: train" in err
-    assert "averaged parameters: train loss" in err
+    assert "averaged parameters: train loss" in out
     drawn = sorted(os.listdir(tmp_path / "run" / "plots"))
     assert {"progress.png", "trace.png"} <= set(drawn)
     for name in drawn:
-        assert os.path.join("run", "plots", name) in err
+        assert os.path.join("run", "plots", name) in out
         assert (tmp_path / "run" / "plots" / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -87,10 +89,36 @@ def test_dry_run(kfac, small, tmp_path):
     assert table["layers"][0] == {"name": "0", "d_in": 17, "d_out": 8, "parameters": 136, "factors": {}}
 
 
+def test_damping_and_momentum_have_flags_and_a_byte_order_mark_is_skipped(kfac, small, tmp_path):
+    file = tmp_path / "small.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    code, out, _ = kfac("train", *small, "--damping", "fixed", "--momentum", "none", "--dry-run", "--json")
+    assert code == 0
+    config = json.loads(out)["config"]
+    assert (config["damping"]["kind"], config["momentum"]["kind"], config["steps"]) == ("fixed", "none", 20)
+
+
+def test_the_traceback_of_a_defect_is_in_the_run_folder(kfac, small, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("one line\nand the last")
+
+    monkeypatch.setattr("kfacore.lab.training.loop.read_scalars", broken)
+    code, _, err = kfac("train", *small, "--optimizer", "adam", "--out", "run")
+    assert code == 1
+    file = os.path.join("run", "traceback.txt")
+    last = err.splitlines()[-1]
+    assert last.startswith("error: unexpected ")
+    assert last.endswith(f"and the last (a defect of kfac or of a plug-in; traceback in {file})")
+    assert "in broken" in (tmp_path / file).read_text()
+
+
 USER_ERRORS = [
     (["--problem", "curvs"], "--problem", "did you mean 'curves'"),
     (["--approx", "tridag"], "--approx", "did you mean 'tridiag'"),
     (["--optimizer", "adam", "--approx", "tridiag"], "--approx", "adam"),
+    (["--damping", "fixd"], "--damping", "did you mean 'fixed'"),
+    (["--momentum", "nne"], "--momentum", "did you mean 'none'"),
+    (["--optimizer", "adam", "--damping", "fixed"], "--damping", "adam"),
     (["--set", "dampin.lambda0=1"], "dampin", "did you mean 'damping'"),
     (["--set", "damping.lamda0=1"], "lamda0", "lambda0"),
     (["--steps", "0"], "--steps", "1"),
@@ -130,6 +158,24 @@ def test_mistakes_are_answered_in_a_line_or_two(kfac, small, tmp_path, more, whe
     assert "Traceback" not in err
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "x").exists()
+
+
+def test_a_run_that_got_worse_exits_3_and_names_a_value(kfac, small):
+    more = ["--optimizer", "adam", "--set", "optimizer.lr=3.0", "--steps", "5", "--out", "run"]
+    code, out, err = kfac("train", *small, *more)
+    assert code == 3
+    assert out.startswith("diverged: 5 steps in ")
+    assert "error" not in err.replace("error:", "")  # the numbers, but no failure
+    advice, command = out.splitlines()[-2:]
+    assert advice == "no evaluation was below the first; try a smaller learning rate, --set optimizer.lr=0.3"
+    assert command == f"kfac train -c {os.path.join('run', 'config.json')} --set optimizer.lr=0.3"
+    code, out, _ = kfac(*command.split()[1:], "--out", "again")
+    assert (code, out[:5]) == (0, "done:")
+    code, out, err = kfac("train", *small, *more[:-1], "programs", "--json")
+    assert code == 3
+    done = json.loads(out.splitlines()[-1])  # stdout is for programs alone
+    assert (done["verdict"], done["advice"]) == ("diverged", "a smaller learning rate, --set optimizer.lr=0.3")
+    assert "diverged: 5 steps" in err
 
 
 def test_divergence_exits_3(kfac, small):

@@ -16,6 +16,7 @@ import kfacore
 from kfacore.errors import ConfigError
 from kfacore.lab.scaffold import plugin as scaffold
 from kfacore.lab.scaffold import write_plugin
+from kfacore.lab.scaffold.kinds import KINDS
 from kfacore.registry import get_registry
 
 FILES = (
@@ -28,8 +29,9 @@ FILES = (
 )
 
 
-def test_it_is_found_and_passes_its_suite_as_generated(tmp_path: Path) -> None:
-    made = write_plugin("two-words", tmp_path, get_registry())
+@pytest.mark.parametrize("slot", KINDS)
+def test_it_is_found_and_passes_its_suite_as_generated(tmp_path: Path, slot: str) -> None:
+    made = write_plugin("two-words", tmp_path, get_registry(), slot)
     site = tmp_path / "site"
     variables = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
 
@@ -51,7 +53,7 @@ def test_it_is_found_and_passes_its_suite_as_generated(tmp_path: Path) -> None:
     tested = run("-m", "pytest", "-p", "no:cacheprovider", cwd=made.folder)
     assert " passed" in tested.stdout
     assert "skipped" not in tested.stdout
-    listed = run("-c", "from kfac_cli.main import main; main()", "list", "approx", "--json")
+    listed = run("-c", "from kfac_cli.main import main; main()", "list", slot, "--json")
     (found,) = [entry for entry in json.loads(listed.stdout) if entry["name"] == "two-words"]
     assert (found["plugin"], found["distribution"]) == ("two-words", "kfac-two-words")
 
@@ -88,8 +90,13 @@ def test_no_name_collides_with_a_name_in_the_code(tmp_path: Path, name: str) -> 
         assert len(set(imported + defined)) == len(imported + defined), file
 
 
-def test_generated_code_is_as_clean_as_ours(tmp_path: Path) -> None:
-    made = write_plugin("two-words", tmp_path, get_registry())
+@pytest.mark.parametrize("slot", KINDS)
+def test_generated_code_is_as_clean_as_ours(tmp_path: Path, slot: str) -> None:
+    made = write_plugin("two-words", tmp_path, get_registry(), slot)
+    for file in made.files:
+        text = (made.folder / file).read_text()
+        assert "@" not in text.replace("@hookimpl", "").replace("@property", ""), file
+        assert max(map(len, text.splitlines()), default=0) <= 120, file
     for command in (["check", "--select", "B,C4,E,F,I,PT,RUF,SIM,UP,W", "--ignore", "RUF002"], ["format", "--check"]):
         done = subprocess.run(
             [sys.executable, "-m", "ruff", *command, "--no-cache", str(made.folder)],
@@ -117,6 +124,12 @@ def test_generated_code_is_as_clean_as_ours(tmp_path: Path) -> None:
 def test_names_that_are_refused(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         write_plugin(name, tmp_path, get_registry())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_slots_without_a_template_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--slot dampng: there is no template for it; did you mean 'damping'\?"):
+        write_plugin("mine", tmp_path, get_registry(), "dampng")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -163,7 +176,7 @@ def test_the_command(kfac, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert code == 0
     answer = json.loads(out)
     assert answer["folder"] == os.path.join("other", "kfac-mine")
-    assert set(answer) == {"name", "distribution", "module", "folder", "files"}
+    assert set(answer) == {"name", "slot", "distribution", "module", "folder", "files"}
     assert (tmp_path / "other" / "kfac-mine" / "README.md").is_file()
 
 

@@ -31,7 +31,7 @@ from kfacore.lab.studies.report_limits import limits
 from kfacore.lab.studies.report_results import analyse
 from kfacore.lab.studies.state import state_folder
 from kfacore.lab.studies.statistics import summarise
-from kfacore.lab.studies.tables import csv_tables, latex_tables, signed
+from kfacore.lab.studies.tables import amount, csv_tables, latex_tables, signed
 
 VARIANTS = {
     "tridiag": {},
@@ -296,6 +296,7 @@ def test_csv_has_every_run_and_all_digits(report, results):
         ("nesterov", "killed <oom>"),
     ]
     assert all(row["final_train_error"] == "" for row in lost)
+    assert all(float(row["last_train_error"]) > 0.0 for row in lost), "the numbers of lost runs are not hidden"
     by_hash = {run.planned.hash: run for run in results.runs}
     for row in rows:
         if row["state"] == "done":
@@ -310,6 +311,33 @@ def test_csv_has_every_run_and_all_digits(report, results):
     row = next(row for row in table(report, "differences.csv") if row["measure"] == "averaged_train_error")
     assert float(row["mean"]) == cell(results, "blockdiag").differences["averaged_train_error"].mean
     assert row["verdict"] == "worse"
+
+
+def test_a_run_that_came_to_its_end_far_above_its_best_has_diverged(tmp_path):
+    """Also where an earlier version has called it done."""
+    study = write_study(tmp_path, {"good": {}, "bad": {"blowup": 36}}, seeds=1)
+    loaded = load_study(study.folder)
+    results = analyse(loaded, read_runs(loaded))
+    good, bad = results.runs
+    assert (good.state, bad.state) == ("done", "diverged")
+    assert bad.reason.startswith("it got worse: training loss first ")
+    assert bad.final("train_error") is None
+    assert bad.latest("train_error") > 1000 * bad.smallest("train_error")
+    assert cell(results, "bad").verdict == "broken"
+    text = write_report(study.folder).html.read_text(encoding="utf-8")
+    lost = text[text.index('id="lost"') : text.index('id="curves"')]
+    assert "it got worse: training loss first" in lost
+    assert amount(bad.latest(results.headline)) in lost
+    assert amount(bad.smallest(results.headline)) in lost
+    assert "1 of 1 diverged" in text
+
+
+@pytest.mark.parametrize("zeros", ["some", "all"])
+def test_errors_of_zero_draw_without_a_warning(tmp_path, monkeypatch, zeros):
+    """Warnings are errors here."""
+    shift = 2.0 if zeros == "some" else 100.0
+    monkeypatch.setattr("study_folders.error_at", lambda *args: max(0.0, error_at(*args) - shift))
+    write_report(write_study(tmp_path, VARIANTS, states=STATES, seeds=3).folder)
 
 
 def test_latex_is_balanced_and_escaped(report):

@@ -187,6 +187,29 @@ def test_one_bad_run_is_told_with_its_reason_and_the_rest_go_on(tmp_path, inline
     assert [run.state for run in again.study.runs] == ["done", "diverged", "failed", "done"]
 
 
+WORSE = """
+[[variants]]
+name = "good"
+[[variants]]
+name = "worse"
+optimizer = { kind = "adam", lr = 3.0 }
+"""
+
+
+def test_a_run_that_got_worse_has_diverged_and_keeps_its_numbers(tmp_path, inline) -> None:
+    file = write_study(tmp_path, steps=4, seeds=1, body=WORSE)
+    result, _ = go(tmp_path, file)
+    good, worse = result.study.runs
+    assert (good.state, worse.state) == ("done", "diverged")
+    assert worse.reason.startswith("it got worse: training loss first ")
+    assert result.failures == (worse,)
+    assert events_of(worse.path)[-1]["verdict"] == "diverged"
+    # Killed between its end and the writing of its outcome: the events say the same.
+    (state_folder(tmp_path / "out", worse.hash) / "outcome.json").unlink()
+    again, _ = go(tmp_path, file)
+    assert again.study.runs[1].reason == worse.reason
+
+
 def test_fail_fast_starts_nothing_more(tmp_path, inline) -> None:
     file = write_study(tmp_path, steps=3, seeds=1, body=ONE_BAD)
     result, seen = go(tmp_path, file, fail_fast=True)

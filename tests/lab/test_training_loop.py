@@ -81,7 +81,7 @@ class TestARun:
     def test_folder(self, folder):
         path = folder[0] / "a"
         assert sorted(p.name for p in path.iterdir()) == [
-            "checkpoint.pt", "config.json", "manifest.json", "metrics.jsonl", "plots",
+            "checkpoint-best.pt", "checkpoint.pt", "config.json", "manifest.json", "metrics.jsonl", "plots",
         ]  # fmt: skip
         assert json.loads((path / "config.json").read_text()) == small_config(folder[0]).as_dict()
 
@@ -339,7 +339,7 @@ class TestFailures:
     def test_a_loss_that_is_not_finite_names_the_step_and_is_written_as_null(self, tmp_path):
         with pytest.raises(NumericalError, match=r"the loss of step \d+ is (nan|inf) \(lambda none, gamma none\)"):
             run(tmp_path, "a", "optimizer=sgd", "optimizer.lr=1e36", "checkpoint.every=0", "eval.every=0")
-        assert events_of(tmp_path / "a")[-1]["loss"] is None
+        assert events_of(tmp_path / "a", "step")[-1]["loss"] is None
 
     def test_bad_data_leaves_no_folder(self, tmp_path):
         x = np.full((10, 16), np.nan, dtype=np.float32)

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from kfac_plugins.likelihoods.bernoulli import Bernoulli
+from kfacore.lab.training.figures import save_figure
 from kfacore.lab.training.plots import _better_average, _title, draw_progress, draw_reconstructions, draw_trace
+from kfacore.lab.training.report import draw_comparison
 from kfacore.roles import Split
 
 
@@ -138,3 +140,33 @@ def test_the_better_parameters_are_shown(averaged, chosen):
 
     events = [evaluation(1, train_error=1.0), evaluation(2, train_error=5.0, averaged_train_error=averaged)]
     assert _better_average(events, Parts) == chosen
+
+
+def test_undone_steps_are_marked():
+    axes = draw_progress([step(1), step(2, rejected=True), step(3, rejected=True)], "", "").axes
+    for ax, xs in zip(axes, ([2, 3], [0.2, 0.3], [2, 3], [0.2, 0.3]), strict=True):
+        marks = next(line for line in ax.get_lines() if line.get_label() == "undone step")
+        np.testing.assert_allclose(marks.get_xdata(), xs)
+    assert "undone step" not in labels(draw_progress([step(1)], "", "").axes[0])
+
+
+SERIES = [
+    [0, 0, 0, 0],
+    [0, 1, 10, 0],
+    [10, 1, 0.1, 0],
+    [0],
+    [1, 1e30, 1e300, 0],
+    [1, 1e-300, 5e-324, 0],
+    [5, -1, -2, 0],
+]
+
+
+@pytest.mark.parametrize("values", SERIES)
+def test_zeros_and_extremes_draw_without_a_warning(values, tmp_path):
+    """Warnings are errors here, and some come only when the picture is written."""
+    traces = ("loss", "error", "lam", "gamma", "rho", "alpha", "mu")
+    events = [step(k + 1, **dict.fromkeys(traces, y)) for k, y in enumerate(values)]
+    events += [evaluation(k + 1, train_loss=y, train_error=y, test_loss=0.0) for k, y in enumerate(values)]
+    comparison = [draw_comparison(["a", "b"], [events, events[-1:]], name, name) for name in ("loss", "error")]
+    for figure in (draw_progress(events, "", ""), draw_trace(events, ""), *comparison):
+        save_figure(figure, tmp_path / "p.png")

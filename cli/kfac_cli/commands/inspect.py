@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 _FIGURE = re.compile(r"figure\d+")
+_FIGURES = ("figure1", "figure2", "figure5", "figure6", "figure7")
 _PROBLEM_OF_FIGURES = "mnist16-classifier"
 
 
@@ -94,6 +95,8 @@ def register(app: typer.Typer) -> None:
             "problem.data_dir": None if data_dir is None else str(data_dir),
         }
         if target is not None and _FIGURE.fullmatch(target) and not Path(target).exists():
+            if target not in _FIGURES:
+                raise ConfigError(f"unknown figure '{target}'; known: {', '.join(_FIGURES)}")
             refused = {"--approx": approx, "--layers": layers, "--gamma": gamma, "--lambda": lam}
             given = [name for name, value in refused.items() if value is not None]
             if given:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kfac_cli.answers import print_json
+from kfacore.lab.scaffold.kinds import KINDS
 from kfacore.registry import get_registry
 
 __all__ = ["register"]
@@ -26,21 +27,30 @@ def register(app: typer.Typer) -> None:
 
     @new.command("plugin")
     def new_plugin(
-        name: Annotated[str, typer.Argument(metavar="NAME", help="The approximation's name, for example my-approx.")],
+        name: Annotated[str, typer.Argument(metavar="NAME", help="The component's name, for example my-approx.")],
+        slot: Annotated[
+            str,
+            typer.Option(
+                metavar="SLOT",
+                help=f"What it is: {', '.join(KINDS)}.",
+                autocompletion=lambda incomplete: [slot for slot in KINDS if slot.startswith(incomplete)],
+            ),
+        ] = "approx",
         into: Annotated[Path, typer.Option(metavar="DIR", help="Where to make the folder kfac-NAME.")] = Path("."),
         json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
     ) -> None:
-        """Write a complete distribution with a working approximation: pyproject, module, test, README.
+        """Write a complete distribution with a working component: pyproject, module, test, README.
 
-        It passes the conformance suite as it is; change the mathematics and keep it passing.
+        By default an approximation. It passes the conformance suite as it is; change it and keep it passing.
         """
         from kfacore.lab.scaffold import write_plugin
 
-        made = write_plugin(name, into, get_registry())
+        made = write_plugin(name, into, get_registry(), slot)
         if json:
             print_json(
                 {
                     "name": made.name,
+                    "slot": made.slot,
                     "distribution": made.distribution,
                     "module": made.module,
                     "folder": str(made.folder),
@@ -54,4 +64,4 @@ def register(app: typer.Typer) -> None:
         typer.echo("next:")
         typer.echo(f"  pip install --no-build-isolation -e {made.folder}")
         typer.echo(f"  pytest {made.folder}")
-        typer.echo(f"  kfac train --approx {made.name} --steps 100")
+        typer.echo(f"  kfac train {made.use} --steps 100")

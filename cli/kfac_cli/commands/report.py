@@ -51,7 +51,7 @@ def _table(rows: Sequence[RunSummary], target: float | None, measure: str) -> st
     from kfac_cli.live import duration, figure
 
     used = [name for name in _COLUMNS if any(row.final[name] is not None for row in rows)]
-    header = ["run", "problem", "method", "seed", "steps", "cases", "time", *(_COLUMNS[name] for name in used)]
+    header = ["run", "problem", "method", "seed", "steps", "cases", "time", "loss", *(_COLUMNS[name] for name in used)]
     if target is not None:
         header.append(f"{_COLUMNS[measure]} <= {figure(target)}")
     lines = [header]
@@ -61,9 +61,10 @@ def _table(rows: Sequence[RunSummary], target: float | None, measure: str) -> st
             row.problem,
             row.method,
             str(row.seed),
-            f"{row.steps}{'' if row.state == 'done' else ' (stopped)'}",
+            f"{row.steps}{'' if row.state == 'done' else f' ({row.state})'}",
             f"{row.cases:,}",
             duration(row.seconds),
+            f"{figure(row.losses.first)} / {figure(row.losses.best)} / {figure(row.losses.last)}",
             *(
                 "-" if row.final[name] is None else f"{figure(row.final[name])} ({figure(row.best[name])})"
                 for name in used
@@ -76,8 +77,13 @@ def _table(rows: Sequence[RunSummary], target: float | None, measure: str) -> st
             )
         lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-    return f"{text}\nerrors: at the last evaluation (best of all evaluations)"
+    aligned = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    colored = [
+        typer.style(text, fg="red") if row.state == "diverged" else text
+        for text, row in zip(aligned[1:], rows, strict=True)
+    ]
+    text = "\n".join([aligned[0], *colored])
+    return f"{text}\nloss: training loss, first / best / last; errors: at the last evaluation (best of all evaluations)"
 
 
 _COLUMNS = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kfacore.errors import ConfigError
+from kfacore.errors import ConfigError, NumericalError
 from kfacore.plugin import SLOTS
 from kfacore.registry import get_registry
 
@@ -43,14 +43,44 @@ def register(app: typer.Typer) -> None:
     @app.command()
     def train(
         problem: Annotated[
-            str | None, typer.Option(help="What to train (default curves).", autocompletion=_names("problem"))
+            str | None,
+            typer.Option(
+                metavar="NAME",
+                help="What to train: curves (default), mnist, npz (your arrays), ...; kfac list problem has all.",
+                autocompletion=_names("problem"),
+            ),
         ] = None,
         approx: Annotated[
             str | None,
-            typer.Option(help="Approximation of the Fisher (default tridiag).", autocompletion=_names("approx")),
+            typer.Option(
+                metavar="NAME",
+                help="Approximation of the Fisher: tridiag (default), blockdiag, ...; kfac list approx has all.",
+                autocompletion=_names("approx"),
+            ),
+        ] = None,
+        damping: Annotated[
+            str | None,
+            typer.Option(
+                metavar="NAME",
+                help="Damping: levenberg-marquardt (default), fixed; kfac list damping has all.",
+                autocompletion=_names("damping"),
+            ),
+        ] = None,
+        momentum: Annotated[
+            str | None,
+            typer.Option(
+                metavar="NAME",
+                help="Step size and momentum: quadratic-model (default), fixed, none; kfac list momentum has all.",
+                autocompletion=_names("momentum"),
+            ),
         ] = None,
         optimizer: Annotated[
-            str | None, typer.Option(help="What trains (default kfac).", autocompletion=_names("optimizer"))
+            str | None,
+            typer.Option(
+                metavar="NAME",
+                help="What trains: kfac (default), adam, sgd, nesterov; kfac list optimizer has all.",
+                autocompletion=_names("optimizer"),
+            ),
         ] = None,
         config: Annotated[
             list[Path] | None, typer.Option("--config", "-c", help="A TOML file of options; may be repeated.")
@@ -61,13 +91,18 @@ def register(app: typer.Typer) -> None:
         ] = None,
         steps: Annotated[int | None, typer.Option(help="Steps in all, also when a run is resumed.")] = None,
         seed: Annotated[int | None, typer.Option(help="Seed of every random draw.")] = None,
-        preset: Annotated[str | None, typer.Option(help="Named set of options.", autocompletion=_presets)] = None,
+        preset: Annotated[
+            str | None,
+            typer.Option(metavar="NAME", help="Options by name: default, paper or heskes.", autocompletion=_presets),
+        ] = None,
         device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
         dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
         threads: Annotated[int | None, typer.Option(help="Threads of the CPU computation.")] = None,
         data_dir: Annotated[Path | None, typer.Option(help="Folder of the problem's data files.")] = None,
         out: Annotated[Path | None, typer.Option(help="The run folder; must not hold a run yet.")] = None,
-        init: Annotated[Path | None, typer.Option(help="Start from parameters in a .safetensors or .npz file.")] = None,
+        init: Annotated[
+            Path | None, typer.Option(help="Start from a .safetensors, .npz or .pt (checkpoint) file.")
+        ] = None,
         resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue the run in this folder.")] = None,
         dry_run: Annotated[
             bool, typer.Option("--dry-run", help="Show the configuration, the layers and their memory; train nothing.")
@@ -81,6 +116,8 @@ def register(app: typer.Typer) -> None:
         flags: dict[str, Any] = {
             "problem": problem,
             "approx": approx,
+            "damping": damping,
+            "momentum": momentum,
             "optimizer": optimizer,
             "steps": steps,
             "seed": seed,
@@ -121,7 +158,8 @@ def _configure(
 
 def _train(config: RunConfig, *, out: Path | None, resume: Path | None, init: Path | None, json: bool) -> None:
     """Train with people or programs looking on."""
-    from kfac_cli.live import LiveLine, duration, figure
+    from kfac_cli.live import LiveLine
+    from kfac_cli.summary import summary
     from kfacore.lab.training.signals import Interrupted
 
     with LiveLine() as live:
@@ -138,19 +176,10 @@ def _train(config: RunConfig, *, out: Path | None, resume: Path | None, init: Pa
     if interrupted is not None:
         typer.echo(str(interrupted), err=True)
         raise typer.Exit(interrupted.exit_code)
-    measures = result.measures
-    live.say(f"done: {result.step} steps in {duration(result.seconds)} of training")
-    for name, prefix in (("current parameters", ""), ("averaged parameters", "averaged_")):
-        if measures.get(f"{prefix}train_error") is not None:
-            numbers = [
-                f"{part} {kind} {figure(measures[f'{prefix}{part}_{kind}'])}"
-                for part in ("train", "test")
-                for kind in ("loss", "error")
-                if measures.get(f"{prefix}{part}_{kind}") is not None
-            ]
-            live.say(f"  {name}: {', '.join(numbers)}")
-    for plot in result.plots:
-        live.say(f"  {plot}")
+    for line in summary(result):
+        typer.echo(line, err=json)  # where programs read stdout, it is theirs alone
+    if result.verdict == "diverged":
+        raise typer.Exit(NumericalError.exit_code)
 
 
 def _print_event(event: Mapping[str, Any]) -> None:

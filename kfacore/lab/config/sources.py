@@ -151,7 +151,7 @@ def read_table(path: str | PathLike[str]) -> dict[str, Any]:
     """
     origin = str(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration file '{origin}'") from None
     except OSError as error:

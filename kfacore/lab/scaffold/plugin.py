@@ -1,4 +1,4 @@
-"""A complete distribution with one working approximation, written from the templates beside this file.
+"""A complete distribution with one working component, written from the templates beside this file.
 
 The templates are text with names between at signs (``@name@``), so that neither braces nor percent signs of the code
 in them need any care.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import kfacore
 from kfacore.errors import ConfigError
+from kfacore.lab.scaffold.kinds import Kind, kind_of
 from kfacore.plugin import API_VERSION, SLOTS
 
 if TYPE_CHECKING:
@@ -28,15 +29,19 @@ _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _LONGEST = 40
 _MARK = re.compile(r"@(\w+)@")
 
-_FILES = {
-    "pyproject.txt": "pyproject.toml",
+_APPROX = {
     "readme.txt": "README.md",
     "manifest.txt": "@module@/__init__.py",
     "approximation.txt": "@module@/approximation.py",
-    "typed.txt": "@module@/py.typed",
     "tests.txt": "tests/test_@module@.py",
 }
-"""Template and the file made of it."""
+_PART = {
+    "part-readme.txt": "README.md",
+    "part-manifest.txt": "@module@/__init__.py",
+    "@slot@.txt": "@module@/@slot@.py",
+    "@slot@-tests.txt": "tests/test_@module@.py",
+}
+"""Template and the file made of it, for approximations and for everything else."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,9 @@ class NewPlugin:
     """What was written.
 
     Attributes:
-        name: The component's name, what users write after ``--approx``.
+        name: The component's name.
+        slot: Its slot.
+        use: How a run uses it, arguments of ``kfac train``.
         distribution: The distribution's name.
         module: The package's name.
         folder: Where it is.
@@ -52,31 +59,36 @@ class NewPlugin:
     """
 
     name: str
+    slot: str
+    use: str
     distribution: str
     module: str
     folder: Path
     files: tuple[str, ...]
 
 
-def write_plugin(name: str, into: Path, registry: Registry) -> NewPlugin:
+def write_plugin(name: str, into: Path, registry: Registry, slot: str = "approx") -> NewPlugin:
     """Write a distribution that passes its own tests as it is.
 
     Args:
-        name: The approximation's name, lower-case words with hyphens; a leading ``kfac-`` is left out.
+        name: The component's name, lower-case words with hyphens; a leading ``kfac-`` is left out.
         into: Folder in which the distribution's folder is made.
         registry: What is installed, so that no name is given twice.
+        slot: What it is, one of `kfacore.lab.scaffold.kinds.KINDS`.
 
     Returns:
         What was written.
 
     Raises:
-        ConfigError: The name cannot be used, or the folder exists; nothing has been written.
+        ConfigError: There is no template for the slot, the name cannot be used, or the folder exists; nothing has been
+            written.
         OSError: The disk refused; nothing is left behind.
     """
+    kind = kind_of(slot)
     name = name.removeprefix("kfac-")
-    _check_name(name)
+    _check_name(name, kind)
     distribution, module = f"kfac-{name}", f"kfac_{name.replace('-', '_')}"
-    _check_free(name, module, registry)
+    _check_free(name, slot, module, registry)
     if not into.is_dir():
         what = "is not a folder" if into.exists() else "does not exist"
         raise ConfigError(f"--into {into} {what}; name the folder in which {distribution} shall be made")
@@ -93,6 +105,16 @@ def write_plugin(name: str, into: Path, registry: Registry) -> NewPlugin:
         "Class": "".join(part.capitalize() for part in name.split("-")),
         "api": str(API_VERSION),
         "kfacore": kfacore.__version__,
+        "slot": slot,
+        "what": kind.what,
+        "title": f"{kind.what} {name}" + (" of the Fisher" if slot == "approx" else ""),
+        "Base": f"{slot.capitalize()}Config",
+        "Role": kind.role,
+        "summary": kind.summary,
+        "options": kind.options,
+        "defaults": kind.defaults,
+        "typing": "Any, ClassVar, Literal" if kind.defaults else "Literal",
+        "command": f"kfac train {kind.use.replace('NAME', name)} --steps 100",
     }
     # Written beside its place and renamed, so that a full disk or Ctrl-C leaves no half of a distribution.
     partial = into / f".{distribution}.{os.getpid()}"
@@ -102,14 +124,15 @@ def write_plugin(name: str, into: Path, registry: Registry) -> NewPlugin:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return NewPlugin(name, distribution, module, folder, files)
+    return NewPlugin(name, slot, kind.use.replace("NAME", name), distribution, module, folder, files)
 
 
 def _write(folder: Path, words: dict[str, str]) -> tuple[str, ...]:
     """Every file, with its names filled in."""
     templates = resources.files("kfacore.lab.scaffold") / "templates"
     written = []
-    for template, target in _FILES.items():
+    own = _APPROX if words["slot"] == "approx" else {_fill(key, words): value for key, value in _PART.items()}
+    for template, target in {"pyproject.txt": "pyproject.toml", **own, "typed.txt": "@module@/py.typed"}.items():
         path = folder / _fill(target, words)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(_fill((templates / template).read_text(encoding="utf-8"), words), encoding="utf-8")
@@ -121,7 +144,7 @@ def _fill(text: str, words: dict[str, str]) -> str:
     return _MARK.sub(lambda mark: words[mark.group(1)], text)
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, kind: Kind) -> None:
     """Lower-case words of letters and digits, joined by hyphens."""
     if len(name) > _LONGEST:
         raise ConfigError(f"the name '{name}' has {len(name)} characters; use at most {_LONGEST}")
@@ -133,15 +156,15 @@ def _check_name(name: str) -> None:
             f"hyphens, and starts with a letter{hint}"
         )
     if name in SLOTS:
-        raise ConfigError(f"the name '{name}' is that of a slot; choose the name of one approximation")
+        raise ConfigError(f"the name '{name}' is that of a slot; choose the name of one {kind.what}")
 
 
-def _check_free(name: str, module: str, registry: Registry) -> None:
+def _check_free(name: str, slot: str, module: str, registry: Registry) -> None:
     """No component, plug-in or package of the name is installed."""
-    for component in registry.components("approx"):
+    for component in registry.components(slot):
         if component.name == name:
             raise ConfigError(
-                f"approx '{name}' exists already ({registry.origin(component)}); choose another name, two plug-ins "
+                f"{slot} '{name}' exists already ({registry.origin(component)}); choose another name, two plug-ins "
                 "cannot offer the same"
             )
     for plugin in registry.plugins():

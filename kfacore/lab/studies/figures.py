@@ -8,6 +8,7 @@ one by one, thin and dashed up to where they got; they are never part of a mean 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -131,7 +132,9 @@ def strip(draws: Sequence[Draw], title: str, pens_of: Sequence[Pen], margin: flo
     beside = min(len(pens_of), 4 if columns == 3 else 2) or 1
     low = 0.22 * math.ceil(len(pens_of) / beside) + 0.15
     wide, high = margin + 3.35, 2.95
-    width, height = wide * columns, high * rows + low + 0.3
+    width = wide * columns
+    lines = textwrap.wrap(title, int(12.5 * width))  # about as many characters fit into an inch
+    height = high * rows + low + 0.1 + 0.2 * len(lines)
     figure = Figure(figsize=(width, height))
     drawn = False
     for position, draw in enumerate(draws):
@@ -144,7 +147,7 @@ def strip(draws: Sequence[Draw], title: str, pens_of: Sequence[Pen], margin: flo
             ax.set_axis_off()
     if not drawn:
         return None
-    figure.suptitle(title, fontsize=11, y=1.0 - 0.1 / height, va="top")
+    figure.suptitle("\n".join(lines), fontsize=11, y=1.0 - 0.1 / height, va="top")
     if pens_of:
         handles = [Line2D([], [], color=p.color, linestyle=p.line, linewidth=p.width, label=p.name) for p in pens_of]
         figure.legend(handles=handles, loc="lower center", ncols=beside, frameon=False, fontsize=9)
@@ -169,14 +172,14 @@ def curves(results: Results, problem: str, measure: str, axis: str, label: str) 
         ends: list[float] = []
         for cell in reversed(results.cells[problem]):  # the reference last, on top
             ends += _draw_mean(ax, cell, styles[cell.variant.name], measure, axis)
-        stray = _draw_stray(ax, results.cells[problem], styles, measure, axis, max(ends, default=math.inf))
+        stray = _draw_stray(ax, results.cells[problem], styles, measure, axis, max(ends, default=0.0) or math.inf)
         if not ends and not stray:
             return False
         if measure == results.headline and problem in results.targets:
             ax.axhline(results.targets[problem], color=FAINT, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
         _finish(ax, AXIS_LABELS[axis], label, log=True)
-        if ax.get_yscale() == "log" and ends:
-            ax.set_ylim(bottom=0.7 * min(*ends, *_lowest(ax)))
+        if ax.get_yscale() == "log" and ends and min(ends) > 0.0:  # zeros have been given their place by `tidy`
+            ax.set_ylim(bottom=0.7 * min([*ends, *_lowest(ax)]))
         return True
 
     return draw
@@ -348,8 +351,9 @@ def _draw_stray(ax: Axes, cells: Sequence[Cell], styles: dict[str, Pen], measure
 
 
 def _lowest(ax: Axes) -> list[float]:
-    """The lowest points of the lines in a picture."""
-    return [float(np.min(np.asarray(line.get_ydata(), dtype=np.float64))) for line in ax.get_lines()]
+    """The lowest points above 0 of the lines in a picture."""
+    lines = [np.asarray(line.get_ydata(), dtype=np.float64) for line in ax.get_lines()]
+    return [float(y[y > 0.0].min()) for y in lines if (y > 0.0).any()]
 
 
 def _aligned(runs: Sequence[RunData], name: str, axis: str, *, events: str) -> tuple[np.ndarray, np.ndarray]:

@@ -75,21 +75,26 @@ def lost_runs(results: Results) -> str:
     lost = [run for run in results.runs if not run.done]
     if not lost:
         return ""
-    header = [cell("Run", head="col"), *(cell(h, head="col") for h in ("State", "Seed", "Steps", "Last value"))]
+    header = [
+        cell("Run", head="col"),
+        *(cell(h, head="col") for h in ("State", "Seed", "Steps", "Best value", "Last value")),
+    ]
     header.append(cell("Reason", "text", head="col"))
     rows = []
     for run in lost:
         plan = run.planned
-        values = run.values(results.headline)
-        known = values[values == values]
         style = "broken" if run.state in ("diverged", "failed") else "waiting"
         name = plan.variant if len(results.cells) == 1 else f"{plan.variant}, {plan.problem}"
         rows.append(
             f"<tr>{cell(escape(name), head='row')}{cell(run.state, style)}{cell(str(run.seed))}"
-            f"{cell(amount(run.last('step'), 6))}{cell(amount(float(known[-1]) if known.size else None))}"
+            f"{cell(amount(run.last('step'), 6))}{cell(amount(run.smallest(results.headline)))}"
+            f"{cell(amount(run.latest(results.headline)))}"
             f"{cell(escape(run.reason) or ('has not begun' if not run.config else 'not finished'), 'wrap')}</tr>"
         )
-    note = "They are counted everywhere and have no final value; the figures show them up to where they got."
+    note = (
+        "They are counted everywhere and enter no mean. Their numbers stand here, and the figures show them up to "
+        "where they got. A run that ends at a training loss above its first, or above twice its best, has diverged."
+    )
     return f'<section><h2 id="lost">Runs that are not done</h2><p>{note}</p>{table("Runs", header, rows)}</section>'
 
 
@@ -127,9 +132,9 @@ def _sentences(results: Results, problem: str) -> str:
             listed = "; ".join(_mention(results, one) for one in own)
             style = verdict.split()[0]
             items.append(f'<span class="tag {style}">{title_of}:</span> {listed}.')
-    fastest = _fastest(results, problem)
-    if fastest:
-        items.append(fastest)
+    unreached = _unreached(results, problem)
+    if unreached:
+        items.append(unreached)
     return f"{title}<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"
 
 
@@ -148,22 +153,13 @@ def _mention(results: Results, one: Cell) -> str:
     return f"{name} ({text})"
 
 
-def _fastest(results: Results, problem: str) -> str:
+def _unreached(results: Results, problem: str) -> str:
+    """That nobody reached the target. Who was fastest is not said: a median of few seeds has no interval to go by."""
     if problem not in results.targets:
         return ""
-    cells = [c for c in results.cells[problem] if c.targets["seconds"].median is not None]
-    if not cells:
-        return f"No variant reached {amount(results.targets[problem])} in more than half of its runs."
-    first = min(cells, key=lambda c: c.targets["seconds"].median or 0.0)
-    reference = results.reference(problem)
-    goal = f"{amount(results.targets[problem])}{' (where the reference ends)' if results.target_from_reference else ''}"
-    text = (
-        f'<span class="tag">Fastest to {goal}:</span> <span class="name">{escape(first.variant.name)}</span>, '
-        f"{time_text(first.targets['seconds'], ' s')}"
-    )
-    if first is not reference:
-        text += f"; the reference {time_text(reference.targets['seconds'], ' s')}"
-    return f"{text}{'†' if results.shared else ''}."
+    if any(one.targets["seconds"].median is not None for one in results.cells[problem]):
+        return ""
+    return f"No variant reached {amount(results.targets[problem])} in more than half of its runs."
 
 
 def _table(results: Results, problem: str, styles: dict[str, Pen]) -> str:
@@ -171,11 +167,11 @@ def _table(results: Results, problem: str, styles: dict[str, Pen]) -> str:
     mark = "†" if results.shared else ""
     header = [
         cell("Variant", head="col"),
+        cell("Verdict", "text", head="col"),  # second, so that a telephone shows it
         cell("Final value", head="col"),
         cell("Difference", head="col"),
         cell("95 % interval", head="col"),
         cell("p (Holm)", head="col"),
-        cell("Verdict", "text", head="col"),
         cell("Runs", head="col"),
     ]
     goal = results.targets.get(problem)
@@ -188,11 +184,11 @@ def _table(results: Results, problem: str, styles: dict[str, Pen]) -> str:
         done = f"{one.count('done')}/{len(one.runs)}"
         parts = [
             cell(f"{swatch(pen)}{escape(one.variant.name)}", head="row"),
+            cell(_lost_text(results, one) or _WORDS[one.verdict], "text", one.verdict.split()[0]),
             cell(plus_minus(one.final[results.headline])),
             cell("" if d is None else f"{signed(d.mean)}{_pairs(results, d)}"),
             cell("" if d is None else interval(d.low, d.high)),
             cell("" if d is None else probability(one.p[results.headline])),
-            cell(_lost_text(results, one) or _WORDS[one.verdict], "text", one.verdict.split()[0]),
             cell(done, *(["broken"] if one.lost else [])),
         ]
         if goal is not None:

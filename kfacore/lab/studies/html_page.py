@@ -203,7 +203,7 @@ def _measures(results: Results, styles: Mapping[str, Pen]) -> str:
 
 def _runs(results: Results) -> str:
     mark = "†" if results.shared else ""
-    names = ("Run", "Problem", "Seed", "State", "Steps", "Cases", f"Seconds{mark}", "Final", "Best")
+    names = ("Run", "Problem", "Seed", "State", "Steps", "Cases", f"Seconds{mark}", "Last", "Best")
     header = [cell(name, head="col") for name in names]
     rows = []
     for run in results.runs:
@@ -214,7 +214,7 @@ def _runs(results: Results) -> str:
             f"{cell(escape(plan.problem), 'text')}{cell(str(run.seed))}{cell(run.state, *style)}"
             f"{''.join(cell(f'{run.last(axis):,.0f}') for axis in ('step', 'cases'))}"
             f"{cell(amount(run.last('seconds'), 3) + ('†' if run.shared else ''))}"
-            f"{cell(amount(run.final(results.headline)))}{cell(amount(run.best(results.headline)))}</tr>"
+            f"{cell(amount(run.latest(results.headline)))}{cell(amount(run.smallest(results.headline)))}</tr>"
         )
     content = table(f"All {len(rows)} runs; values: {MEASURE_NAMES[results.headline]}", header, rows)
     return f'<section><h2 id="runs">All runs</h2>{details(f"{len(rows)} runs", content)}</section>'

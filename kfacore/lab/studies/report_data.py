@@ -18,6 +18,7 @@ from kfacore.errors import DataError
 from kfacore.lab.studies.machine import Presence
 from kfacore.lab.studies.plan import PlannedRun, Study
 from kfacore.lab.training.files import read_events
+from kfacore.lab.training.outcome import Losses
 from kfacore.lab.training.run import RunFolder
 
 __all__ = ["AXES", "MEASURES", "TRACES", "RunData", "read_runs"]
@@ -42,7 +43,8 @@ class RunData:
 
     Attributes:
         planned: The run in the study.
-        state: Its state; ``"failed"`` also where the study says done and the folder cannot be read.
+        state: Its state; ``"failed"`` also where the study says done and the folder cannot be read, ``"diverged"``
+            where its losses say so.
         reason: Why it failed or diverged.
         steps: Columns of the step events: `AXES`, ``loss`` and `TRACES`; NaN where an event has no number.
         evals: Columns of the evaluations: `AXES` and `MEASURES`.
@@ -83,13 +85,21 @@ class RunData:
 
     def final(self, measure: str) -> float | None:
         """The last value of a run that is done; None for all others."""
-        found = _finite(self.values(measure))
-        return float(found[-1]) if self.done and found.size else None
+        return self.latest(measure) if self.done else None
 
     def best(self, measure: str) -> float | None:
         """The smallest value of a run that is done; None for all others, whose evaluations are not all there."""
+        return self.smallest(measure) if self.done else None
+
+    def latest(self, measure: str) -> float | None:
+        """The last finite value, however the run ended."""
         found = _finite(self.values(measure))
-        return float(found.min()) if self.done and found.size else None
+        return float(found[-1]) if found.size else None
+
+    def smallest(self, measure: str) -> float | None:
+        """The smallest finite value, however the run ended."""
+        found = _finite(self.values(measure))
+        return float(found.min()) if found.size else None
 
     def reached(self, measure: str, target: float, axis: str) -> float | None:
         """Where on an axis the first evaluation at or below the target lies; None if there is none."""
@@ -141,6 +151,9 @@ def _read(study: Study, planned: PlannedRun) -> RunData:
         steps, evals = _events(folder.metrics_file)
         if state == "done" and not evals:
             raise DataError(f"{folder.metrics_file} holds no evaluation; switch the jsonl sink on and run it again")
+        losses = Losses.of(evals)
+        if state == "done" and losses.verdict == "diverged":  # by a version that did not look
+            state, reason = "diverged", f"it got worse: training loss {losses}"
     except DataError as error:
         if state == "done":
             state, reason = "failed", str(error)

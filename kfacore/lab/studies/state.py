@@ -8,6 +8,7 @@
     outcome.json     how it ended
     journal.jsonl    every life of the run: when it began and how it stopped
     log.txt          what its processes printed
+    stop             an executor's wish that the run ends after its step, saved, where no signal can carry it
 
 How it ended and the journal are written by the holder of the claim alone.
 """

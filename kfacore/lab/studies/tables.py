@@ -103,7 +103,7 @@ def csv_tables(results: Results) -> dict[str, str]:
 
 
 def latex_tables(results: Results) -> dict[str, str]:
-    r"""The content of the LaTeX tables, by name: ``\input`` them with the package booktabs loaded.
+    r"""The content of the LaTeX tables, by name: ``\input`` them with the packages booktabs and graphicx loaded.
 
     Args:
         results: The results.
@@ -125,7 +125,7 @@ def _csv(rows: Iterable[Sequence[object]]) -> str:
 def _runs(results: Results) -> list[Sequence[object]]:
     reached = [f"target_{axis}" for axis in AXES]
     header = ["problem", "variant", "seed", "hash", "state", "reason", *_UNITS.values(), "shared_machine", *reached]
-    header += [f"{kind}_{measure}" for kind in ("final", "best") for measure in results.measures]
+    header += [f"{kind}_{measure}" for kind in ("final", "best", "last") for measure in results.measures]
     rows: list[Sequence[object]] = [header]
     for run in results.runs:
         plan = run.planned
@@ -138,6 +138,7 @@ def _runs(results: Results) -> list[Sequence[object]]:
                 *(None if target is None else _whole(run.reached(results.headline, target, axis)) for axis in AXES),
                 *(run.final(measure) for measure in results.measures),
                 *(run.best(measure) for measure in results.measures),
+                *(run.latest(measure) for measure in results.measures),
             ]
         )
     return rows
@@ -247,8 +248,9 @@ def _latex_targets(results: Results) -> str:
 def _latex(results: Results, header: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], note: str) -> str:
     """A table with a row for each (problem, cells), under the problems' names if there are several."""
     lines = [
-        f"% {_escape(results.study.name)}: written by kfac study report; needs the package booktabs",
+        f"% {_escape(results.study.name)}: written by kfac study report; needs the packages booktabs and graphicx",
         f"% {note}",
+        r"\resizebox{\ifdim\width>\columnwidth\columnwidth\else\width\fi}{!}{%",  # shrunk where a column is narrower
         rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
         r"\toprule",
         " & ".join(header) + r" \\",
@@ -260,7 +262,7 @@ def _latex(results: Results, header: Sequence[str], rows: Sequence[tuple[str, Se
             if len(results.cells) > 1:
                 lines.append(rf"\multicolumn{{{len(header)}}}{{l}}{{\emph{{{_escape(problem)}}}}} \\")
             lines += [" & ".join(cells) + r" \\" for cells in own]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", ""])
 
 
 def _name(cell: Cell) -> str:

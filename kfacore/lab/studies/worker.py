@@ -23,6 +23,7 @@ from kfacore.lab.studies.claims import Claim
 from kfacore.lab.studies.identity import relevant
 from kfacore.lab.studies.machine import Presence
 from kfacore.lab.studies.state import BUSY, RunState, note, own_plan, read_state, state_folder, write_outcome
+from kfacore.lab.training.outcome import Losses
 from kfacore.lab.training.run import RunFolder
 from kfacore.lab.training.signals import Interrupted
 from kfacore.registry import get_registry
@@ -86,7 +87,7 @@ def _attempt(
                 signal.raise_signal(signal.SIGTERM)
 
         try:
-            _train(study, run, planned, registry, watch)
+            fault = _train(study, run, planned, registry, watch)
         except Interrupted as stopped:
             note(study, run, "stopped", step=stopped.step)
             return stopped.exit_code
@@ -101,7 +102,7 @@ def _attempt(
             where = file.relative_to(study)
             outcome, code = RunState("failed", f"{type(error).__name__}: {reason} (traceback in {where})"), _FAILED
         else:
-            outcome, code = RunState("done"), 0
+            outcome, code = (RunState("diverged", fault), NumericalError.exit_code) if fault else (RunState("done"), 0)
         with contextlib.suppress(DataError):  # it failed before it had a manifest
             _annotate(study, run, planned, presence)
         write_outcome(study, run, outcome)
@@ -110,8 +111,12 @@ def _attempt(
 
 def _train(
     study: Path, run: str, planned: Mapping[str, Any], registry: Registry, watch: Callable[[Mapping[str, Any]], None]
-) -> None:
-    """Start the run or go on with it, whatever is there of it."""
+) -> str:
+    """Start the run or go on with it, whatever is there of it.
+
+    Returns:
+        In what way it fell apart with finite numbers to the end, empty if it did not.
+    """
     from kfacore.lab.training.loop import train
 
     folder = RunFolder(study / "runs" / run)
@@ -120,15 +125,19 @@ def _train(
         if folder.path.exists():  # killed before the first checkpoint: nothing of it is worth keeping
             shutil.rmtree(folder.path)
         note(study, run, "started")
-        train(config, registry=registry, out=folder.path, listeners=[watch])
-        return
+        return _fault(train(config, registry=registry, out=folder.path, listeners=[watch]).losses)
     if relevant(folder.read_config()) != relevant(config.as_dict()):
         raise DataError(f"{folder.path} holds another run than its name says; delete it, and it is run anew")
     events = folder.events()
     if events and events[-1].get("event") == "done":  # killed between its end and the writing of its outcome
-        return
+        return _fault(Losses.of(events))
     note(study, run, "resumed")
-    train(config, registry=registry, resume=folder.path, listeners=[watch])
+    return _fault(train(config, registry=registry, resume=folder.path, listeners=[watch]).losses)
+
+
+def _fault(losses: Losses) -> str:
+    """Why a run that came to its end has diverged, empty if it has not."""
+    return f"it got worse: training loss {losses}" if losses.verdict == "diverged" else ""
 
 
 def _read_planned(study: Path, run: str) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def tidy(ax: Axes, *, log: bool, like: Sequence[Axes] = ()) -> None:
 
     A logarithmic axis has no place for 0 (an error of a classifier may be 0), nor for the few negative values that some
     quantities have (a learning rate): lines that come to them leave through the bottom, with a mark where they do.
+    What is too large for any axis leaves through the top.
 
     Args:
         ax: The axes, with their lines drawn.
@@ -50,20 +51,22 @@ def tidy(ax: Axes, *, log: bool, like: Sequence[Axes] = ()) -> None:
         like: Further axes that show the same quantity, and must have the same scale.
     """
     values = [y for other in (ax, *like) for y in _heights(other)]
-    positive = [y for y in values if y > 0.0]
+    positive = [min(y, _HUGE) for y in values if y >= _TINY]
     few_negative = sum(y < 0.0 for y in values) <= _FEW * len(values)
-    if log and positive and few_negative and max(positive) > 3.0 * min(positive):
+    if log and positive and few_negative and max(positive) / 3.0 > min(positive):
         from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
+        decades = math.log10(max(positive)) - math.log10(min(positive))
+        if min(values) < _TINY or max(values) > _HUGE:  # before the scale, which warns of axes without such values
+            ax.set_ylim(0.5 * min(positive), max(positive) * 10.0 ** (0.05 * decades))
         ax.set_yscale("log")
-        decades = math.log10(max(positive) / min(positive))
         if decades < 2.0:  # too few powers of ten to read a value from: label more of the lines
             ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             ax.yaxis.set_major_formatter(ScalarFormatter())
             ax.yaxis.set_minor_formatter(NullFormatter())
-        if min(values) <= 0.0:
-            ax.set_ylim(bottom=0.5 * min(positive))
-            mark_edge(ax, [x for x, y in _points(ax) if y <= 0.0], top=False, color="#444444")
+        points = _points(ax)
+        mark_edge(ax, [x for x, y in points if y < _TINY], top=False, color="#444444")
+        mark_edge(ax, [x for x, y in points if y > _HUGE], top=True, color="#444444")
     ax.grid(visible=True, which="major", color="#e4e8eb", linewidth=0.8)
     ax.set_axisbelow(True)
     for side in ("top", "right"):
@@ -129,6 +132,9 @@ _FEWEST = 20
 """Values below which nothing is called an exception."""
 
 _TAIL = 0.02
+
+_TINY, _HUGE = 1e-200, 1e200
+"""What a logarithmic axis can show: towards the ends of double precision its ticks overflow."""
 
 _FEW = 0.05
 """Share of negative values that a logarithmic scale may leave out."""

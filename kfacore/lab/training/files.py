@@ -7,14 +7,15 @@ import errno
 import json
 import math
 import os
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from kfacore.errors import ResourceError
+from kfacore.errors import KfacError, ResourceError
 
-__all__ = ["atomic_write", "disk_errors", "plain", "read_events", "write_json"]
+__all__ = ["atomic_write", "disk_errors", "plain", "read_events", "tracebacks", "write_json"]
 
 _ADVICE = {
     errno.ENOSPC: "free some space",
@@ -43,6 +44,31 @@ def disk_errors(path: Path, remedy: str = "") -> Iterator[None]:
     except OSError as error:
         advice = "; ".join(part for part in (_ADVICE.get(error.errno or 0, "check the disk"), remedy) if part)
         raise ResourceError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
+
+
+TRACEBACK = "traceback in "
+"""How the note begins that `tracebacks` adds to an exception; the file's path follows."""
+
+
+@contextlib.contextmanager
+def tracebacks(folder: Path) -> Iterator[None]:
+    """Keep the traceback of a defect in a run folder, ``traceback.txt``, and say so in a note of the exception.
+
+    Errors with a message of their own, a refusing disk among them, pass without one.
+
+    Args:
+        folder: The run folder.
+    """
+    try:
+        yield
+    except (KfacError, OSError):
+        raise
+    except Exception as error:
+        file = folder / "traceback.txt"
+        with contextlib.suppress(OSError):
+            file.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
+            error.add_note(f"{TRACEBACK}{file}")
+        raise
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:

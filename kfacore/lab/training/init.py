@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 from kfacore.errors import DataError, nearest
 from kfacore.lab.data import read_npz
+from kfacore.lab.training.checkpoint import read_model
 
 __all__ = ["load_parameters"]
 
 
 def load_parameters(model: nn.Module, path: Path) -> dict[str, Any]:
-    """Copy the parameters in a file into a model.
+    """Copy the parameters in a file into a model, and the buffers (running means, say) that are in it too.
 
     Args:
         model: The model; each of its parameters must be in the file under its own name, for example ``"0.weight"``.
-        path: ``.safetensors`` or ``.npz``; neither can run code.
+        path: ``.safetensors``, ``.npz``, or ``.pt``, a checkpoint of a run; none of them can run code.
 
     Returns:
         What the manifest records: the file's name and SHA-256.
@@ -34,16 +35,24 @@ def load_parameters(model: nn.Module, path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"--init {path}: there is no such file")
     if path.suffix not in _READERS:
-        raise DataError(f"--init {path}: found a '{path.suffix}' file; give a .safetensors or .npz file of parameters")
+        raise DataError(
+            f"--init {path}: found a '{path.suffix}' file; give a .safetensors or .npz file of parameters, or a "
+            "checkpoint (.pt) of a run"
+        )
     try:
         given = _READERS[path.suffix](path)
     except OSError as error:
         raise DataError(f"--init {path} cannot be read: {error.strerror or error}") from error
-    parameters = dict(model.named_parameters())
-    _check(given, parameters, path)
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    stored = {name: value for name, value in given.items() if name in buffers}
+    _check({name: value for name, value in given.items() if name not in buffers}, parameters, path)
+    for name, value in stored.items():
+        _check_shape(name, value, buffers[name], path)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(given[name])
+        for name, value in stored.items():
+            buffers[name].copy_(value)
     return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
@@ -57,14 +66,18 @@ def _check(given: Mapping[str, Tensor], parameters: Mapping[str, Tensor], path: 
         raise DataError(f"--init {path}: parameter {_some(missing)} of the model is missing in the file")
     for name, parameter in parameters.items():
         value = given[name]
-        if value.shape != parameter.shape:
-            raise DataError(
-                f"--init {path}: '{name}' has shape {tuple(value.shape)}, the model needs {tuple(parameter.shape)}"
-            )
+        _check_shape(name, value, parameter, path)
         if not value.is_floating_point():
             raise DataError(f"--init {path}: '{name}' has dtype {value.dtype}, the model needs floating point")
         if not bool(torch.isfinite(value).all()):
             raise DataError(f"--init {path}: '{name}' holds NaN or infinity")
+
+
+def _check_shape(name: str, value: Tensor, wanted: Tensor, path: Path) -> None:
+    if value.shape != wanted.shape:
+        raise DataError(
+            f"--init {path}: '{name}' has shape {tuple(value.shape)}, the model needs {tuple(wanted.shape)}"
+        )
 
 
 def _some(names: list[str]) -> str:
@@ -95,4 +108,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-_READERS = {".npz": _read_npz, ".safetensors": _read_safetensors}
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(read_model(path))
+    except DataError as error:
+        raise DataError(f"--init {error}") from error
+
+
+_READERS = {".npz": _read_npz, ".safetensors": _read_safetensors, ".pt": _read_checkpoint}

@@ -15,12 +15,15 @@ import torch
 
 from kfacore.errors import ConfigError, DataError, NumericalError, ResourceError
 from kfacore.lab.training.batches import BatchSampler, BatchSchedule
-from kfacore.lab.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from kfacore.lab.training.checkpoint import Best, Checkpoint, load_checkpoint, save_best, save_checkpoint
 from kfacore.lab.training.evaluate import evaluate_all, evaluation_due
-from kfacore.lab.training.files import disk_errors
+from kfacore.lab.training.files import disk_errors, tracebacks
 from kfacore.lab.training.notices import NoticeLog
+from kfacore.lab.training.outcome import Losses
 from kfacore.lab.training.plots import draw_run
+from kfacore.lab.training.progress import Progress
 from kfacore.lab.training.results import RunResult, read_scalars
+from kfacore.lab.training.resume import warn_of_changes
 from kfacore.lab.training.run import RunFolder, default_folder
 from kfacore.lab.training.setup import Parts, build_parts, manifest, method_of
 from kfacore.lab.training.signals import StopSignals, resume_command
@@ -62,7 +65,7 @@ def train(
         listeners: Are told every event.
 
     Returns:
-        The end of the run.
+        The end of the run; its `verdict` says whether it fell apart, with finite numbers to the end.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the run is saved.
@@ -86,7 +89,7 @@ def train(
                 folder.create(config.as_dict(), manifest(config, registry, parts, _now()))
             else:
                 run.restore(checkpoint)
-            with StopSignals() as stop:
+            with StopSignals() as stop, tracebacks(folder.path):
                 return run.go(stop)
         finally:
             folder.unlock()
@@ -117,6 +120,7 @@ class _Run:
         self.evaluated: int | None = None
         self.measures: dict[str, float | None] = {}
         self.saved: int | None = None
+        self.progress = Progress()
         self._kept: tuple[int, int | None] | None = None
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -149,26 +153,12 @@ class _Run:
         self.cases = sum(map(self.sampler.schedule.size, range(1, self.step + 1)))
         self.evaluated, self.saved = checkpoint.evaluated, checkpoint.step
         self._kept = (self.step, self.evaluated)
-        self._compare(record)
+        self.progress = Progress.of(checkpoint.progress, folder)
+        warn_of_changes(record, parts.device_name)
         life = {"step": self.step, "time": _now(), "torch": torch.__version__, "threads": torch.get_num_threads()}
         record["resumed"] = [*record.get("resumed", []), life]
         folder.write_config(self.config.as_dict())
         folder.write_manifest(record)
-
-    def _compare(self, record: Mapping[str, Any]) -> None:
-        """Say what keeps a resumed run from being bit for bit the one that never stopped."""
-        versions = record.get("versions", {})
-        now = {"torch": torch.__version__, "device": self.parts.device_name, "threads": torch.get_num_threads()}
-        then = {"torch": versions.get("torch"), "device": record.get("device"), "threads": record.get("threads")}
-        for name, value in now.items():
-            if value != then[name]:
-                logger.warning(
-                    "resumed with %s %s, started with %s %s: the numbers may differ in the last bits",
-                    name,
-                    value,
-                    name,
-                    then[name],
-                )
 
     def go(self, stop: StopSignals) -> RunResult:
         """Train to the last step."""
@@ -193,7 +183,10 @@ class _Run:
                     self._save()
             return self._finish()
         except NumericalError as error:
-            raise self._explain(error) from error
+            explained = self.progress.explain(error, self.step, self.saved, folder, config.as_dict())
+            ended = {"event": "diverged", "step": self.step, "seconds": self.seconds, "reason": str(explained)}
+            self._emit(ended)
+            raise explained from error
         finally:
             with contextlib.ExitStack() as closing:  # each is closed, whatever another one does
                 for sink in self.sinks:
@@ -215,6 +208,9 @@ class _Run:
         extra: dict[str, Any] = {"notices": list(report.notices)} if report.notices else {}
         if scalars["rho"] == -math.inf:  # which files of events cannot hold
             extra["increased"] = True
+        if scalars.pop("undone", None):
+            extra["rejected"] = True
+        self.progress.take(scalars, rejected="rejected" in extra)
         self._emit(
             {
                 "event": "step",
@@ -229,8 +225,7 @@ class _Run:
         loss = scalars["loss"]
         if loss is None or not math.isfinite(loss):
             raise NumericalError(
-                f"the loss of step {step} is {loss} (lambda {_show(scalars['lam'])}, gamma {_show(scalars['gamma'])}). "
-                f"{_ADVICE}"
+                f"the loss of step {step} is {loss} (lambda {_show(scalars['lam'])}, gamma {_show(scalars['gamma'])})"
             )
 
     def _evaluates(self, step: int) -> bool:
@@ -257,8 +252,14 @@ class _Run:
         self.evaluated = self.step
         self._emit({"event": "eval", "step": self.step, **self.measures, "seconds": self.seconds})
         loss = self.measures["train_loss"]
+        best = self.progress.measure(self.step, math.nan if loss is None else loss)
         if loss is None or not math.isfinite(loss):
-            raise NumericalError(f"the training loss after step {self.step} is {loss}. {_ADVICE}")
+            raise NumericalError(f"the training loss after step {self.step} is {loss}")
+        if best:
+            self._require_finite()
+            config, data = self.config.as_dict(), parts.data.checksum
+            content = Best(parts.model.state_dict(), self.step, loss, config, data)
+            save_best(self.folder.best_file, content, remedy=self._remedy())
 
     def _save(self) -> None:
         """Write a checkpoint, unless it would replace a good one by numbers that are not finite."""
@@ -266,9 +267,7 @@ class _Run:
         if self._kept == state:
             return
         parts = self.parts
-        finite = torch.stack([parameter.isfinite().all() for parameter in parts.model.parameters()]).all()
-        if not bool(finite):
-            raise NumericalError(f"the parameters after step {self.step} hold NaN or infinity. {_ADVICE}")
+        self._require_finite()
         for sink in self.sinks:
             with self._disk():
                 sink.flush()  # first, so that no event before the checkpoint can be missing after a crash
@@ -283,12 +282,18 @@ class _Run:
                 evaluated=self.evaluated,
                 config=self.config.as_dict(),
                 data=parts.data.checksum,
+                progress=self.progress.as_dict(),
             ),
             remedy=self._remedy(),
         )
         self.saved, self._kept = self.step, state
         path = str(self.folder.checkpoint_file)
         self._emit({"event": "checkpoint", "step": self.step, "path": path, "seconds": self.seconds})
+
+    def _require_finite(self) -> None:
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.parts.model.parameters()]).all()
+        if not bool(finite):
+            raise NumericalError(f"the parameters after step {self.step} hold NaN or infinity")
 
     def _finish(self) -> RunResult:
         parts, folder = self.parts, self.folder
@@ -304,6 +309,11 @@ class _Run:
         plots = draw_run(folder, events, parts) if events else ()
         if not events:
             logger.warning("no plots: the jsonl sink, which keeps the events for them, is switched off")
+        best = folder.best_file if folder.best_file.exists() else None
+        if self.progress.losses.last is None:  # the checkpoint is of a version that did not keep them
+            self.progress.losses = Losses.of(events)
+        losses, rejected = self.progress.losses, self.progress.rejected
+        advice = self.progress.advice(self.config.as_dict()) if losses.verdict == "diverged" else ""
         self._emit(
             {
                 "event": "done",
@@ -313,9 +323,16 @@ class _Run:
                 "run": str(folder.path),
                 "plots": [str(plot) for plot in plots],
                 "notices": dict(self.notices.counts),
+                "verdict": losses.verdict,
+                "losses": losses.as_dict(),
+                "rejected": rejected,
+                "best": None if best is None else str(best),
+                **({"advice": advice} if advice else {}),
             }
         )
-        return RunResult(folder.path, self.step, self.seconds, self.measures, tuple(plots))
+        return RunResult(
+            folder.path, self.step, self.seconds, self.measures, tuple(plots), losses, rejected, best, advice
+        )
 
     def _start_event(self) -> dict[str, Any]:
         config, parts = self.config, self.parts
@@ -335,6 +352,7 @@ class _Run:
             "train_cases": len(parts.train),
             "test_cases": 0 if parts.test is None else len(parts.test),
             "data": parts.data.source,
+            "rejected": self.progress.rejected,
             "seconds": self.seconds,
         }
 
@@ -360,21 +378,8 @@ class _Run:
             return ""
         return f"the checkpoint of step {self.saved} is intact, go on with:\n{resume_command(self.folder.path)}"
 
-    def _explain(self, error: NumericalError) -> NumericalError:
-        """A numerical failure with where it happened and what is saved."""
-        message = str(error).rstrip(".")
-        if "step" not in message:  # a part that does not know where it is
-            message = f"step {self.step + 1}: {message}"
-        kept = "" if self.saved is None else f"; the checkpoint of step {self.saved} is kept in {self.folder.path}"
-        return NumericalError(f"{message}{kept}")
-
 
 _MEASURES = ("train_loss", "train_error", "test_loss", "test_error")
-
-_ADVICE = (
-    "Try a larger damping.lambda0, a smaller learning rate, or --dtype float64; if it happens in the first step, look "
-    "at the data and the initial parameters"
-)
 
 
 def _show(value: float | None) -> str:

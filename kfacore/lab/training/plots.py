@@ -92,7 +92,7 @@ def _better_average(events: Sequence[Mapping[str, Any]], parts: Parts) -> nn.Mod
 
 
 def draw_progress(events: Iterable[Mapping[str, Any]], title: str, error_name: str) -> Figure | None:
-    """Loss and error against steps and against training seconds.
+    """Loss and error against steps and against training seconds, with a mark at every step that was undone.
 
     Args:
         events: Events of a run.
@@ -112,6 +112,8 @@ def draw_progress(events: Iterable[Mapping[str, Any]], title: str, error_name: s
         for column, (x, x_label) in enumerate((("step", "step"), ("seconds", "training seconds"))):
             ax = axes[row, column]
             _line(ax, steps, x, name, color=BATCH, linewidth=1.0, label="mini-batch")
+            undone = {"color": WORSE, "linestyle": "none", "marker": "x", "markersize": 7.0, "zorder": 5}
+            _line(ax, [e for e in steps if e.get("rejected")], x, name, label="undone step", **undone)
             # The two sets often lie on each other: a wide line below a narrow one keeps both visible.
             wide: dict[str, Any] = {"color": TRAIN, "marker": "o", "markersize": 5.0, "linewidth": 2.6}
             thin: dict[str, Any] = {"color": TEST, "marker": "o", "markersize": 2.5, "linewidth": 1.1}

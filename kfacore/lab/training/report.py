@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfacore.errors import ConfigError, DataError, nearest
 from kfacore.lab.training.figures import new_figure, number, save_figure, tidy
 from kfacore.lab.training.files import disk_errors
+from kfacore.lab.training.outcome import Losses
 from kfacore.lab.training.run import RunFolder
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class RunSummary:
         optimizer: Name of the optimizer.
         approx: Name of the approximation, or None.
         seed: The seed.
-        state: ``"done"``, or ``"stopped"`` where the last step has not been reached.
+        state: ``"done"``; ``"diverged"`` where the losses say so; ``"stopped"`` where the last step has not been
+            reached.
         steps: Steps taken.
         cases: Training cases processed, the sum of all mini-batches.
         seconds: Training seconds.
@@ -42,6 +44,8 @@ class RunSummary:
         best: The smallest of each.
         reached_step: First evaluated step at which the measure asked for is at or below the target, or None.
         reached_seconds: Training seconds at that step.
+        losses: First, best and last training loss, and the verdict on them.
+        rejected: Steps that were undone.
     """
 
     run: str
@@ -58,6 +62,8 @@ class RunSummary:
     best: Mapping[str, float | None]
     reached_step: int | None
     reached_seconds: float | None
+    losses: Losses = field(default_factory=Losses)
+    rejected: int = 0
 
     @property
     def method(self) -> str:
@@ -66,7 +72,7 @@ class RunSummary:
 
     def as_dict(self) -> dict[str, Any]:
         """The row as JSON types."""
-        return {**asdict(self), "path": str(self.path)}
+        return {**asdict(self), "path": str(self.path), "verdict": self.losses.verdict}
 
 
 def summarise(run: Path, *, target: float | None = None, measure: str = "train_error") -> RunSummary:
@@ -90,6 +96,7 @@ def summarise(run: Path, *, target: float | None = None, measure: str = "train_e
         raise DataError(f"{run} holds no events: it has no steps yet, or its jsonl sink is switched off")
     steps = [event for event in events if event.get("event") == "step"]
     evals = [event for event in events if event.get("event") == "eval"]
+    losses = Losses.of(evals)
     reached = next(
         (e for e in evals if target is not None and (value := number(e.get(measure))) is not None and value <= target),
         None,
@@ -102,7 +109,7 @@ def summarise(run: Path, *, target: float | None = None, measure: str = "train_e
         optimizer=_kind(config, "optimizer") or "?",
         approx=_kind(config, "approx"),
         seed=int(config.get("seed", 0)),
-        state="done" if events[-1].get("event") == "done" else "stopped",
+        state=_state(events, losses),
         steps=int(events[-1]["step"]),
         cases=sum(int(event.get("batch_size", 0)) for event in steps),
         seconds=max((n for event in events if (n := number(event.get("seconds"))) is not None), default=0.0),
@@ -110,7 +117,16 @@ def summarise(run: Path, *, target: float | None = None, measure: str = "train_e
         best={name: min(found) if found else None for name, found in values.items()},
         reached_step=None if reached is None else int(reached["step"]),
         reached_seconds=None if reached is None else number(reached.get("seconds")),
+        losses=losses,
+        rejected=sum(bool(event.get("rejected")) for event in steps),
     )
+
+
+def _state(events: Sequence[Mapping[str, Any]], losses: Losses) -> str:
+    """How a run has ended: by its losses, or in a numerical failure."""
+    if losses.verdict == "diverged" or events[-1].get("event") == "diverged":
+        return "diverged"
+    return "done" if events[-1].get("event") == "done" else "stopped"
 
 
 def compare(

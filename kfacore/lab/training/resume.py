@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from kfacore.lab.config.run import RunConfig
     from kfacore.registry import Registry
 
-__all__ = ["resume_config"]
+__all__ = ["resume_config", "warn_of_changes"]
+
+logger = logging.getLogger("kfacore.lab.training")
 
 _FREE = (
     ("steps",),
@@ -71,6 +74,29 @@ def resume_config(
         if any(layer.values for layer in layers):
             raise
         raise DataError(f"{folder.config_file} is not the configuration of a run: {error}") from error
+
+
+def warn_of_changes(record: Mapping[str, Any], device: str) -> None:
+    """Say what keeps a resumed run from being bit for bit the one that never stopped.
+
+    Args:
+        record: The run's manifest.
+        device: The device of now, in words.
+    """
+    import torch
+
+    versions = record.get("versions", {})
+    now = {"torch": torch.__version__, "device": device, "threads": torch.get_num_threads()}
+    then = {"torch": versions.get("torch"), "device": record.get("device"), "threads": record.get("threads")}
+    for name, value in now.items():
+        if value != then[name]:
+            logger.warning(
+                "resumed with %s %s, started with %s %s: the numbers may differ in the last bits",
+                name,
+                value,
+                name,
+                then[name],
+            )
 
 
 def _from_dict(registry: Registry, values: Mapping[str, Any]) -> RunConfig:

@@ -2,11 +2,12 @@
 
 ::
 
-    config.json      the resolved configuration
-    manifest.json    versions, device, threads, seed, data checksum: what the numbers depend on
-    metrics.jsonl    the events, one JSON object a line (written by the ``jsonl`` sink)
-    checkpoint.pt    everything needed to go on
-    plots/           pictures drawn at the end
+    config.json         the resolved configuration
+    manifest.json       versions, device, threads, seed, data checksum: what the numbers depend on
+    metrics.jsonl       the events, one JSON object a line (written by the ``jsonl`` sink)
+    checkpoint.pt       everything needed to go on
+    checkpoint-best.pt  the parameters with the smallest training loss of all evaluations
+    plots/              pictures drawn at the end
 """
 
 from __future__ import annotations
@@ -70,6 +71,11 @@ class RunFolder:
     def checkpoint_file(self) -> Path:
         """The last checkpoint."""
         return self.path / "checkpoint.pt"
+
+    @property
+    def best_file(self) -> Path:
+        """The parameters with the smallest training loss so far; missing while no evaluation was below the first."""
+        return self.path / "checkpoint-best.pt"
 
     @property
     def plots(self) -> Path:

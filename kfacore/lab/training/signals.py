@@ -5,18 +5,41 @@ from __future__ import annotations
 import shlex
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import ClassVar, Self
 
 from kfacore.errors import KfacError
 
-__all__ = ["Interrupted", "StopSignals", "Terminated", "resume_command"]
+__all__ = ["Interrupted", "StopSignals", "Terminated", "heard_signals", "resume_command"]
 
 
 def resume_command(run: Path) -> str:
     """The command that continues a run, ready to paste into a shell."""
     return f"kfac train --resume {shlex.quote(str(run))}"
+
+
+@contextmanager
+def heard_signals() -> Iterator[None]:
+    """While active, a new process hears SIGINT and SIGTERM even if this one was told to ignore them.
+
+    Who starts us in the background (``make test &`` in a script, some CI runners) may have SIGINT ignored, and what is
+    ignored stays so in every process started from here, which could then not be stopped by it. What has a handler goes
+    back to the default in a new program, so the handler need not do anything. In a thread other than the main one
+    Python allows no handlers; there it does nothing.
+    """
+    ignored = []
+    if threading.current_thread() is threading.main_thread():
+        ignored = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, lambda number, frame: None)
+    try:
+        yield
+    finally:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
 
 
 class Interrupted(KfacError):  # noqa: N818  # stopping is not an error

@@ -17,6 +17,7 @@ from typing import IO, ClassVar
 from kfac_plugins.executors import LocalConfig
 from kfacore.errors import ResourceError
 from kfacore.lab.studies.state import state_folder
+from kfacore.lab.training.signals import heard_signals
 from kfacore.roles import Ended, Executor
 from kfacore.schema.slots import SlotConfig
 
@@ -110,7 +111,7 @@ class _Forks(_Starter):
     def _launch(self) -> None:
         log = self.study / "state" / "zygote.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "ab") as errors:
+        with open(log, "ab") as errors, heard_signals():
             self.server = subprocess.Popen(
                 [sys.executable, "-m", "kfacore.lab.studies.zygote", str(self.study)],
                 stdin=subprocess.PIPE,
@@ -218,7 +219,7 @@ class _Spawns(_Starter):
     def submit(self, run: str) -> None:
         folder = state_folder(self.study, run)
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "log.txt", "ab") as log:
+        with open(folder / "log.txt", "ab") as log, heard_signals():
             self.processes[run] = subprocess.Popen(
                 [sys.executable, "-m", "kfacore.lab.studies.worker", str(self.study), run],
                 stdin=subprocess.DEVNULL,

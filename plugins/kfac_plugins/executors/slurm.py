@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -11,13 +12,16 @@ from typing import Any, ClassVar
 
 from kfac_plugins.executors import SlurmConfig
 from kfacore.errors import ConfigError, ResourceError
-from kfacore.lab.training.signals import Terminated
+from kfacore.lab.studies.state import state_folder
+from kfacore.lab.training.files import disk_errors
+from kfacore.lab.training.signals import Terminated, heard_signals
 from kfacore.roles import Ended, Executor
 from kfacore.schema.slots import SlotConfig
 
 __all__ = ["Job", "Slurm"]
 
 _LOOK_SECONDS = 0.5
+_CLOSE_SECONDS = 30.0
 _REQUEUES = 1000
 """Time limits that a run may meet before submitit gives it up; a run saves before each."""
 
@@ -28,11 +32,13 @@ class Job:
     Args:
         study: The study folder, on a disk that all machines of the cluster share.
         run: The run's hash.
+        alone: Whether the job is a child of submitit's local mode, and ends, saved, when that is gone.
     """
 
-    def __init__(self, study: Path, run: str) -> None:
+    def __init__(self, study: Path, run: str, *, alone: bool = False) -> None:
         self.study = study
         self.run = run
+        self.alone = alone
 
     def __call__(self) -> int:
         """Execute the run and return its exit code; after a preemption, put it back into the queue.
@@ -48,7 +54,9 @@ class Job:
         for number, handler in handlers.items():
             if callable(handler):
                 signal.signal(number, lambda number, frame: announced.append(number))
-        code = execute(self.study, self.run, leave=lambda: bool(announced))
+        wish = _wish(self.study, self.run)
+        parent = os.getppid() if self.alone else None
+        code = execute(self.study, self.run, parent=parent, leave=lambda: bool(announced) or wish.exists())
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if announced and code == Terminated.exit_code:
@@ -58,6 +66,11 @@ class Job:
     def checkpoint(self) -> Any:
         """What submitit puts back into the queue: the same run, which goes on from its checkpoint."""
         return import_module("submitit").helpers.DelayedSubmission(self)
+
+
+def _wish(study: Path, run: str) -> Path:
+    """The file by which a job is asked to end."""
+    return state_folder(study, run) / "stop"
 
 
 class Slurm(Executor):
@@ -120,8 +133,10 @@ class Slurm(Executor):
         Raises:
             ResourceError: SLURM refuses it.
         """
+        _wish(self._study, run).unlink(missing_ok=True)
         try:
-            self._jobs[run] = self._executor.submit(Job(self._study, run))
+            with heard_signals():
+                self._jobs[run] = self._executor.submit(Job(self._study, run, alone=self._alone))
         except Exception as error:  # submitit lets whatever sbatch causes through
             raise ResourceError(f"SLURM does not take the job: {error}; see executor.options") from error
 
@@ -138,14 +153,34 @@ class Slurm(Executor):
             time.sleep(min(_LOOK_SECONDS, left))
 
     def stop(self) -> None:
-        """Cancel the jobs; SLURM sends SIGTERM first."""
-        for job in self._jobs.values():
-            job.cancel(check=False)
+        """Cancel the jobs; SLURM sends SIGTERM first, and kills after a while.
+
+        submitit's local mode kills after one second, which on a busy machine is not enough to save: there the jobs are
+        asked by a file, at which they look after every step.
+        """
+        if not self._alone:
+            self._cancel()
+            return
+        for run in self._jobs:
+            wish = _wish(self._study, run)
+            with disk_errors(wish):
+                wish.touch()
 
     def close(self) -> None:
         """Cancel what is left; what SLURM does not know any more has ended."""
-        self.stop()
+        self._cancel()
+        limit = time.monotonic() + _CLOSE_SECONDS
+        while self._alone and time.monotonic() < limit and not all(job.done() for job in self._jobs.values()):
+            time.sleep(0.05)  # here they are our children, and nothing is to be left behind
         self._jobs.clear()
+
+    @property
+    def _alone(self) -> bool:
+        return self.config.cluster == "local"
+
+    def _cancel(self) -> None:
+        for job in self._jobs.values():
+            job.cancel(check=False)
 
     def _end(self, run: str, job: Any) -> Ended:
         try:

@@ -35,7 +35,7 @@ class Jsonl(Sink):
     def open(self, run: Path, *, step: int) -> None:
         """Open the file and cut off what happened after the step that a resumed run continues from.
 
-        The ``"done"`` of an earlier life goes too: it was not the end.
+        The ``"done"`` or ``"diverged"`` of an earlier life goes too: it was not the end.
 
         Raises:
             DataError: A line before that point is damaged.
@@ -45,7 +45,7 @@ class Jsonl(Sink):
         keep = 0
         try:
             for end, event in read_events(self._path):
-                if event["step"] > step or event.get("event") == "done":
+                if event["step"] > step or event.get("event") in ("done", "diverged"):
                     break
                 keep = end
         except ValueError as error:
