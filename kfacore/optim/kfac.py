@@ -18,6 +18,7 @@ from kfacore.errors import ConfigError
 from kfacore.nest import cases_of
 from kfacore.network import BlockVector, Linearization, Linearizer
 from kfacore.optim.guards import as_parameters, require_finite, require_state
+from kfacore.optim.joint import BoundJoint, Joint, joint_or_loss
 from kfacore.optim.local import LocalModel, combine
 from kfacore.optim.loss import BoundLoss, Loss
 from kfacore.optim.objective import penalty
@@ -69,7 +70,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         model: nn.Module,
         config: KFACConfig | None = None,
         *,
-        likelihood: str | Mapping[str, Any] | LikelihoodConfig | Likelihood | nn.Module | Loss | None = None,
+        likelihood: str | Mapping[str, Any] | LikelihoodConfig | Likelihood | nn.Module | Loss | Joint | None = None,
         approx: str | Mapping[str, Any] | ApproxConfig | Approximation | None = None,
         estimator: str | Mapping[str, Any] | EstimatorConfig | Estimator | None = None,
         damping: str | Mapping[str, Any] | DampingConfig | Damping | None = None,
@@ -100,7 +101,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         if chosen["autocast"] not in (None, "bfloat16"):
             raise ConfigError(f"autocast must be 'bfloat16' or left out, found {chosen['autocast']!r}")
         self._low = torch.bfloat16 if chosen["autocast"] else None
-        self.loss = Loss.of(chosen["likelihood"])
+        self.loss = joint_or_loss(chosen["likelihood"])
         self.approx = registry.build("approx", chosen["approx"])
         self.estimator = registry.build("estimator", chosen["estimator"])
         self.damping = registry.build("damping", chosen["damping"])
@@ -262,7 +263,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         deferred = self.loss.deferred
         require_finite(what, value, inputs, targets, step=self.steps + 1, damping=damping, deferred=deferred)
 
-    def _samples(self, batch: Linearization, bound: BoundLoss) -> list[LayerSamples]:
+    def _samples(self, batch: Linearization, bound: BoundLoss | BoundJoint) -> list[LayerSamples]:
         """What the estimator's backward passes show of each block, with the S that their squares are divided by."""
         z = batch.statistics_outputs()
         total = bound.total(len(z))
@@ -270,7 +271,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         usual = not isinstance(total, Tensor) and total == len(z)
         return samples if usual else [replace(s, total=total) for s in samples]
 
-    def _objective(self, batch: Linearization, bound: BoundLoss) -> tuple[Tensor, Tensor, Tensor]:
+    def _objective(self, batch: Linearization, bound: BoundLoss | BoundJoint) -> tuple[Tensor, Tensor, Tensor]:
         """loss, h = loss + eta/2 ||theta||^2, and the reported error, at the parameters of the forward pass."""
         loss, error = bound.value(batch.outputs())
         return loss, loss + penalty(self._parameters(), self.weight_decay), error
@@ -299,7 +300,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             self._grad, self._delta = self._vector(), self._vector()
         return self.preconditioner
 
-    def _gradient(self, batch: Linearization, bound: BoundLoss, *, retain: bool = False) -> BlockVector:
+    def _gradient(self, batch: Linearization, bound: BoundLoss | BoundJoint, *, retain: bool = False) -> BlockVector:
         """Grad h = mean of J^T (d nll / dz) + eta theta."""
         assert self._grad is not None
         grad = batch.gradient(bound.residuals(batch.outputs()), self._grad, retain=retain)
@@ -322,7 +323,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             proposal.flat.neg_()
         return proposals
 
-    def _local(self, batch: Linearization, bound: BoundLoss, grad: BlockVector) -> LocalModel:
+    def _local(self, batch: Linearization, bound: BoundLoss | BoundJoint, grad: BlockVector) -> LocalModel:
         n = self.momentum.cases(batch.cases)
         return LocalModel(batch, bound, grad, self.damping.lam + self.weight_decay, n)
 
@@ -351,10 +352,10 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             self._delta.flat.copy_(further.flat)
         torch._foreach_add_(self._parameters(), self._delta.parts)
 
-    def _adapt(self, inputs: Any, bound: BoundLoss, before: Tensor, predicted: Tensor) -> Tensor:
+    def _adapt(self, inputs: Any, bound: BoundLoss | BoundJoint, before: Tensor, predicted: Tensor) -> Tensor:
         """rho = (h(theta + delta) - h(theta)) / model value on the same mini-batch; -inf if h went up."""
         with torch.no_grad():
-            loss, _ = bound.value([self.model(inputs)])
+            loss, _ = bound.value([self.loss.pack(self.model(inputs))])
         change = loss + penalty(self._parameters(), self.weight_decay) - before
         rho = torch.where(change > 0, -torch.inf, change / predicted)
         self.damping.adapt(rho)

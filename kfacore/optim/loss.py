@@ -105,6 +105,8 @@ class Loss:
         counts = None if mask is None else layout.mask_rows(mask)
         y, bad = self._checked(layout.target_rows(targets), counts, layout, z, where)
         terms = self.likelihood.terms(y, layout.outputs, z)
+        if not terms.target.is_floating_point():  # class numbers, in range whatever the targets are
+            y = terms.target
         if terms.counts is not None:
             counts = terms.counts if counts is None else counts & terms.counts
         bound = BoundLoss(self, layout, cases, y, terms, counts, bad)
@@ -224,14 +226,31 @@ class BoundLoss:
         counts = self.counts[: n * self.layout.rows]
         return (counts.view(n, -1).any(1) if by_example else counts).sum().clamp(min=1)
 
+    @property
+    def plain(self) -> bool:
+        """Whether this is the mean over cases of the likelihood of z (n, o), with nothing masked or weighted."""
+        whole = self._kept is None and self.terms.weight is None and self.terms.target is self.y
+        usual = self.factor == 1.0 and self.loss.per != "batch"
+        return whole and usual and self.layout == Layout((), self.layout.outputs)
+
     def value(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:  # (), () float64
         """Loss and reported error at outputs z, in chunks; means, accumulated in double precision."""
+        loss, error = self.sums(outputs)
+        return loss / self.total(), error / self.counted
+
+    @property
+    def counted(self) -> int | Tensor:
+        """Examples or positions that the error is the mean over."""
+        return self._counted(self.cases)
+
+    def sums(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:  # (), () float64
+        """The two means of `value` before they are divided, by `total` and by `counted`."""
         losses, errors = [], []
         for z, rows in self._chunks(outputs):
             losses.append(self._masked(self._row_losses(z, rows), rows).sum(dtype=torch.float64))
             errors.append(self._masked(self.likelihood.error(z, self.y[rows]), rows).sum(dtype=torch.float64))
         loss, error = torch.stack(losses).sum(), torch.stack(errors).sum()
-        return (loss if self.factor == 1.0 else self.factor * loss) / self.total(), error / self._counted(self.cases)
+        return loss if self.factor == 1.0 else self.factor * loss, error
 
     def _row_losses(self, z: Tensor, rows: slice) -> Tensor:  # (N,)
         target, weight = self.terms.target[rows], self.terms.weight
