@@ -168,7 +168,7 @@ class BoundJoint:
             vectors = self.heads[key].statistics(own, estimator, generator, part)
             parts.append(self._root(key, len(z)) * vectors)
         flat = [v.reshape(*v.shape[:2], -1) for v in parts]
-        if estimator.one_pass_for_heads:
+        if estimator.shares_passes:
             return torch.cat(flat, 2)
         widths = [v.shape[2] for v in flat]
         padded = [torch.nn.functional.pad(v, (sum(widths[:i]), sum(widths[i + 1 :]))) for i, v in enumerate(flat)]
@@ -191,8 +191,10 @@ class BoundJoint:
 
     def _root(self, key: Key, cases: int) -> float | Tensor:
         """Root of a head's weight, times S / S_j where it is divided by another number."""
-        scale = self.loss.weights[key] * (cases / self.heads[key].total(cases))
-        return scale.sqrt() if isinstance(scale, Tensor) else math.sqrt(scale)
+        total, weight = self.heads[key].total(cases), self.loss.weights[key]
+        if isinstance(total, Tensor):
+            return (weight * cases / total.double()).sqrt()
+        return math.sqrt(weight * cases / total)
 
 
 def joint_or_loss(value: Any) -> Loss | Joint:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfacore.errors import DataError
+from kfacore.errors import ConfigError, DataError
 from kfacore.optim.comparison import compare
 from kfacore.optim.guards import check_form
 from kfacore.optim.layout import Layout, find_layout
@@ -36,6 +36,9 @@ __all__ = ["BoundLoss", "Loss", "Total"]
 
 Total = float | Tensor
 """S: a number where the shapes tell it, a scalar on the device where a mask or weights do."""
+
+_MOST_PASSES = 4096
+"""More backward passes than this in one step are a mistake."""
 
 
 class Loss:
@@ -297,7 +300,25 @@ class BoundLoss:
             vectors = estimator.output_vectors(
                 _embed(rows, own, whole), _embed(target, own, whole), self.likelihood, generator
             )[:, own]
+        if self.layout.rows > 1 and not estimator.shares_passes:
+            vectors = self._apart(vectors, estimator)
         return self.layout.from_rows(self._masked(self._weighted(vectors, here, root=True), here))
+
+    def _apart(self, vectors: Tensor, estimator: Estimator) -> Tensor:  # (k, n R, o) -> (R k, n R, o)
+        """A pass for each position: below the outputs, positions mix, and products of two would be counted.
+
+        Raises:
+            ConfigError: There would be too many.
+        """
+        R, k = self.layout.rows, len(vectors)
+        if R * k > _MOST_PASSES:
+            raise ConfigError(
+                f"estimator '{estimator.config.kind}' needs {k} backward passes for each of {R} positions; use "
+                "'monte-carlo', which needs one for all"
+            )
+        own = torch.eye(R, dtype=vectors.dtype, device=vectors.device)  # position r alone, for each r
+        apart = own[:, None, None, :, None] * vectors.reshape(1, k, -1, R, self.layout.outputs)
+        return apart.reshape(R * k, -1, self.layout.outputs)
 
     def fisher_product(
         self,

@@ -23,12 +23,13 @@ class Estimator(Part):
     metric it stands for.
 
     Attributes:
-        one_pass_for_heads: Whether vectors of several heads of a model may share a pass: their products vanish in
-            expectation (targets are drawn for each), or belong to the metric.
+        shares_passes: Whether vectors of several positions of a case, and of several heads of a model, may share a
+            pass: their products vanish in expectation (targets are drawn for each), or belong to the metric. Otherwise
+            each has passes of its own.
     """
 
     config: EstimatorConfig
-    one_pass_for_heads: ClassVar[bool] = False
+    shares_passes: ClassVar[bool] = False
 
     def cases(self, batch_size: int) -> int:
         """Number of cases used, ceil(tau_1 m)."""

@@ -109,19 +109,23 @@ def test_value_gradient_and_metric_are_those_of_torch(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_statistics_are_a_root_of_the_metric(name: str) -> None:
-    """Sums over passes of v v^T within a position are S times the metric's blocks, of all cases and of the first."""
+    """Sums over passes of v v^T of a case are S times the metric's block, of all cases and of the first ones."""
     make, shape, targets = CASES[name]
     z, y = normal(*shape, seed=5), targets(shape)
     bound = Loss.of(make()).bind([z], y)
     for n in (len(z), 2):
-        layout, first = bound.layout, z[:n]
-        v = layout.to_rows(bound.statistics(first, Exact(), draws()), 1)  # (k, N, o)
-        N, o = v.shape[1:]
-        metric = dense(lambda t, first=first: bound.fisher_product(first, t), first)
-        as_rows = layout.to_rows(torch.arange(first.numel()).view(first.shape)).reshape(-1)
-        blocks = metric[as_rows][:, as_rows].view(N, o, N, o)
+        first = z[:n]
+        v = bound.statistics(first, Exact(), draws())
+        v = v.reshape(*v.shape[:2], -1)
+        metric = dense(lambda t, first=first: bound.fisher_product(first, t), first).view(n, v.shape[2], n, v.shape[2])
         found = torch.einsum("kni,knj->nij", v, v) / bound.total(n)
-        torch.testing.assert_close(found, torch.stack([blocks[i, :, i] for i in range(N)]), rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(found, torch.stack([metric[i, :, i] for i in range(n)]), rtol=1e-10, atol=1e-13)
+
+
+def test_too_many_passes_are_refused() -> None:
+    z, y = torch.zeros(1, 5000, CLASSES), labels(1, 5000)
+    with pytest.raises(ConfigError, match="'exact' needs 3 backward passes for each of 5000 positions"):
+        Loss.of("categorical").bind([z], y).statistics(z, Exact(), draws())
 
 
 def test_a_gaussian_with_a_variance() -> None:

@@ -21,7 +21,7 @@ class Empirical(Estimator):
 
     Config = EmpiricalConfig
     config: EmpiricalConfig
-    one_pass_for_heads = True
+    shares_passes = True
 
     def output_vectors(self, z: Tensor, y: Tensor, likelihood: Likelihood, generator: torch.Generator) -> Tensor:
         """(1, n, o)."""
