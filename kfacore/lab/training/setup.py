@@ -192,8 +192,12 @@ def check_data(model: nn.Module, likelihood: Likelihood, data: ProblemData) -> N
 
     Raises:
         DataError: The message says what does not fit.
+        ConfigError: An option of the likelihood does not fit the model's outputs.
     """
-    check(data, likelihood, _outputs(model, data.train))
+    z = _outputs(model, data.train)
+    check(data, likelihood, z.shape[1])
+    y = data.train.targets[:1]
+    likelihood.terms(y if y.is_floating_point() else y.long(), z.shape[1], z)
 
 
 def build_optimizer(config: RunConfig, registry: Registry, model: nn.Module, likelihood: Likelihood) -> Optimizer:
@@ -225,8 +229,8 @@ def _place(split: Split, device: torch.device, dtype: torch.dtype) -> Split:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, split: Split) -> int:
-    """The number of outputs, from a forward pass of one case."""
+def _outputs(model: nn.Module, split: Split) -> Tensor:
+    """z of one case, (1, o)."""
     shape = tuple(split.inputs.shape)
     try:
         z = model(split.inputs[:1])
@@ -236,7 +240,7 @@ def _outputs(model: nn.Module, split: Split) -> int:
     if not isinstance(z, Tensor) or z.dim() != 2:
         found = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
         raise DataError(f"the model must return natural parameters of shape (cases, outputs), found {found}")
-    return int(z.shape[1])
+    return z
 
 
 def _cpu() -> str:
