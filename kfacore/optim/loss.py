@@ -26,7 +26,7 @@ from kfacore.optim.comparison import compare
 from kfacore.optim.guards import check_form
 from kfacore.optim.layout import Layout, find_layout
 from kfacore.optim.quadratic import fisher_gram, gram
-from kfacore.optim.targets import DeferredRefusal, as_mask, fill_invalid, true_on_host
+from kfacore.optim.targets import DeferredRefusal, as_mask, fill_invalid, on_host, true_on_host
 from kfacore.registry import get_registry
 from kfacore.roles.criterion import is_criterion, read_criterion
 from kfacore.roles.estimator import Estimator
@@ -134,7 +134,7 @@ class Loss:
             self._form = form
         # The one place where labels of all kinds become int64: torch compares small integers in their own dtype.
         y = y.to(z.dtype) if y.is_floating_point() else y.long()
-        if y.device.type != "cpu":
+        if not on_host(y):
             return y, self.likelihood.unfit(y, outputs)
         if not new and true_on_host(self.likelihood.unfit(y, outputs).any()):
             self.likelihood.check_targets(y, outputs, said)
@@ -144,7 +144,7 @@ class Loss:
     def _require_rows(self, bound: BoundLoss, where: str, step: int) -> None:
         """Refuse a mini-batch in which nothing counts, or keep that for later."""
         nothing = None if bound.counts is None else ~bound.counts.any()
-        if bound.y.device.type == "cpu":
+        if on_host(bound.y):
             if nothing is not None and true_on_host(nothing):
                 raise DataError(
                     f"{where}: no position of the mini-batch counts (all are masked or ignored), so its loss is 0 / 0; "

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kfacore.roles.executor import Ended, Executor
     from kfacore.roles.inverse import Inverse, Notice
     from kfacore.roles.layer import Layer, Use
-    from kfacore.roles.likelihood import Likelihood
+    from kfacore.roles.likelihood import Likelihood, Terms
     from kfacore.roles.moment import Moment, Moments
     from kfacore.roles.momentum import Momentum
     from kfacore.roles.optimizer import Optimizer, StepReport
@@ -46,6 +46,7 @@ __all__ = [
     "Sink",
     "Split",
     "StepReport",
+    "Terms",
     "Use",
 ]
 
@@ -73,6 +74,7 @@ _HOMES = {
     "Sink": "sink",
     "Split": "problem",
     "StepReport": "optimizer",
+    "Terms": "likelihood",
     "Use": "layer",
 }
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import kfacore.optim.loss as loss_module
 from kfacore import KFAC
 from kfacore.errors import DataError
 from kfacore.optim.guards import require_finite
-from kfacore.optim.loss import Loss
 from kfacore.optim.targets import DeferredRefusal, true_on_host
 
 SMALL = [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.uint64]
@@ -142,17 +142,53 @@ def test_what_only_the_device_knows_is_refused_at_the_next_look() -> None:
     require_finite("objective", number, number[None], number[None], step=6, damping=damping, deferred=deferred)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device that is not waited for")
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device that is not waited for: CUDA where there is one, and the CPU taken for one."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA")
+    monkeypatch.setattr(loss_module, "on_host", lambda tensor: False)
+    return str(request.param)
+
+
 @pytest.mark.parametrize(("likelihood", "value", "message"), WRONG)
-def test_a_wrong_target_on_a_device_is_left_out(likelihood: str, value: Any, message: str) -> None:
-    y = good(likelihood).cuda()
-    z = inputs()[:, 3:].cuda()
+def test_a_wrong_target_on_a_device_does_not_count(likelihood: str, value: Any, message: str, device: str) -> None:
+    """It leaves no trace in its own step, and is refused in the next one that waits, before the parameters move."""
+    model, twin = net().to(device), net().to(device)
+    options: dict[str, Any] = {"likelihood": likelihood, "approx": {"kind": "blockdiag", "refresh_growth": None}}
+    optimizer, other = KFAC(model, **options), KFAC(twin, **options)
+    x, y = inputs().to(device), good(likelihood).to(device)
+    with pytest.raises(DataError, match=message):  # wholly checked while the form is new
+        KFAC(net().to(device), **options).step(x, spoiled(y, value))
+    for _ in range(3):
+        optimizer.step(x, y)
+        other.step(x, y)
+    report = optimizer.step(x, spoiled(y, value))
+    reference = other.step(x, spoiled(y, float("nan") if y.is_floating_point() else 77))
+    assert bool(report.loss.isfinite())
+    assert float(report.loss) == float(reference.loss), "whatever is there does not matter"
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(DataError, match="the mini-batch of step 4 held targets that are out of range"):
+        optimizer.step(x, y)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    optimizer.step(x, y)
+
+
+def test_a_mini_batch_on_a_device_in_which_nothing_counts(device: str) -> None:
+    x, y = inputs().to(device), good("categorical").to(device)
+    model = net().to(device)
+    approx = {"kind": "blockdiag", "refresh_growth": None}
+    optimizer = KFAC(model, likelihood=nn.CrossEntropyLoss(), approx=approx)
+    for _ in range(3):
+        optimizer.step(x, y)
+    optimizer.step(x, torch.full_like(y, -100))
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    with pytest.raises(DataError, match=r"the mini-batch of step 4 .*none that counts"):
+        optimizer.step(x, y)
+
+
+def spoiled(y: Tensor, value: Any) -> Tensor:
     wrong = y.clone()
     wrong.view(64, -1)[5, 0] = value
-    loss = Loss.of(likelihood)
-    loss.bind([z], y, step=1)
-    bound = loss.bind([z], wrong, step=2)
-    assert bool((bound.residuals([z])[0][5] == 0).all())
-    assert bool(bound.value([z])[0].isfinite())
-    with pytest.raises(DataError, match="the mini-batch of step 2"):
-        loss.deferred.refuse()
+    return wrong

@@ -171,7 +171,7 @@ IDS = 1000 * (np.arange(12) % 10) + 17
 def test_ids_are_no_class_numbers(tmp_path: Path, labels: np.ndarray) -> None:
     """They would make a model of as many outputs, and take all memory before anybody is told."""
     made = problem(tmp_path, {"x_train": X, "y_train": labels})
-    with pytest.raises(DataError, match="'y_train'.*(distinct class numbers|must be 0 or more)"):
+    with pytest.raises(DataError, match=r"'y_train'.*(distinct class numbers|must be 0 or more)"):
         model_of(made)
 
 

@@ -194,10 +194,10 @@ def check_data(model: nn.Module, likelihood: Likelihood, data: ProblemData) -> N
         DataError: The message says what does not fit.
         ConfigError: An option of the likelihood does not fit the model's outputs.
     """
-    z = _outputs(model, data.train)
-    check(data, likelihood, z.shape[1])
+    outputs = _outputs(model, data.train)
+    check(data, likelihood, outputs)
     y = data.train.targets[:1]
-    likelihood.terms(y if y.is_floating_point() else y.long(), z.shape[1], z)
+    likelihood.terms(y if y.is_floating_point() else y.long(), outputs, torch.zeros(1, outputs))
 
 
 def build_optimizer(config: RunConfig, registry: Registry, model: nn.Module, likelihood: Likelihood) -> Optimizer:
@@ -229,8 +229,8 @@ def _place(split: Split, device: torch.device, dtype: torch.dtype) -> Split:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, split: Split) -> Tensor:
-    """z of one case, (1, o)."""
+def _outputs(model: nn.Module, split: Split) -> int:
+    """The number of outputs, from a forward pass of one case."""
     shape = tuple(split.inputs.shape)
     try:
         z = model(split.inputs[:1])
@@ -240,7 +240,7 @@ def _outputs(model: nn.Module, split: Split) -> Tensor:
     if not isinstance(z, Tensor) or z.dim() != 2:
         found = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
         raise DataError(f"the model must return natural parameters of shape (cases, outputs), found {found}")
-    return z
+    return int(z.shape[1])
 
 
 def _cpu() -> str:
