@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         ResourceError,
         UnsupportedModelError,
     )
+    from kfacore.optim.joint import Joint
     from kfacore.optim.kfac import KFAC
     from kfacore.optim.options import KFACConfig
     from kfacore.roles.optimizer import StepReport
@@ -30,6 +31,7 @@ __all__ = [
     "KFAC",
     "ConfigError",
     "DataError",
+    "Joint",
     "KFACConfig",
     "KfacError",
     "NumericalError",
@@ -42,6 +44,7 @@ __all__ = [
 
 _HOMES = {
     "KFAC": "kfacore.optim.kfac",
+    "Joint": "kfacore.optim.joint",
     "KFACConfig": "kfacore.optim.options",
     "Preconditioner": "kfacore.curvature.preconditioner",
     "StepReport": "kfacore.roles.optimizer",

@@ -115,11 +115,22 @@ def as_parameters(nest: Any, saved: torch.dtype, like: Tensor) -> Any:
         like: A parameter.
 
     Returns:
-        The same nest; what was in another dtype than the parameters, and scalars such as gamma, keep it.
+        The same nest; what was in another dtype than the parameters, and scalars such as gamma, keep it. What was
+        symmetric up to rounding in the old precision is symmetric in the new one.
     """
 
     def move(tensor: Tensor) -> Tensor:
-        follows = tensor.dtype == saved and tensor.dim() > 0
-        return tensor.to(device=like.device, dtype=like.dtype if follows else tensor.dtype)
+        tensor = tensor.to(like.device)
+        if tensor.dtype != saved or tensor.dim() == 0 or saved == like.dtype:
+            return tensor
+        return _symmetric(tensor.to(like.dtype), torch.finfo(saved).eps)
 
     return map_nest(move, nest)
+
+
+def _symmetric(M: Tensor, eps: float) -> Tensor:
+    """The symmetric part of a matrix that has no other, up to rounding: eigenproblems look at one half of it only."""
+    if M.dim() < 2 or M.shape[-1] != M.shape[-2] or M.numel() == 0:
+        return M
+    close = float((M - M.mT).abs().max()) <= 16 * eps * M.shape[-1] ** 0.5 * float(M.abs().max())
+    return (M + M.mT) * 0.5 if close else M

@@ -18,6 +18,7 @@ from kfacore.errors import ConfigError
 from kfacore.nest import cases_of
 from kfacore.network import BlockVector, Linearization, Linearizer
 from kfacore.optim.guards import as_parameters, require_finite, require_state
+from kfacore.optim.joint import BoundJoint, Joint, joint_or_loss
 from kfacore.optim.keeper import Keeper
 from kfacore.optim.local import LocalModel, combine
 from kfacore.optim.loss import BoundLoss, Loss
@@ -80,7 +81,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         model: nn.Module,
         config: KFACConfig | None = None,
         *,
-        likelihood: str | Mapping[str, Any] | LikelihoodConfig | Likelihood | nn.Module | Loss | None = None,
+        likelihood: str | Mapping[str, Any] | LikelihoodConfig | Likelihood | nn.Module | Loss | Joint | None = None,
         approx: str | Mapping[str, Any] | ApproxConfig | Approximation | None = None,
         estimator: str | Mapping[str, Any] | EstimatorConfig | Estimator | None = None,
         damping: str | Mapping[str, Any] | DampingConfig | Damping | None = None,
@@ -113,7 +114,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         if chosen["autocast"] not in (None, "bfloat16"):
             raise ConfigError(f"autocast must be 'bfloat16' or left out, found {chosen['autocast']!r}")
         self._low = torch.bfloat16 if chosen["autocast"] else None
-        self.loss = Loss.of(chosen["likelihood"])
+        self.loss = joint_or_loss(chosen["likelihood"])
         self.approx = registry.build("approx", chosen["approx"])
         self.estimator = registry.build("estimator", chosen["estimator"])
         self.damping = registry.build("damping", chosen["damping"])
@@ -334,7 +335,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
     def _measure(self, at: At) -> Tensor:
         """h of the mini-batch at the parameters as they are now."""
         with torch.no_grad():
-            loss, _ = at.bound.value([self.model(at.inputs)])
+            loss, _ = at.bound.value([self.loss.pack(self.model(at.inputs))])
         return loss + penalty(self._parameters(), self.weight_decay)
 
     @staticmethod
@@ -347,7 +348,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         deferred = self.loss.deferred
         require_finite(what, value, at.inputs, at.targets, step=at.step, damping=damping, deferred=deferred)
 
-    def _samples(self, batch: Linearization, bound: BoundLoss) -> list[LayerSamples]:
+    def _samples(self, batch: Linearization, bound: BoundLoss | BoundJoint) -> list[LayerSamples]:
         """What the estimator's backward passes show of each block, with the S that their squares are divided by."""
         z = batch.statistics_outputs()
         total = bound.total(len(z))
@@ -355,7 +356,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         usual = not isinstance(total, Tensor) and total == len(z)
         return samples if usual else [replace(s, total=total) for s in samples]
 
-    def _objective(self, batch: Linearization, bound: BoundLoss) -> tuple[Tensor, Tensor, Tensor]:
+    def _objective(self, batch: Linearization, bound: BoundLoss | BoundJoint) -> tuple[Tensor, Tensor, Tensor]:
         """loss, h = loss + eta/2 ||theta||^2, and the reported error, at the parameters of the forward pass."""
         loss, error = bound.value(batch.outputs())
         return loss, loss + penalty(self._parameters(), self.weight_decay), error
@@ -384,7 +385,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             self._grad, self._delta = self._vector(), self._vector()
         return self.preconditioner
 
-    def _gradient(self, batch: Linearization, bound: BoundLoss, *, retain: bool = False) -> BlockVector:
+    def _gradient(self, batch: Linearization, bound: BoundLoss | BoundJoint, *, retain: bool = False) -> BlockVector:
         """Grad h = mean of J^T (d nll / dz) + eta theta."""
         assert self._grad is not None
         grad = batch.gradient(bound.residuals(batch.outputs()), self._grad, retain=retain)
@@ -408,7 +409,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             proposal.flat.neg_()
         return proposals
 
-    def _local(self, batch: Linearization, bound: BoundLoss, grad: BlockVector) -> LocalModel:
+    def _local(self, batch: Linearization, bound: BoundLoss | BoundJoint, grad: BlockVector) -> LocalModel:
         n = self.momentum.cases(batch.cases)
         own = self._parameters() if self.momentum.config.slope == "model" and n < batch.cases else None
         return LocalModel(batch, bound, grad, self.damping.lam, self.weight_decay, n, own)

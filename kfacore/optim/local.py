@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacore.network import BlockVector, Linearization
+from kfacore.optim.joint import BoundJoint
 from kfacore.optim.loss import BoundLoss
 from kfacore.optim.quadratic import model_value, on_planes, symmetric_gram
 from kfacore.roles.inverse import Inverse
@@ -45,7 +46,7 @@ class LocalModel:
     def __init__(
         self,
         batch: Linearization,
-        loss: BoundLoss | Likelihood,
+        loss: BoundLoss | BoundJoint | Likelihood,
         grad: BlockVector,
         lam: Tensor,
         eta: float,
@@ -66,9 +67,11 @@ class LocalModel:
         return torch.cat(self._batch.outputs())[: self._cases]
 
     @cached_property
-    def _loss(self) -> BoundLoss:
+    def _loss(self) -> BoundLoss | BoundJoint:
         given = self._given
-        return given if isinstance(given, BoundLoss) else BoundLoss.untargeted(given, len(self._z), self._z.shape[-1])
+        if isinstance(given, Likelihood):
+            return BoundLoss.untargeted(given, len(self._z), self._z.shape[-1])
+        return given
 
     def push(self, directions: Sequence[BlockVector]) -> Tensor:  # (k, n, o)
         """J v for each direction, in one pass."""

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfacore.errors import DataError
+from kfacore.errors import ConfigError, DataError
 from kfacore.optim.comparison import compare
 from kfacore.optim.guards import check_form
 from kfacore.optim.layout import Layout, find_layout
 from kfacore.optim.quadratic import fisher_gram, gram
-from kfacore.optim.targets import DeferredRefusal, as_mask, fill_invalid, true_on_host
+from kfacore.optim.targets import DeferredRefusal, as_mask, fill_invalid, on_host, true_on_host
 from kfacore.registry import get_registry
 from kfacore.roles.criterion import is_criterion, read_criterion
 from kfacore.roles.estimator import Estimator
@@ -36,6 +36,9 @@ __all__ = ["BoundLoss", "Loss", "Total"]
 
 Total = float | Tensor
 """S: a number where the shapes tell it, a scalar on the device where a mask or weights do."""
+
+_MOST_PASSES = 4096
+"""More backward passes than this in one step are a mistake."""
 
 
 class Loss:
@@ -105,6 +108,8 @@ class Loss:
         counts = None if mask is None else layout.mask_rows(mask)
         y, bad = self._checked(layout.target_rows(targets), counts, layout, z, where)
         terms = self.likelihood.terms(y, layout.outputs, z)
+        if not terms.target.is_floating_point():  # class numbers, in range whatever the targets are
+            y = terms.target
         if terms.counts is not None:
             counts = terms.counts if counts is None else counts & terms.counts
         bound = BoundLoss(self, layout, cases, y, terms, counts, bad)
@@ -129,7 +134,7 @@ class Loss:
             self._form = form
         # The one place where labels of all kinds become int64: torch compares small integers in their own dtype.
         y = y.to(z.dtype) if y.is_floating_point() else y.long()
-        if y.device.type != "cpu":
+        if not on_host(y):
             return y, self.likelihood.unfit(y, outputs)
         if not new and true_on_host(self.likelihood.unfit(y, outputs).any()):
             self.likelihood.check_targets(y, outputs, said)
@@ -139,7 +144,7 @@ class Loss:
     def _require_rows(self, bound: BoundLoss, where: str, step: int) -> None:
         """Refuse a mini-batch in which nothing counts, or keep that for later."""
         nothing = None if bound.counts is None else ~bound.counts.any()
-        if bound.y.device.type == "cpu":
+        if on_host(bound.y):
             if nothing is not None and true_on_host(nothing):
                 raise DataError(
                     f"{where}: no position of the mini-batch counts (all are masked or ignored), so its loss is 0 / 0; "
@@ -224,14 +229,31 @@ class BoundLoss:
         counts = self.counts[: n * self.layout.rows]
         return (counts.view(n, -1).any(1) if by_example else counts).sum().clamp(min=1)
 
+    @property
+    def plain(self) -> bool:
+        """Whether this is the mean over cases of the likelihood of z (n, o), with nothing masked or weighted."""
+        whole = self._kept is None and self.terms.weight is None and self.terms.target is self.y
+        usual = self.factor == 1.0 and self.loss.per != "batch"
+        return whole and usual and self.layout == Layout((), self.layout.outputs)
+
     def value(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:  # (), () float64
         """Loss and reported error at outputs z, in chunks; means, accumulated in double precision."""
+        loss, error = self.sums(outputs)
+        return loss / self.total(), error / self.counted
+
+    @property
+    def counted(self) -> int | Tensor:
+        """Examples or positions that the error is the mean over."""
+        return self._counted(self.cases)
+
+    def sums(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:  # (), () float64
+        """The two means of `value` before they are divided, by `total` and by `counted`."""
         losses, errors = [], []
         for z, rows in self._chunks(outputs):
             losses.append(self._masked(self._row_losses(z, rows), rows).sum(dtype=torch.float64))
             errors.append(self._masked(self.likelihood.error(z, self.y[rows]), rows).sum(dtype=torch.float64))
         loss, error = torch.stack(losses).sum(), torch.stack(errors).sum()
-        return (loss if self.factor == 1.0 else self.factor * loss) / self.total(), error / self._counted(self.cases)
+        return loss if self.factor == 1.0 else self.factor * loss, error
 
     def _row_losses(self, z: Tensor, rows: slice) -> Tensor:  # (N,)
         target, weight = self.terms.target[rows], self.terms.weight
@@ -278,6 +300,8 @@ class BoundLoss:
             vectors = estimator.output_vectors(
                 _embed(rows, own, whole), _embed(target, own, whole), self.likelihood, generator
             )[:, own]
+        if self.layout.rows > 1 and not estimator.shares_passes:
+            vectors = self._apart(vectors, estimator)
         return self.layout.from_rows(self._masked(self._weighted(vectors, here, root=True), here))
 
     def slopes(
@@ -290,6 +314,22 @@ class BoundLoss:
         here = slice(0, len(rows))
         r = self._masked(self._weighted(self.likelihood.residual(rows, self.terms.target[here]), here), here)
         return (r * self.layout.to_rows(Jv, 1)).sum((1, 2), dtype=torch.float64) / self.total(len(z))
+
+    def _apart(self, vectors: Tensor, estimator: Estimator) -> Tensor:  # (k, n R, o) -> (R k, n R, o)
+        """A pass for each position: below the outputs, positions mix, and products of two would be counted.
+
+        Raises:
+            ConfigError: There would be too many.
+        """
+        R, k = self.layout.rows, len(vectors)
+        if R * k > _MOST_PASSES:
+            raise ConfigError(
+                f"estimator '{estimator.config.kind}' needs {k} backward passes for each of {R} positions; use "
+                "'monte-carlo', which needs one for all"
+            )
+        own = torch.eye(R, dtype=vectors.dtype, device=vectors.device)  # position r alone, for each r
+        apart = own[:, None, None, :, None] * vectors.reshape(1, k, -1, R, self.layout.outputs)
+        return apart.reshape(R * k, -1, self.layout.outputs)
 
     def fisher_product(
         self,

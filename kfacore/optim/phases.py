@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from kfacore.network import BlockVector, Linearization
+from kfacore.optim.joint import BoundJoint
 from kfacore.optim.loss import BoundLoss
 from kfacore.roles.inverse import Inverse, Notice
 from kfacore.roles.optimizer import StepReport
@@ -41,7 +42,7 @@ class At:
     targets: Any
     valid: Tensor | None
     batch: Linearization
-    bound: BoundLoss
+    bound: BoundLoss | BoundJoint
     loss: Tensor
     objective: Tensor
     error: Tensor

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kfacore.errors import DataError
 
-__all__ = ["DeferredRefusal", "as_mask", "fill_invalid", "true_on_host"]
+__all__ = ["DeferredRefusal", "as_mask", "fill_invalid", "on_host", "true_on_host"]
 
 
 def as_mask(valid: Any, cases: int, device: torch.device) -> Tensor:
@@ -39,6 +39,11 @@ def fill_invalid(
     first = valid.long().argmax().reshape(1)
     keep = valid.reshape(-1, *[1] * (y.dim() - 1))
     return torch.where(keep, y, y.index_select(0, first))
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def true_on_host(flag: Tensor) -> bool:

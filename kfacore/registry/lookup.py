@@ -46,6 +46,15 @@ _ROLES = {
 }
 """Names in `kfacore.roles`; most of them import torch and are therefore looked up only when a target is loaded."""
 
+_ALSO_CALLED: Mapping[str, Mapping[str, str]] = {
+    "likelihood": {
+        **dict.fromkeys(("ce", "cross_entropy", "crossentropy", "softmax", "nll"), "categorical"),
+        **dict.fromkeys(("bce", "bce_with_logits", "binary", "sigmoid", "logistic"), "bernoulli"),
+        **dict.fromkeys(("mse", "mse_loss", "l2", "squared", "normal"), "gaussian"),
+    }
+}
+"""What people call components elsewhere, for the hint of an unknown name."""
+
 
 class Registry:
     """All components of all plug-ins.
@@ -97,7 +106,7 @@ class Registry:
         if refusals:
             raise PluginError(f"{slot} '{name}' cannot be used: {'; '.join(refusals)}")
         message = f"unknown {slot} '{name}'"
-        hint = nearest(name, known)
+        hint = nearest(_ALSO_CALLED.get(slot, {}).get(name.lower().replace("-", "_"), name), known)
         if hint:
             message += f", {hint}"
         unread = [plugin.status() for plugin in self._plugins if not plugin.loaded]

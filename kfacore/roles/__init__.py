@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kfacore.roles.executor import Ended, Executor
     from kfacore.roles.inverse import Inverse, Notice
     from kfacore.roles.layer import Layer, Use
-    from kfacore.roles.likelihood import Likelihood
+    from kfacore.roles.likelihood import Likelihood, Terms
     from kfacore.roles.moment import Moment, Moments
     from kfacore.roles.momentum import Momentum
     from kfacore.roles.optimizer import Optimizer, StepReport
@@ -47,6 +47,7 @@ __all__ = [
     "Sink",
     "Split",
     "StepReport",
+    "Terms",
     "Trust",
     "Use",
 ]
@@ -75,6 +76,7 @@ _HOMES = {
     "Sink": "sink",
     "Split": "problem",
     "StepReport": "optimizer",
+    "Terms": "likelihood",
     "Trust": "trust",
     "Use": "layer",
 }

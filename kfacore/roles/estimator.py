@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,9 +21,15 @@ class Estimator(Part):
 
     An implementation gives the vectors v at the output; the expectation (or sum over passes) of v v^T must be the
     metric it stands for.
+
+    Attributes:
+        shares_passes: Whether vectors of several positions of a case, and of several heads of a model, may share a
+            pass: their products vanish in expectation (targets are drawn for each), or belong to the metric. Otherwise
+            each has passes of its own.
     """
 
     config: EstimatorConfig
+    shares_passes: ClassVar[bool] = False
 
     def cases(self, batch_size: int) -> int:
         """Number of cases used, ceil(tau_1 m), or ``min_cases`` if that is more."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kfacore.errors import DataError
+from kfacore.optim.loss import Loss
 from kfacore.roles.likelihood import Likelihood
 from kfacore.testing.base import ComponentSuite, devices, differs, same
 
@@ -174,6 +175,52 @@ class LikelihoodSuite(ComponentSuite):
             refusal = _refusal(likelihood, bad, self.outputs)
             assert refusal is not None, f"targets with {what} were not refused"
             assert _WHERE in refusal, f"the message does not say where the targets are from: {refusal}"
+
+    def test_wrong_rows_are_known_without_waiting(self) -> None:
+        """`unfit` finds in every mini-batch what `check_targets` refuses in the first one."""
+        likelihood: Likelihood = self.build()
+        good = self.some_targets(50)
+        found = likelihood.unfit(good, self.outputs)
+        assert found.dtype == torch.bool, f"unfit must say true or false of each row, found {found.dtype}"
+        assert tuple(found.shape) == (50,), f"unfit must say one thing a row, found shape {tuple(found.shape)}"
+        assert not bool(found.any()), "unfit finds fault with right targets"
+        for what, bad in self.bad_targets().items():
+            alike = bad.shape[1:] == good.shape[1:] and bad.is_floating_point() == good.is_floating_point()
+            if bad.dim() and alike:
+                assert bool(likelihood.unfit(bad, self.outputs).any()), f"unfit overlooks targets with {what}"
+
+    def test_terms_are_a_weight_times_the_nll(self) -> None:
+        """What options make of targets: weight, target and share have one row a target, and the target can be taken."""
+        likelihood: Likelihood = self.build()
+        z, y = self.natural(), self.some_targets()
+        terms = likelihood.terms(y, self.outputs, z)
+        nll, residual = likelihood.nll(z, terms.target), likelihood.residual(z, terms.target)
+        assert tuple(nll.shape) == (5,), "nll does not take the target of terms"
+        assert residual.shape == z.shape, "residual does not take the target of terms"
+        for what, values in (("weight", terms.weight), ("share", terms.share)):
+            if values is not None:
+                assert values.shape[:1] == (5,), f"{what} must have one row a target, found {tuple(values.shape)}"
+                assert values.dtype == z.dtype, f"{what} must be in the dtype of z, found {values.dtype}"
+                assert bool((values >= 0).all()), f"{what} must not be negative: the metric would not be one"
+        if terms.counts is not None:
+            assert tuple(terms.counts.shape) == (5,), "counts must say one thing a row"
+            assert terms.counts.dtype == torch.bool, "counts must be true or false"
+        assert likelihood.factor(self.outputs) > 0, "factor must be positive"
+
+    def test_loss_is_its_own_derivative_with_positions_and_masks(self) -> None:
+        """Bound to outputs (n, positions, o): zero where nothing counts, the gradient that of the value."""
+        likelihood: Likelihood = self.build()
+        z, y = self.natural(12).view(4, 3, -1), self.some_targets(12)
+        y = y.view(4, 3, *y.shape[1:])
+        valid = torch.ones(4, 3, dtype=torch.bool)
+        valid[0, 1] = valid[3] = False
+        bound = Loss(likelihood).bind([z], y, valid)
+        point = z.clone().requires_grad_()
+        (wanted,) = torch.autograd.grad(bound.value([point])[0], point)
+        (found,) = bound.residuals([z])
+        assert differs(found, wanted) < 1e-12, "the gradient of the loss is not that of its value"
+        assert not bool(found[~valid].any()), "positions that do not count have a gradient"
+        assert not bool(bound.fisher_product(z, z[None])[0][~valid].any()), "positions that do not count have curvature"
 
     def test_arguments_are_left_alone(self) -> None:
         """Nothing is written in place."""

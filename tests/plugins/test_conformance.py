@@ -121,6 +121,29 @@ class TestGaussian(LikelihoodSuite):
         return {**super().bad_targets(), "infinity": torch.full((4, self.outputs), torch.inf)}
 
 
+class TestWeightedBernoulli(TestBernoulli):
+    options: ClassVar = {"weight": [0.5, 2.0, 1.0], "pos_weight": [3.0], "mean_outputs": True, "scale": 2.0}
+
+
+class TestWeightedCategorical(TestCategorical):
+    options: ClassVar = {"weight": [0.5, 2.0, 1.0], "label_smoothing": 0.1, "ignore_index": -100, "per": "example"}
+
+
+class TestSoftCategorical(LikelihoodSuite):
+    name = "categorical"
+    options: ClassVar = {"soft": True}
+
+    def targets(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.rand(n, self.outputs, generator=generator, dtype=torch.float64).softmax(1)
+
+    def bad_targets(self) -> dict[str, Tensor]:
+        return {**super().bad_targets(), "a sum of 2": torch.full((4, self.outputs), 2.0 / self.outputs)}
+
+
+class TestGaussianOfAnotherVariance(TestGaussian):
+    options: ClassVar = {"variance": 0.3}
+
+
 class TestMonteCarlo(EstimatorSuite):
     name = "monte-carlo"
 

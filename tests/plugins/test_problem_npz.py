@@ -14,7 +14,7 @@ from kfac_plugins.likelihoods.categorical import Categorical
 from kfac_plugins.likelihoods.gaussian import Gaussian
 from kfac_plugins.problems import NpzConfig
 from kfac_plugins.problems.npz import Npz
-from kfacore.errors import ConfigError, DataError
+from kfacore.errors import ConfigError, DataError, ResourceError
 from kfacore.lab.data import check
 
 RNG = np.random.default_rng(0)
@@ -162,6 +162,46 @@ def spoiled(value: float) -> np.ndarray:
 def test_wrong_arrays_are_refused_by_name(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
     with pytest.raises(DataError, match=rf"d\.npz: .*({message})"):
         problem(tmp_path, arrays).load()
+
+
+IDS = 1000 * (np.arange(12) % 10) + 17
+
+
+@pytest.mark.parametrize("labels", [IDS, IDS * 10_000, IDS.astype(np.int64) * 10**14, np.full(12, 2**63, np.uint64)])
+def test_ids_are_no_class_numbers(tmp_path: Path, labels: np.ndarray) -> None:
+    """They would make a model of as many outputs, and take all memory before anybody is told."""
+    made = problem(tmp_path, {"x_train": X, "y_train": labels})
+    with pytest.raises(DataError, match=r"'y_train'.*(distinct class numbers|must be 0 or more)"):
+        model_of(made)
+
+
+def test_the_advice_about_ids_works(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"10 distinct class numbers, the largest 9017.*return_inverse.*classes=9018"):
+        problem(tmp_path, {"x_train": X, "y_train": IDS}).load()
+    renumbered = np.unique(IDS, return_inverse=True)[1]
+    assert model_of(problem(tmp_path, {"x_train": X, "y_train": renumbered}))[-1].out_features == 10
+    assert model_of(problem(tmp_path, {"x_train": X, "y_train": IDS}, classes=9018))[-1].out_features == 9018
+    quantities = problem(tmp_path, {"x_train": X, "y_train": IDS}, task="regression")
+    check(quantities.load(), Gaussian(), 1)
+
+
+def test_a_few_empty_classes_are_no_ids(tmp_path: Path) -> None:
+    labels = np.array([0, 2, 3, 19] * 3)
+    assert model_of(problem(tmp_path, {"x_train": X, "y_train": labels}))[-1].out_features == 20
+
+
+def test_a_net_larger_than_the_machine_is_not_tried(tmp_path: Path) -> None:
+    huge = problem(tmp_path, {"x_train": X, "y_train": LABELS}, classes=10**12)
+    with pytest.raises(ResourceError, match=r"GB of parameters, this machine"):
+        model_of(huge)
+
+
+def test_a_file_of_the_working_folder_is_named_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "d.npz", x_train=X)
+    monkeypatch.chdir(tmp_path)
+    assert NpzConfig(file="d.npz").located().file == str(tmp_path / "d.npz")
+    assert NpzConfig(file="e.npz", data_dir="d").located() == NpzConfig(file="e.npz", data_dir=str(tmp_path / "d"))
+    assert NpzConfig().located() == NpzConfig()
 
 
 def test_options_that_do_not_fit(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def register(app: typer.Typer) -> None:
         }
         run_config = _configure(flags, preset, config or [], sets or [], resume, out, init)
         if dry_run:
-            _dry_run(run_config, init, json=json)
+            _dry_run(run_config, init, out, json=json)
         else:
             _train(run_config, out=out, resume=resume, init=init, json=json)
 
@@ -190,9 +190,13 @@ def _print_event(event: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _dry_run(config: RunConfig, init: Path | None, *, json: bool) -> None:
+def _dry_run(config: RunConfig, init: Path | None, out: Path | None, *, json: bool) -> None:
     """Show what would be trained."""
     from kfacore.lab.training.describe import describe
+    from kfacore.lab.training.run import RunFolder
+
+    if out is not None:
+        RunFolder(out).check_free()
 
     table = describe(config, get_registry(), init)
     if json:

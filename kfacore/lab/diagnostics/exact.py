@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfacore.errors import DataError, NumericalError
+from kfacore.errors import ConfigError, DataError, NumericalError
 from kfacore.nest import cases_of, map_nest, slice_cases
 from kfacore.network import Linearization, Linearizer
+from kfacore.optim.loss import Loss
 from kfacore.roles.block import Block
 from kfacore.roles.likelihood import Likelihood
 from kfacore.roles.samples import LayerSamples
@@ -68,6 +69,7 @@ class ExactModel:
 
     Raises:
         UnsupportedModelError: A module cannot be linearised; the message names it.
+        ConfigError: The likelihood has options that these measurements do not know.
         DataError: Inputs and targets do not fit.
         NumericalError: The objective is not finite.
     """
@@ -94,12 +96,22 @@ class ExactModel:
         linearizer = Linearizer(self._model)
         self._bounds = [(a, min(a + chunk, self.cases)) for a in range(0, self.cases, chunk)]
         self._parts: list[Linearization] = [linearizer(slice_cases(self._inputs, a, b)) for a, b in self._bounds]
+        self._require_plain()
         self._rules = linearizer.layers
         self._names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         self.layers: list[Block] = [layer.info for layer in linearizer.layers]
         self.objective = self.objective_at(self.zeros())
         if not math.isfinite(self.objective):
             raise NumericalError("the objective is not finite at these parameters; nothing can be measured around them")
+
+    def _require_plain(self) -> None:
+        """Means over cases of the likelihood itself are what is measured here."""
+        outputs = [z for part in self._parts for z in part.outputs()]
+        if not Loss(self.likelihood).bind(outputs, self._targets).plain:
+            raise ConfigError(
+                f"likelihood '{self.likelihood.config.kind}': these measurements know the mean of the likelihood over "
+                "cases; leave out its options (weight, scale, ignore_index, label_smoothing, per, mean_outputs)"
+            )
 
     @property
     def model(self) -> nn.Module:

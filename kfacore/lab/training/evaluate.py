@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from kfacore.optim.loss import Loss
 from kfacore.roles.likelihood import Likelihood
 from kfacore.roles.problem import Split
 
@@ -36,8 +38,9 @@ class Measure:
     """What a model does on a data set.
 
     Attributes:
-        loss: Mean over cases of the negative log-likelihood, without weight decay.
-        error: Mean over cases of the likelihood's error.
+        loss: The loss without weight decay: mean negative log-likelihood over cases, or what the likelihood's options
+            make of it.
+        error: Mean of the likelihood's error.
     """
 
     loss: float
@@ -59,23 +62,23 @@ def evaluate(model: nn.Module, likelihood: Likelihood, split: Split, *, chunk: i
     """
     training = model.training
     model.eval()
+    measured = Loss(likelihood)
     total: Tensor | None = None
+    divisors: Sequence[float | Tensor] = (0, 0)
     try:
         for start in range(0, len(split), chunk):
-            targets = split.targets[start : start + chunk]
             z = model(split.inputs[start : start + chunk])
-            sums = torch.stack(
-                [
-                    likelihood.nll(z, targets).sum(dtype=torch.float64),
-                    likelihood.error(z, targets).sum(dtype=torch.float64),
-                ]
-            )
+            bound = measured.bind([z], split.targets[start : start + chunk])
+            sums = torch.stack(bound.sums([z]))
             total = sums if total is None else total + sums
+            divisors = [a + b for a, b in zip(divisors, (bound.total(), bound.counted), strict=True)]
     finally:
         model.train(training)
     if total is None:
         return Measure(float("nan"), float("nan"))
-    loss, error = (total / len(split)).tolist()
+    if measured.per == "batch":  # a sum, over the whole set
+        divisors = (1, divisors[1])
+    loss, error = torch.stack([value / by for value, by in zip(total, divisors, strict=True)]).tolist()
     return Measure(loss, error)
 
 

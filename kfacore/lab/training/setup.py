@@ -192,8 +192,12 @@ def check_data(model: nn.Module, likelihood: Likelihood, data: ProblemData) -> N
 
     Raises:
         DataError: The message says what does not fit.
+        ConfigError: An option of the likelihood does not fit the model's outputs.
     """
-    check(data, likelihood, _outputs(model, data.train))
+    outputs = _outputs(model, data.train)
+    check(data, likelihood, outputs)
+    y = data.train.targets[:1]
+    likelihood.terms(y if y.is_floating_point() else y.long(), outputs, torch.zeros(1, outputs))
 
 
 def build_optimizer(config: RunConfig, registry: Registry, model: nn.Module, likelihood: Likelihood) -> Optimizer:

@@ -21,6 +21,7 @@ class Empirical(Estimator):
 
     Config = EmpiricalConfig
     config: EmpiricalConfig
+    shares_passes = True
 
     def output_vectors(self, z: Tensor, y: Tensor, likelihood: Likelihood, generator: torch.Generator) -> Tensor:
         """(1, n, o)."""

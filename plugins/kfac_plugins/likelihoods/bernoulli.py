@@ -14,8 +14,7 @@ from torch.nn.functional import softplus
 from kfac_plugins.likelihoods import BernoulliConfig
 from kfac_plugins.likelihoods._targets import Row, require_finite, require_matrix
 from kfacore.errors import DataError
-from kfacore.roles import Likelihood
-from kfacore.roles.likelihood import Terms
+from kfacore.roles import Likelihood, Terms
 
 __all__ = ["Bernoulli"]
 

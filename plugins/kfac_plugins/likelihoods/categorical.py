@@ -10,8 +10,7 @@ from torch import Tensor
 from kfac_plugins.likelihoods import CategoricalConfig
 from kfac_plugins.likelihoods._targets import Row
 from kfacore.errors import DataError
-from kfacore.roles import Likelihood
-from kfacore.roles.likelihood import Terms
+from kfacore.roles import Likelihood, Terms
 
 __all__ = ["Categorical"]
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfacore.optim.loss import Loss
 from kfacore.roles import Likelihood, Optimizer
 
 __all__ = ["GradientOptimizer", "Objective"]
@@ -46,6 +47,7 @@ class GradientOptimizer(Optimizer):
     def __init__(self, model: nn.Module, likelihood: Likelihood, weight_decay: float) -> None:
         self.model = model
         self.likelihood = likelihood
+        self.loss = Loss(likelihood)
         self.weight_decay = weight_decay
         self.parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.steps = 0
@@ -58,11 +60,14 @@ class GradientOptimizer(Optimizer):
             targets: The targets.
         """
         z = self.model(inputs)
-        loss = self.likelihood.nll(z, targets).mean()
+        bound = self.loss.bind([z.detach()], targets, step=self.steps + 1)
+        if bound.plain:
+            loss, error = self.likelihood.nll(z, bound.y).mean(), self.likelihood.error(z.detach(), bound.y).mean()
+        else:
+            loss, error = (value.to(z.dtype) for value in bound.value([z]))
         gradients = list(torch.autograd.grad(loss, self.parameters))
         with torch.no_grad():
             torch._foreach_add_(gradients, self.parameters, alpha=self.weight_decay)
             squares = torch.stack(torch._foreach_norm(self.parameters)).square().sum()
-            error = self.likelihood.error(z, targets).mean()
-            loss = loss.detach()
+            loss, error = loss.detach(), error.detach()
         return Objective(loss, loss + 0.5 * self.weight_decay * squares, error, gradients)

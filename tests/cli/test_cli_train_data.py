@@ -1,0 +1,113 @@
+"""`kfac train` and the data people bring: what the dry run says, and going on from another folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+Kfac = Callable[..., tuple[int, str, str]]
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(60, 5)).astype("float32")
+CLASSES = X[:, :3].argmax(1)
+BASE = ("train", "--problem", "npz", "--set", "problem.file=data.npz", "--set", "problem.sizes=[4]", "--steps", "1")
+
+
+def spoiled(y: np.ndarray, value: float) -> np.ndarray:
+    y = y.copy()
+    y[7] = value
+    return y
+
+
+CASES: dict[str, tuple[dict[str, np.ndarray], tuple[str, ...], int]] = {
+    "class numbers, gaussian": ({"y_train": CLASSES}, (), 2),
+    "class numbers, categorical": ({"y_train": CLASSES}, ("likelihood=categorical",), 0),
+    "class numbers, bernoulli": ({"y_train": CLASSES}, ("likelihood=bernoulli",), 2),
+    "prices": ({"y_train": 1000 * np.arange(60)}, (), 2),
+    "prices as quantities": ({"y_train": 1000 * np.arange(60)}, ("problem.task=regression",), 0),
+    "small prices": ({"y_train": np.arange(60)}, (), 2),
+    "numbers, categorical": ({"y_train": X[:, 0]}, ("likelihood=categorical",), 2),
+    "numbers, gaussian": ({"y_train": X[:, 0]}, (), 0),
+    "beyond [0, 1]": ({"y_train": X}, ("likelihood=bernoulli",), 2),
+    "not a number": ({"y_train": spoiled(X[:, 0], np.nan)}, (), 2),
+    "a test label too many": (
+        {"y_train": CLASSES, "x_test": X, "y_test": spoiled(CLASSES, 3)},
+        ("likelihood=categorical",),
+        2,
+    ),
+    "an unknown device": ({"y_train": X[:, 0]}, ("device=cuda:77",), 2),
+    "weights of another number": ({"y_train": CLASSES}, ("likelihood=categorical", "likelihood.weight=[1.0, 2.0]"), 2),
+    "options of the likelihood": (
+        {"y_train": CLASSES},
+        ("likelihood=categorical", "likelihood.weight=[1.0, 2.0, 0.5]", "likelihood.label_smoothing=0.1"),
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_dry_run_refuses_what_the_run_refuses(kfac: Kfac, tmp_path: Path, case: str) -> None:
+    arrays, sets, wanted = CASES[case]
+    np.savez(tmp_path / "data.npz", x_train=X, **arrays)
+    options = [part for assignment in sets for part in ("--set", assignment)]
+    dry, _, dry_message = kfac(*BASE, *options, "--dry-run")
+    code, _, message = kfac(*BASE, *options, "--out", "run")
+    assert (dry, code) == (wanted, wanted), (dry_message, message)
+    if wanted:
+        assert dry_message == message
+
+
+def test_prices_are_not_told_to_be_classes(kfac: Kfac, tmp_path: Path) -> None:
+    for prices in (1000 * np.arange(60), np.arange(60)):
+        np.savez(tmp_path / "data.npz", x_train=X, y_train=prices)
+        _, _, message = kfac(*BASE)
+        assert "problem.task=regression" in message
+        assert "categorical" not in message
+
+
+def test_the_dry_run_looks_at_the_run_folder(kfac: Kfac, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x_train=X, y_train=X[:, 0])
+    assert kfac(*BASE, "--out", "run")[0] == 0
+    assert kfac(*BASE, "--out", "run", "--dry-run")[0] == 2
+
+
+@pytest.mark.parametrize("likelihood", ["mse", "cross_entropy", "bce"])
+def test_names_from_elsewhere_have_a_hint(kfac: Kfac, tmp_path: Path, likelihood: str) -> None:
+    np.savez(tmp_path / "data.npz", x_train=X, y_train=X[:, 0])
+    meant = {"mse": "gaussian", "cross_entropy": "categorical", "bce": "bernoulli"}[likelihood]
+    code, _, message = kfac(*BASE, "--set", f"likelihood={likelihood}")
+    assert code == 2
+    assert f"did you mean '{meant}'?" in message
+
+
+@pytest.fixture
+def started(kfac: Kfac, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A run of one step with a relative data file, and another folder to stand in."""
+    np.savez(tmp_path / "data.npz", x_train=X, y_train=X[:, 0])
+    assert kfac(*BASE, "--out", "run")[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "run"
+
+
+def test_a_run_goes_on_from_another_folder(kfac: Kfac, started: Path) -> None:
+    code, _, message = kfac("train", "--resume", started, "--steps", "2")
+    assert code == 0, message
+
+
+def test_a_run_goes_on_with_its_data_elsewhere(kfac: Kfac, started: Path) -> None:
+    """The advice of the refusal works; other data does not, wherever it lies."""
+    moved = started.parent / "moved.npz"
+    (started.parent / "data.npz").rename(moved)
+    code, _, message = kfac("train", "--resume", started, "--steps", "2")
+    assert code == 2
+    assert "problem.file=" in message
+    code, _, message = kfac("train", "--resume", started, "--steps", "2", "--set", f"problem.file={moved}")
+    assert code == 0, message
+    np.savez(moved, x_train=X, y_train=X[:, 1])
+    code, _, message = kfac("train", "--resume", started, "--steps", "3")
+    assert code == 2
+    assert "the data has changed" in message
