@@ -184,6 +184,11 @@ class BoundJoint:
         grams = [self.loss.weights[key] * self.heads[key].fisher_gram(own, u) for key, own, u in self._split(z, Jv)]
         return torch.stack(grams).sum(0)
 
+    def slopes(self, z: Tensor, Jv: Tensor) -> Tensor:  # (k,) float64
+        """The weighted sum of the heads' derivatives along directions."""
+        slopes = [self.loss.weights[key] * self.heads[key].slopes(own, u) for key, own, u in self._split(z, Jv)]
+        return torch.stack(slopes).sum(0)
+
     def _split(self, z: Tensor, t: Tensor) -> Iterator[tuple[Key, Tensor, Tensor]]:
         own, moved = self.loss.unpack(z), self.loss.unpack(t, 1)
         for key in self.heads:

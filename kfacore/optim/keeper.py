@@ -39,7 +39,7 @@ class Keeper:
 
     @contextmanager
     def swapped(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """For a while the copy in the place of the parameters, whose graph stays valid: they are then what they were."""
+        """For a while the copy in the parameters' place. Their graph stays valid: they are then what they were."""
         now = [parameter.clone() for parameter in parameters]
         with _unsafe_preserve_version_counter(tuple(parameters)):
             torch._foreach_copy_(list(parameters), self._copies)
