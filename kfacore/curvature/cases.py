@@ -56,7 +56,7 @@ def _sums(s: LayerSamples, d_out: int, d_in: int, name: str) -> Tensor:
     x = s.inputs if s.inputs.is_floating_point() else one_hot_rows(s.inputs, d_in, s.gradients)
     if R == 1:
         return torch.einsum("kn...o,n...i->kn...oi", s.gradients, x)
-    x, g = x.unflatten(0, (-1, R)), s.gradients.unflatten(1, (-1, R))
+    x, g = x.reshape(s.cases, R, *x.shape[1:]), s.gradients.reshape(-1, s.cases, R, *s.gradients.shape[2:])
     return torch.einsum("knr...o,nr...i->kn...oi", g, x)
 
 

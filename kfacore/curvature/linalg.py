@@ -10,13 +10,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kfacore.errors import NumericalError
-from kfacore.parallel.cores import on_each_core
-from kfacore.parallel.pace import worked
+from kfacore.parallel.cores import share
 from kfacore.roles.inverse import Notice
 from kfacore.schema.slots import PiRule
 
@@ -25,9 +25,12 @@ __all__ = [
     "CholeskyRoot",
     "Root",
     "Spd",
+    "balanced",
     "eigh_again",
     "eigh_psd",
+    "factor_again",
     "factor_spd",
+    "log_pi_of",
     "pi_of",
     "shifted",
     "try_eigh",
@@ -45,12 +48,13 @@ _OVERFLOWED = (
 _JITTERS = (0.0, 1e-7, 1e-5, 1e-3, 1e-1)
 
 
-def pi_of(A: Sequence[Tensor], G: Sequence[Tensor], rule: PiRule = "layer") -> list[Tensor]:
+def pi_of(A: Sequence[Tensor], G: Sequence[Tensor], rule: PiRule | Tensor = "layer") -> list[Tensor]:
     """pi of each layer, which splits gamma into pi gamma for A and gamma / pi for G.
 
     - ``"layer"``: pi_i = sqrt((tr A_i / dim A_i) / (tr G_i / dim G_i)), the trace norms (paper, section 6.3);
     - ``"net"``: the geometric mean of all pi_i, for every layer. Like pi_i it follows the scale of the objective;
-    - None: 1.
+    - None: 1;
+    - a scalar: that one, for every layer (a mean over more layers than these).
 
     Where one of the two traces is zero (a dead layer) there is nothing to balance: pi_i is 1, and left out of the mean.
 
@@ -59,12 +63,33 @@ def pi_of(A: Sequence[Tensor], G: Sequence[Tensor], rule: PiRule = "layer") -> l
     """
     if rule is None:
         return [g.new_ones(()) for g in G]
-    pi = torch.stack([(a.diagonal().mean() / g.diagonal().mean()).sqrt() for a, g in zip(A, G, strict=True)])
-    alive = torch.isfinite(pi) & (pi > 0)
-    pi = torch.where(alive, pi, torch.ones_like(pi))
+    if isinstance(rule, Tensor):
+        return [rule.to(g.dtype) for g in G]
+    pi, alive = _pi_of_layers(A, G)
     if rule == "net":
         pi = (pi.log().sum() / alive.sum().clamp_min(1)).exp().expand_as(pi)
     return list(pi.unbind())
+
+
+def log_pi_of(A: Sequence[Tensor], G: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Sum of log pi_i over the layers that are alive, and their number; None if there is no layer."""
+    if not A:
+        return None
+    pi, alive = _pi_of_layers(A, G)
+    return pi.log().sum(), alive.sum()
+
+
+def _pi_of_layers(A: Sequence[Tensor], G: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """pi_i, 1 for a dead layer, and which layers are alive."""
+    return balanced(
+        torch.stack([(a.diagonal().mean() / g.diagonal().mean()).sqrt() for a, g in zip(A, G, strict=True)])
+    )
+
+
+def balanced(pi: Tensor) -> tuple[Tensor, Tensor]:
+    """pi with 1 where there is nothing to balance, and where there is something."""
+    alive = torch.isfinite(pi) & (pi > 0)
+    return torch.where(alive, pi, torch.ones_like(pi)), alive
 
 
 @dataclass(frozen=True)
@@ -163,17 +188,16 @@ def factor_spd(
 
     def one(i: int) -> tuple[Spd, Tensor, Tensor]:
         result, L, info = _cholesky(bases[i], shifts[i].to(bases[i].dtype), keep_lower)
-        worked(bases[i].shape[0] ** 3)
         return result, L, (info == 0) & torch.isfinite(result.inverse.diagonal().sum())
 
     costs = [base.shape[0] ** 3 for base in bases]
-    done = on_each_core(one, range(len(bases)), costs, bases[0].device)
+    done = share([partial(one, i) for i in range(len(bases))], costs, bases[0].device)
     results, lower = [result for result, _, _ in done], [L for _, L, _ in done if keep_lower]
     good = torch.stack([check for _, _, check in done]).tolist()
     notices: list[Notice] = []
     for i, fine in enumerate(good):
         if not fine:
-            results[i], L, notice = _retry(bases[i], shifts[i], *names[i])
+            results[i], L, notice = factor_again(bases[i], shifts[i], *names[i])
             notices.append(notice)
             if keep_lower:
                 lower[i] = L
@@ -192,7 +216,7 @@ def _cholesky(base: Tensor, shift: Tensor, keep_lower: bool = True) -> tuple[Spd
     return Spd(base, shift, inverse), L, info
 
 
-def _retry(base: Tensor, shift: Tensor, layer: str, factor: str) -> tuple[Spd, Tensor, Notice]:
+def factor_again(base: Tensor, shift: Tensor, layer: str, factor: str) -> tuple[Spd, Tensor, Notice]:
     """In double precision, then with growing jitter relative to the mean diagonal."""
     if not bool(torch.isfinite(base).all()) or not bool(torch.isfinite(shift)):
         raise NumericalError(f"{layer}: factor {factor} {_OVERFLOWED}")
@@ -240,7 +264,6 @@ def try_eigh(M: Tensor, dtype: torch.dtype, above: float = -math.inf) -> tuple[T
     Returns:
         Values (ascending), vectors, and how many of the values are larger than `above`; -1 if the result is wrong.
     """
-    worked(EIGENPROBLEM * M.shape[0] ** 3)
     try:
         values, vectors = torch.linalg.eigh(M.to(dtype))
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but missing from the stubs

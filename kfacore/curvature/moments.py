@@ -24,7 +24,16 @@ from kfacore.roles.block import Block, Side
 from kfacore.roles.moment import Moment, Tally, blend, divisor_of
 from kfacore.roles.samples import LayerSamples, Samples
 
-__all__ = ["InputCross", "InputFactor", "OutputCross", "OutputFactor", "add_products", "add_squares", "frequencies", "one_hot_rows"]
+__all__ = [
+    "InputCross",
+    "InputFactor",
+    "OutputCross",
+    "OutputFactor",
+    "add_products",
+    "add_squares",
+    "frequencies",
+    "one_hot_rows",
+]
 
 
 def add_products(value: Tensor, x: Tensor, y: Tensor, beta: float, alpha: float) -> None:
@@ -136,7 +145,7 @@ class _Cross(Moment):
             if a.gradients.shape[:2] != b.gradients.shape[:2] or len(a.inputs) != len(b.inputs):
                 raise UnsupportedModelError(
                     f"the blocks {self.layers[i].name} and {self.layers[j].name} cannot be coupled: the first has "
-                    f"{len(a.inputs)} rows, the second {len(b.inputs)}. Leave that pair out, or use approx = 'blockdiag'"
+                    f"{len(a.inputs)} rows, the second {len(b.inputs)}. Leave the pair out, or use approx = 'blockdiag'"
                 )
             found.append((a, b))
         return found

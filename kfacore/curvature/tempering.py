@@ -13,16 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kfacore.curvature.linalg import EIGENPROBLEM, Root, eigh_again, shifted, try_eigh
 from kfacore.errors import NumericalError
-from kfacore.parallel.cores import on_each_core
+from kfacore.parallel.cores import share
 from kfacore.roles.inverse import Notice
 
-__all__ = ["Tempered", "temper"]
+__all__ = ["Tempered", "powers_of", "temper", "untempered"]
 
 
 @dataclass(frozen=True)
@@ -82,28 +83,32 @@ def temper(
     def one(i: int) -> tuple[Tempered, Tensor]:
         # Kept by nobody: what is alive here is alive once a core.
         values, vectors, count = try_eigh(shifted(bases[i], shifts[i]), bases[i].dtype)
-        factor, fine = _powers(values, vectors, shifts[i], power)
+        factor, fine = powers_of(values, vectors, shifts[i], power)
         return factor, torch.stack([count >= 0, fine])
 
     costs = [EIGENPROBLEM * base.shape[0] ** 3 for base in bases]
-    done = on_each_core(one, range(len(bases)), costs, bases[0].device)
+    done = share([partial(one, i) for i in range(len(bases))], costs, bases[0].device)
     found = [factor for factor, _ in done]
     notices: list[Notice] = []
     for i, (solved, fine) in enumerate(torch.stack([check for _, check in done]).tolist()):
         if not solved:
             values, vectors, notice = eigh_again(shifted(bases[i], shifts[i]), *names[i])
-            found[i], again = _powers(values, vectors, shifts[i], power)
+            found[i], again = powers_of(values, vectors, shifts[i], power)
             notices.append(notice)
         if not (fine if solved else again):
-            layer, factor_name = names[i]
-            raise NumericalError(
-                f"{layer}: factor {factor_name} cannot be tempered with a damping of {float(shifts[i]):g}; raise the "
-                "damping (damping.lambda0, or gamma_min), or set approx.power to 1"
-            )
+            raise NumericalError(untempered(*names[i], shifts[i]))
     return found, notices
 
 
-def _powers(values: Tensor, vectors: Tensor, shift: Tensor, power: float) -> tuple[Tempered, Tensor]:
+def untempered(layer: str, factor: str, shift: Tensor) -> str:
+    """What to say of a factor whose powers are not finite and positive."""
+    return (
+        f"{layer}: factor {factor} cannot be tempered with a damping of {float(shift):g}; raise the damping "
+        "(damping.lambda0, or gamma_min), or set approx.power to 1"
+    )
+
+
+def powers_of(values: Tensor, vectors: Tensor, shift: Tensor, power: float) -> tuple[Tempered, Tensor]:
     """The tempered factor, and whether its eigenvalues and those of its inverse are finite and positive."""
     ratio = (values / shift).clamp(min=1.0)  # rounding must not undercut the damping
     tempered = ratio**power * shift

@@ -76,7 +76,8 @@ class Approximation(Part):
         """Refuse layers that this approximation cannot serve, before memory is taken; nothing by default.
 
         Args:
-            layers: The blocks that it serves; before the first forward pass in order of registration, then of execution.
+            layers: The blocks that it serves; before the first forward pass in order of registration, then of
+                execution.
 
         Raises:
             UnsupportedModelError: The message names the layers and says what to use instead.

@@ -24,7 +24,7 @@ from kfacore.roles.block import Block
 from kfacore.roles.inverse import Inverse
 from kfacore.roles.samples import Samples
 
-__all__ = ["Moment", "Moments", "Tally", "blend", "divisor_of"]
+__all__ = ["Moment", "Moments", "Number", "Tally", "blend", "divisor_of"]
 
 
 M = TypeVar("M", bound="Moment")
@@ -175,9 +175,11 @@ class Moment(ABC):
         if self._sums is None:
             self.add([None for _ in samples])
         assert self._sums is not None
-        like = {"dtype": torch.float64, "device": self.values[0].device} if self.values else {}
-        tallies = [torch.stack([torch.as_tensor(x, **like) for x in tally]) for tally in self._tallies]
-        return [*self._sums, *([torch.stack(tallies)] if tallies else [])]
+        if not self._sums:
+            return []
+        device = self._sums[0].device
+        numbers = [torch.as_tensor(x, dtype=torch.float64, device=device) for tally in self._tallies for x in tally]
+        return [*self._sums, torch.stack(numbers).reshape(-1, 2)]
 
     def load_pending(self, tensors: Sequence[Tensor]) -> None:
         """Take what `pending` gave, summed over processes, in place of the own."""
@@ -231,6 +233,16 @@ class Moments:
         self.updates = 0
         self._by_kind = {kind: kind(layers, like, self.pairs) for kind in kinds}
         self._waiting: Samples | None = None
+
+    @property
+    def kinds(self) -> tuple[type[Moment], ...]:
+        """The moment classes."""
+        return tuple(self._by_kind)
+
+    @property
+    def pending_count(self) -> int:
+        """Number of tensors that `pending` gives."""
+        return sum(len(moment.values) + bool(moment.values) for moment in self._by_kind.values())
 
     def __getitem__(self, kind: type[M]) -> list[Tensor]:
         """The averages of one kind; read-only for everyone but the moment itself."""

@@ -132,7 +132,8 @@ def _trace(s: LayerSamples) -> Tensor:
 def _squares_of_sums(s: LayerSamples, R: int) -> Tensor:
     """Sum over cases and passes of |sum over rows of g abar^T|_F^2, in chunks of cases."""
     N, token = s.cases, s.inputs.dim() == 1
-    x, g = s.inputs.unflatten(0, (N, R)), s.gradients.unflatten(1, (N, R))
+    x = s.inputs.reshape(N, R, *s.inputs.shape[1:])
+    g = s.gradients.reshape(-1, N, R, *s.gradients.shape[2:])
     if g.dim() == 4:  # one group
         g, x = g.unsqueeze(3), x if token else x.unsqueeze(2)  # (k, N, R, groups, d_out), (N, R, groups, d_in)
     passes, groups = g.shape[0], g.shape[3]

@@ -5,9 +5,10 @@ With abar and g of one case, the diagonal entry of weight (a, b) of a layer is a
     D_ab = E[(g_a abar_b)^2] = E[g_a^2 abar_b^2],
 
 so one product of squares a mini-batch gives it exactly: no Kronecker approximation is made, but all couplings are
-dropped. Where a case has several rows (positions, uses) its gradient is their sum M = sum_r g_r abar_r^T, and D = E[M^2].
-It serves every kind of block. The damping is plain Tikhonov damping, F-hat = diag(D) + gamma^2 I: there are no two factors to split gamma
-between, and gamma^2 is what the factored damping of method.md, section 3, adds to a block in all (pi cancels).
+dropped. Where a case has several rows (positions, uses) its gradient is their sum M = sum_r g_r abar_r^T, and
+D = E[M^2]; every kind of block is served. The damping is plain Tikhonov damping, F-hat = diag(D) + gamma^2 I: there are
+no two factors to split gamma between, and gamma^2 is what the factored damping of method.md, section 3, adds to a block
+in all (pi cancels).
 """
 
 from __future__ import annotations
