@@ -205,7 +205,7 @@ APPROXIMATIONS: dict[str, tuple[Approx, str, dict[str, Any], str]] = {
         with_moment(Tied),
         "test_taking_an_inverse_up_does_not_tie_it_to_the_moments",
         {},
-        r"inverse 1 solves differently since it was taken up .*must copy what `update` writes to",
+        r"inverse 1 solves differently since it was taken up .*must copy what `accumulate` writes to",
     ),
     "moment in double precision": (
         with_moment(Double),
