@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kfacore.curvature.linalg import EIGENPROBLEM, eigh_again, factor_again
+from kfacore.curvature.linalg import EIGENPROBLEM, cholesky_batch, eigh_again, factor_again
 from kfacore.curvature.tempering import powers_of, untempered
 from kfacore.errors import NumericalError
 from kfacore.parallel.cores import share
@@ -100,7 +100,10 @@ def _one(item: Undamped, power: float) -> tuple[DampedBatch, Tensor]:
         return _diagonal(item.X, shift.unsqueeze(1), power)
     damped = item.X.clone()
     damped.diagonal(dim1=1, dim2=2).add_(shift.unsqueeze(1))
-    return _cholesky(damped) if power == 1.0 else _tempered(damped, item.shift, power)
+    if power < 1.0:
+        return _tempered(damped, item.shift, power)
+    _, inverse, fine = cholesky_batch(damped)
+    return DampedBatch(damped, inverse), fine
 
 
 def _diagonal(x: Tensor, shift: Tensor, power: float) -> tuple[DampedBatch, Tensor]:
@@ -108,16 +111,6 @@ def _diagonal(x: Tensor, shift: Tensor, power: float) -> tuple[DampedBatch, Tens
     inverse = 1.0 / damped
     fine = torch.isfinite(damped) & (damped > 0) & torch.isfinite(inverse) & (inverse > 0)
     return DampedBatch(damped, inverse), fine.all(1)
-
-
-def _cholesky(damped: Tensor) -> tuple[DampedBatch, Tensor]:
-    L, info = torch.linalg.cholesky_ex(damped)
-    try:
-        inverse = torch.cholesky_inverse(L)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but missing from the stubs
-        inverse = torch.full_like(L, torch.nan)  # some L has a zero on its diagonal: each is tried again alone
-    fine = (info == 0) & torch.isfinite(inverse.diagonal(dim1=1, dim2=2).sum(1))
-    return DampedBatch(damped, inverse), fine
 
 
 def _tempered(damped: Tensor, shift: Tensor, power: float) -> tuple[DampedBatch, Tensor]:

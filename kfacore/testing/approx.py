@@ -243,12 +243,11 @@ class ApproxSuite(ComponentSuite):
             parts.add([replace(s, inputs=s.inputs[rows], gradients=s.gradients[:, rows]) for s in samples])
         parts.commit(0.999)
         wanted = approx.factorise(whole).damped(gamma).solve(case.blocks())
-        for layer, a, b in zip(
-            case.layers, approx.factorise(parts).damped(gamma).solve(case.blocks()), wanted, strict=True
-        ):
+        found = approx.factorise(parts).damped(gamma).solve(case.blocks())
+        for layer, a, b in zip(case.layers, found, wanted, strict=True):
             assert differs(a, b) < 1e3 * self.tolerance, (
-                f"{layer.name}: a mini-batch in three parts is not the mini-batch; `accumulate` must write to the values "
-                "that it is given and use beta and alpha as they are, and `tallies` must tell what sums are divided by"
+                f"{layer.name}: a mini-batch in three parts is not the mini-batch; `accumulate` must write to the "
+                "values that it is given and use beta and alpha as they are, and `tallies` must tell the sums' divisors"
             )
 
     def test_a_block_that_saw_nothing_keeps_its_average(self) -> None:
@@ -427,9 +426,9 @@ class ApproxSuite(ComponentSuite):
             mean = partial(matrix, _scaled(case, passes**-0.5))
             found["passes that are averaged: second moments are summed over passes and divided by cases alone"] = mean
         found["a sum over cases: second moments are means over cases"] = partial(matrix, _scaled(case, cases**0.5))
-        rows = case.batches[0][0].positions or 1
-        if rows > 1:
-            mean = partial(matrix, _scaled(case, rows**-0.5))
+        positions = case.batches[0][0].positions or 1
+        if positions > 1:
+            mean = partial(matrix, _scaled(case, positions**-0.5))
             found["rows that are averaged: gradients are summed over a case's rows and divided by S alone"] = mean
         for k in range(1, len(case.batches)):
             early = ApproxCase(case.layers, case.batches[:k])
