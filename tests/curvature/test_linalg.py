@@ -222,7 +222,7 @@ def test_pi_of_dead_layers_is_one() -> None:
 
 @pytest.mark.parametrize("keep_lower", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_many_small_factors_of_one_size_have_the_bits_of_each_alone(dtype: torch.dtype, keep_lower: bool) -> None:
+def test_many_small_factors_of_one_size_are_each_what_they_are_alone(dtype: torch.dtype, keep_lower: bool) -> None:
     sizes = [5, 16, 5, 33, 5, 200, 5, 33, 16, 33, 33]
     bases = []
     for i, d in enumerate(sizes):
@@ -237,8 +237,9 @@ def test_many_small_factors_of_one_size_have_the_bits_of_each_alone(dtype: torch
     assert len(lower) == (len(sizes) if keep_lower else 0)
     for i, base in enumerate(bases):
         (one,), L, _ = factor_spd([base], [shifts[i]], [names[i]], keep_lower=keep_lower)
-        assert torch.equal(found[i].inverse, one.inverse)
-        assert found[i].inverse.is_contiguous()
+        limit = 1e3 * torch.finfo(dtype).eps
+        assert dense.relative(found[i].inverse, one.inverse) < limit
+        assert torch.equal(found[i].inverse, found[i].inverse.T)
         assert float(found[i].shift) == float(one.shift)
         if keep_lower:
-            assert torch.equal(lower[i].tril(), L[0].tril())
+            assert dense.relative(lower[i].tril(), L[0].tril()) < limit
