@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kfacore.curvature.linalg import EIGENPROBLEM, cholesky_batch, eigh_again, factor_again
+from kfacore.curvature.linalg import EIGENPROBLEM, cholesky_batch, eigh_again, eigh_batch, factor_again
 from kfacore.curvature.tempering import powers_of, untempered
 from kfacore.errors import NumericalError
 from kfacore.parallel.cores import share
@@ -114,21 +114,10 @@ def _diagonal(x: Tensor, shift: Tensor, power: float) -> tuple[DampedBatch, Tens
 
 
 def _tempered(damped: Tensor, shift: Tensor, power: float) -> tuple[DampedBatch, Tensor]:
-    try:
-        values, vectors = torch.linalg.eigh(damped)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but missing from the stubs
-        bad = torch.full_like(damped, torch.nan)
-        return DampedBatch(bad, bad.clone()), damped.new_zeros(len(damped), dtype=torch.bool)
-    ratio = (values / shift.unsqueeze(1)).clamp(min=1.0)  # rounding must not undercut the damping
-    d = (ratio**power * shift.unsqueeze(1)).to(damped.dtype)
-    found = [(vectors * x.unsqueeze(1)) @ vectors.mT for x in (d, 1.0 / d)]
-    # LAPACK may return numbers that are finite and wrong: the trace must be kept, and a vector's image.
-    probe = torch.arange(1.0, damped.shape[1] + 1.0, dtype=damped.dtype, device=damped.device).cos_()
-    again = (vectors @ (values * (vectors.mT @ probe)).unsqueeze(2)).squeeze(2)
-    slack = 100 * torch.finfo(damped.dtype).eps * damped.shape[1] ** 0.5 * values.abs().amax(1)
-    kept = (values.sum(1) - damped.diagonal(dim1=1, dim2=2).sum(1)).abs() <= slack
-    fine = kept & ((again - damped @ probe).norm(dim=1) <= slack * probe.norm()) & (d > 0).all(1)
-    return DampedBatch(*found), fine & torch.isfinite(found[1]).all(2).all(1) & torch.isfinite(found[0]).all(2).all(1)
+    values, vectors, solved = eigh_batch(damped)
+    factor, fine = powers_of(values, vectors, shift, power)
+    whole = (factor.rows.mT * factor.tempered.unsqueeze(1)) @ factor.rows
+    return DampedBatch(whole, factor.inverse), solved & fine
 
 
 def _again(item: Undamped, i: int, batch: DampedBatch, power: float) -> list[Notice]:

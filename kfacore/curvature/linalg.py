@@ -28,6 +28,7 @@ __all__ = [
     "balanced",
     "cholesky_batch",
     "eigh_again",
+    "eigh_batch",
     "eigh_psd",
     "factor_again",
     "factor_spd",
@@ -324,6 +325,21 @@ def try_eigh(M: Tensor, dtype: torch.dtype, above: float = -math.inf) -> tuple[T
     kept = (values.sum(dtype=torch.float64) - trace).abs() <= slack
     fine = kept & ((again - image).norm() <= slack * probe.norm()) & torch.isfinite(vectors).all()
     return values.to(M.dtype), vectors.to(M.dtype), torch.where(fine, (values > above).sum(), -1)
+
+
+def eigh_batch(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`try_eigh` of many matrices (b, d, d): values (b, d), vectors (b, d, d), and which are right, (b,)."""
+    try:
+        values, vectors = torch.linalg.eigh(M)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # one failed: each is tried again alone
+        return M.diagonal(dim1=1, dim2=2), M, torch.zeros(len(M), dtype=torch.bool, device=M.device)
+    trace = M.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64)
+    probe = torch.arange(1.0, M.shape[1] + 1.0, dtype=M.dtype, device=M.device).cos_()
+    slack = 100 * torch.finfo(M.dtype).eps * M.shape[1] ** 0.5 * values.abs().amax(1)
+    again = (vectors @ (values * (vectors.mT @ probe)).unsqueeze(2)).squeeze(2)
+    kept = (values.sum(1, dtype=torch.float64) - trace).abs() <= slack
+    fine = kept & ((again - M @ probe).norm(dim=1) <= slack * probe.norm())
+    return values, vectors, fine & torch.isfinite(vectors).all(2).all(1)
 
 
 def eigh_again(M: Tensor, layer: str, factor: str) -> tuple[Tensor, Tensor, Notice]:
