@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from benchmarks.interleave import interleave
 from benchmarks.nets import NETS, build
 from benchmarks.report import Report
 from kfacore.curvature.moments import InputFactor, OutputFactor
-from kfacore.parallel.cores import on_each_core
+from kfacore.parallel.cores import share
 
 __all__ = ["main", "measure"]
 
@@ -72,7 +73,7 @@ def measure(report: Report, net: str, beside: int = 0, turns: int = 5, steps: in
             job(M)
 
     def side_by_side(job: Callable[[Tensor], None]) -> None:
-        on_each_core(job, factors, costs, torch.device("cpu"))
+        share([partial(job, M) for M in factors], costs, torch.device("cpu"))
 
     rows = []
     with _busy(beside):

@@ -88,7 +88,7 @@ def damp(
     G: Sequence[Tensor],
     gamma: Tensor,
     *,
-    pi: PiRule,
+    pi: PiRule | Tensor,
     power: float = 1.0,
     keep_roots: bool = True,
 ) -> Damped:

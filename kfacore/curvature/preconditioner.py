@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kfacore.curvature.joined import Joined
 from kfacore.errors import ConfigError, NumericalError
 from kfacore.parallel.background import BackgroundRefresh, Made
 from kfacore.parallel.pace import Pace
@@ -19,7 +20,7 @@ from kfacore.roles.approx import Approximation
 from kfacore.roles.block import Block
 from kfacore.roles.inverse import Inverse, Notice
 from kfacore.roles.moment import Moments
-from kfacore.roles.samples import LayerSamples
+from kfacore.roles.samples import Samples
 from kfacore.schema.slots import PiRule
 
 __all__ = ["Preconditioner"]
@@ -32,10 +33,13 @@ class Preconditioner:
     """Running statistics and the approximate inverse made of them.
 
     Args:
-        approx: The approximation of the Fisher.
-        layers: The layers, in execution order.
+        approx: The approximation of the Fisher. Blocks that it does not serve get built-in curvature, see
+            `kfacore.curvature.joined`.
+        layers: The blocks, in execution order.
         like: A tensor with the parameters' dtype and device.
         decay: Largest weight of the past in the running averages.
+        pairs: Pairs (i, j) of blocks for approximations that couple them, a forest; each block and the next if left
+            out.
 
     Raises:
         UnsupportedModelError: The approximation refuses the layers.
@@ -46,25 +50,41 @@ class Preconditioner:
         counts: How often each notice was given, by its text.
     """
 
-    def __init__(self, approx: Approximation, layers: Sequence[Block], like: Tensor, decay: float) -> None:
+    def __init__(
+        self,
+        approx: Approximation,
+        layers: Sequence[Block],
+        like: Tensor,
+        decay: float,
+        pairs: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         self.approx = approx
         self.layers = list(layers)
         self.decay = decay
-        approx.check_layers(self.layers)  # moments may be large: first ask whether the approximation takes the net
-        self.moments = Moments(approx.moments, self.layers, like)
+        self._joined = Joined(approx, self.layers, pairs)  # moments may be large: this asks first whether all fits
+        self.moments = self._joined.start(like)
+        self._like = like
         self.inverse: Inverse | None = None
         self.counts: Counter[str] = Counter()
         self._background = BackgroundRefresh(like.device)
         self._walked = _FIRST_REFRESHES
         self._hurried = False
 
-    def update(self, samples: Sequence[LayerSamples]) -> None:
-        """Take in what the estimator saw in a mini-batch."""
+    def update(self, samples: Samples) -> None:
+        """Take in what the estimator saw in a mini-batch: `add` and `commit` in one."""
         self.moments.update(samples, self.decay)
 
     def hurry(self) -> None:
         """Refresh in the next step, due or not: the inverse in use has led to a step that was undone."""
         self._hurried = True
+
+    def add(self, samples: Samples) -> None:
+        """Take in a part of a mini-batch, a micro-batch for example; averages do not move before `commit`."""
+        self.moments.add(samples)
+
+    def commit(self) -> None:
+        """Average in what was added."""
+        self.moments.commit(self.decay)
 
     def due(self, step: int) -> bool:
         """Whether the inverse is refreshed in this step: the first three, and every T_3 or sooner.
@@ -129,7 +149,25 @@ class Preconditioner:
         with Pace() as pace:
             made = self._make(self.moments, gammas, pi)
         self._background.operations = pace.done
+        if self.inverse is None:
+            for _, inverse in made.pairs:  # once, before the first is used
+                self._joined.try_out(inverse, self._like)
         return self._report(made)
+
+    def examine(self, solved: Sequence[Tensor], gradient: Sequence[Tensor]) -> None:
+        """Name the block where a solution is not what it should be; waits for the device.
+
+        For whoever found a step that is not finite, and for steps that wait anyway.
+
+        Args:
+            solved: F-hat^-1 of the gradient, one tensor a block.
+            gradient: What was solved for.
+
+        Raises:
+            PluginError: The approximation returned another number of tensors, or other shapes or dtypes.
+            NumericalError: A block is not finite although its gradient is.
+        """
+        self._joined.examine(solved, gradient)
 
     def _wanted(self, step: int, gammas: Sequence[Tensor]) -> bool:
         return self.due(step) or len(gammas) > 1
@@ -139,12 +177,12 @@ class Preconditioner:
         pairs: list[tuple[Tensor, Inverse]] = []
         failure: str | None = None
         try:
-            factorisation = self.approx.factorise(moments)
+            factorisation = self._joined.factorise(moments)
         except NumericalError as error:  # what does not depend on gamma failed: no gamma will do
             return Made([], [], str(error))
         for gamma in gammas:
             try:
-                pairs.append((gamma, factorisation.damped(gamma, pi=pi)))
+                pairs.append((gamma, self._joined.damped(factorisation, gamma, pi)))
             except NumericalError as error:
                 failure = str(error)
         return Made(pairs, [notice for _, inverse in pairs for notice in inverse.notices], failure)
@@ -162,7 +200,7 @@ class Preconditioner:
         return made.pairs, notices
 
     def _load(self, state: Any) -> Inverse:
-        return self.approx.load_inverse(state, self.layers)
+        return self._joined.load_inverse(state)
 
     def use(self, inverse: Inverse) -> None:
         """Take up one of the refreshed inverses."""

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from kfacore.curvature.linalg import EIGENPROBLEM, Root, eigh_again, shifted, try_eigh
+from kfacore.curvature.linalg import EIGENPROBLEM, Root, eigh_again, eigh_batch, shifted, together, try_eigh
 from kfacore.errors import NumericalError
-from kfacore.parallel.cores import on_each_core
+from kfacore.parallel.cores import share
 from kfacore.roles.inverse import Notice
 
-__all__ = ["Tempered", "temper"]
+__all__ = ["Tempered", "powers_of", "temper", "untempered"]
 
 
 @dataclass(frozen=True)
@@ -79,36 +80,56 @@ def temper(
         NumericalError: A factor is not finite, there is no damping, or an eigenproblem failed; names the layer.
     """
 
-    def one(i: int) -> tuple[Tempered, Tensor]:
+    def one(i: int) -> list[tuple[Tempered, Tensor]]:
         # Kept by nobody: what is alive here is alive once a core.
         values, vectors, count = try_eigh(shifted(bases[i], shifts[i]), bases[i].dtype)
-        factor, fine = _powers(values, vectors, shifts[i], power)
-        return factor, torch.stack([count >= 0, fine])
+        factor, fine = powers_of(values, vectors, shifts[i], power)
+        return [(factor, torch.stack([count >= 0, fine]))]
 
-    costs = [EIGENPROBLEM * base.shape[0] ** 3 for base in bases]
-    done = on_each_core(one, range(len(bases)), costs, bases[0].device)
+    def several(batch: list[int]) -> list[tuple[Tempered, Tensor]]:
+        damped, adds = torch.stack([bases[i] for i in batch]), torch.stack([shifts[i] for i in batch])
+        damped.diagonal(dim1=1, dim2=2).add_(adds.to(damped.dtype).unsqueeze(1))
+        values, vectors, solved = eigh_batch(damped)
+        factors, fine = powers_of(values, vectors, adds, power)
+        parts = zip(*(x.unbind() for x in vars(factors).values()), strict=True)
+        return [(Tempered(*x), check) for x, check in zip(parts, torch.stack([solved, fine], 1), strict=True)]
+
+    batches = together(bases)
+    jobs = [partial(one, batch[0]) if len(batch) == 1 else partial(several, batch) for batch in batches]
+    costs = [len(batch) * EIGENPROBLEM * bases[batch[0]].shape[0] ** 3 for batch in batches]
+    shared = share(jobs, costs, bases[0].device)
+    by_index = {i: x for batch, xs in zip(batches, shared, strict=True) for i, x in zip(batch, xs, strict=True)}
+    done = [by_index[i] for i in range(len(bases))]
     found = [factor for factor, _ in done]
     notices: list[Notice] = []
     for i, (solved, fine) in enumerate(torch.stack([check for _, check in done]).tolist()):
         if not solved:
             values, vectors, notice = eigh_again(shifted(bases[i], shifts[i]), *names[i])
-            found[i], again = _powers(values, vectors, shifts[i], power)
+            found[i], again = powers_of(values, vectors, shifts[i], power)
             notices.append(notice)
         if not (fine if solved else again):
-            layer, factor_name = names[i]
-            raise NumericalError(
-                f"{layer}: factor {factor_name} cannot be tempered with a damping of {float(shifts[i]):g}; raise the "
-                "damping (damping.lambda0, or gamma_min), or set approx.power to 1"
-            )
+            raise NumericalError(untempered(*names[i], shifts[i]))
     return found, notices
 
 
-def _powers(values: Tensor, vectors: Tensor, shift: Tensor, power: float) -> tuple[Tempered, Tensor]:
-    """The tempered factor, and whether its eigenvalues and those of its inverse are finite and positive."""
+def untempered(layer: str, factor: str, shift: Tensor) -> str:
+    """What to say of a factor whose powers are not finite and positive."""
+    return (
+        f"{layer}: factor {factor} cannot be tempered with a damping of {float(shift):g}; raise the damping "
+        "(damping.lambda0, or gamma_min), or set approx.power to 1"
+    )
+
+
+def powers_of(values: Tensor, vectors: Tensor, shift: Tensor, power: float) -> tuple[Tempered, Tensor]:
+    """The tempered factor, and whether its eigenvalues and those of its inverse are finite and positive.
+
+    One, or a batch: values (b, d), vectors (b, d, d) and shifts (b,) give a batch of everything.
+    """
+    shift = shift.unsqueeze(-1)
     ratio = (values / shift).clamp(min=1.0)  # rounding must not undercut the damping
     tempered = ratio**power * shift
     damped, tempered, inverted = torch.stack([ratio * shift, tempered, 1.0 / tempered]).to(vectors.dtype)
     # LAPACK's vectors lie column by column: as rows they are in the order that a checkpoint restores.
     rows = vectors.mT.contiguous()
-    fine = torch.isfinite(inverted).all() & (inverted > 0).all() & torch.isfinite(tempered).all() & (damped > 0).all()
-    return Tempered(rows, damped, tempered, (rows.T * inverted) @ rows), fine
+    fine = torch.isfinite(inverted) & (inverted > 0) & torch.isfinite(tempered) & (damped > 0)
+    return Tempered(rows, damped, tempered, (rows.mT * inverted.unsqueeze(-2)) @ rows), fine.all(-1)

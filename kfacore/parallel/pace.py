@@ -11,7 +11,7 @@ import threading
 import time
 from types import TracebackType
 
-__all__ = ["Pace", "current_pace", "worked"]
+__all__ = ["Pace", "current_pace"]
 
 _LOOK = 0.2
 """Seconds after which a resting thread looks whether the process is about to end."""
@@ -23,7 +23,7 @@ _local = threading.local()
 
 
 class Pace:
-    """Counts the work of its thread while active, and holds it back if a total to spread is given.
+    """Counts the work that its thread shares out while active, and holds it back if a total to spread is given.
 
     Args:
         steps: Steps over which the work is spread.
@@ -75,13 +75,6 @@ class Pace:
 
 
 def current_pace() -> Pace | None:
-    """The pace set for this thread; threads that share its work enter it too."""
+    """The pace set for this thread, to which `kfacore.parallel.cores.share` counts what it hands out."""
     pace: Pace | None = getattr(_local, "pace", None)
     return pace
-
-
-def worked(operations: float) -> None:
-    """Say that a factorisation was done, a moment at which the thread may rest; nothing if nobody set a pace."""
-    pace = current_pace()
-    if pace is not None:
-        pace.work(operations)

@@ -28,17 +28,27 @@ class Factorisation(ABC):
         self,
         gamma: Tensor,  # ()
         *,
-        pi: PiRule = "layer",
+        pi: PiRule = "layer",  # or a scalar, see below
     ) -> Inverse:
         """The inverse with factored Tikhonov damping gamma (method, section 3).
 
         Args:
             gamma: Strength, a scalar on the device.
-            pi: How gamma is split between the factors, see `kfacore.curvature.linalg.pi_of`.
+            pi: How gamma is split between the factors, see `kfacore.curvature.linalg.pi_of`. A scalar, one pi for all
+                blocks, comes only where `log_pi` gives something.
 
         Raises:
             NumericalError: No factorisation of some layer's factor was finite; the message names the layer.
         """
+
+    def log_pi(self) -> tuple[Tensor, Tensor] | None:
+        """Sum of log pi_i over its blocks that are alive, and their number: `kfacore.curvature.linalg.log_pi_of`.
+
+        With it ``pi = "net"`` is the geometric mean over all blocks of a net, those that others serve too: `damped`
+        then gets it as a scalar, which `kfacore.curvature.linalg.pi_of` understands. None, the default: this
+        approximation takes the mean over its own blocks, or has nothing to split.
+        """
+        return None
 
 
 class Approximation(Part):
@@ -46,18 +56,28 @@ class Approximation(Part):
 
     Attributes:
         moments: The running averages it needs; several approximations may share one.
-        structure: ``"any"`` graph of layers, or ``"chain"`` if each layer must feed the next one only.
+        structure: ``"any"``, or ``"chain"`` if it couples blocks that follow each other: then the network says which
+            pairs do, as `Moments.pairs`. A block without a neighbour stands alone.
     """
 
     config: ApproxConfig
     moments: ClassVar[tuple[type[Moment], ...]]
     structure: ClassVar[Literal["any", "chain"]] = "any"
 
+    def serves(self, block: Block) -> bool:
+        """Whether it preconditions this block; the others get built-in curvature, see `kfacore.curvature.joined`.
+
+        By default one Kronecker product of two whole factors, whose samples are rows (cases R, d_in) and gradients
+        (passes, cases R, d_out), R rows a case: embeddings, norms, grouped convolutions are no concern of most.
+        """
+        return block.plain
+
     def check_layers(self, layers: Sequence[Block]) -> None:
         """Refuse layers that this approximation cannot serve, before memory is taken; nothing by default.
 
         Args:
-            layers: The layers; before the first forward pass in order of registration, then of execution.
+            layers: The blocks that it serves; before the first forward pass in order of registration, then of
+                execution.
 
         Raises:
             UnsupportedModelError: The message names the layers and says what to use instead.

@@ -35,7 +35,7 @@ class Notice:
 class Inverse(ABC):
     """A damped approximation F-hat at one gamma, ready to be applied. Immutable.
 
-    Blocks are the layers' weight blocks (d_out, d_in), in execution order.
+    Blocks are the layers' weight blocks, `Block.shape` each, in execution order.
     """
 
     layers: Sequence[Block]
@@ -61,7 +61,7 @@ class Inverse(ABC):
         """The matrix of `solve` (or of `multiply`), for small nets: parameters layer by layer, columns stacked.
 
         Returns:
-            (P, P), in the blocks' dtype; vec stacks the columns of each (d_out, d_in) block.
+            (P, P), in the blocks' dtype; vec stacks the columns of each (d_out, d_in) block, group by group.
         """
         apply = self.solve if inverse else self.multiply
         probe = self._like()
@@ -72,9 +72,10 @@ class Inverse(ABC):
             unit[position] = 1.0
             blocks, start = [], 0
             for layer in self.layers:
-                blocks.append(unit[start : start + layer.size].reshape(layer.d_in, layer.d_out).T)
+                *groups, d_out, d_in = layer.shape
+                blocks.append(unit[start : start + layer.size].reshape(*groups, d_in, d_out).mT)
                 start += layer.size
-            columns.append(torch.cat([block.T.reshape(-1) for block in apply(blocks)]))
+            columns.append(torch.cat([block.mT.reshape(-1) for block in apply(blocks)]))
         return torch.stack(columns, dim=1)
 
     @abstractmethod

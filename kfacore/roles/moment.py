@@ -1,10 +1,11 @@
 r"""Running averages of second moments: what an approximation declares and is made of.
 
-A moment sees each mini-batch's samples and averages (method, section 2, step 3)
+A moment takes in what a mini-batch showed, in one part or several, and averages (method, section 2, step 3)
 
-    X <- f X + (1 - f) X_new,     f = min(1 - 1/k, decay),
+    X <- f X + (1 - f) X_new,     f = min(1 - 1/k, decay),     X_new = sum over rows / divisor,
 
-so that the first estimate is taken whole and the scale never depends on the batch size. Moments are uncentred.
+so that the first estimate is taken whole and the scale never depends on the batch size. k is counted for each value: a
+block that a mini-batch did not use keeps its average and its k. Moments are uncentred.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import copy
-from typing import Any, TypeVar
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,65 +22,227 @@ from torch import Tensor
 from kfacore.errors import ConfigError
 from kfacore.roles.block import Block
 from kfacore.roles.inverse import Inverse
-from kfacore.roles.samples import LayerSamples
+from kfacore.roles.samples import Samples
 
-__all__ = ["Moment", "Moments"]
+__all__ = ["Moment", "Moments", "Number", "Tally", "blend", "divisor_of"]
 
 
 M = TypeVar("M", bound="Moment")
 
+Number = int | float | Tensor
+"""A number that the host knows, or a scalar on the device."""
 
-class Moment(ABC):
-    """One kind of running average: a tensor for each layer, or for each pair of adjacent layers.
+
+class Tally(NamedTuple):
+    """What a sum over rows is divided by.
 
     Attributes:
-        values: The averages, in execution order, updated in place; all of the moment's state that is saved. A moment
-            with several tensors a layer lists the first of every layer, then the second of every layer, and so on.
-
-    Args:
-        layers: The layers, in execution order.
-        like: A tensor with the dtype and device of the averages.
+        divisor: Number of rows, or S.
+        seen: Rows that the sum was made of; with none the average stays what it is.
     """
 
-    def __init__(self, layers: Sequence[Block], like: Tensor) -> None:
+    divisor: Number
+    seen: Number
+
+
+def divisor_of(samples: Samples) -> Number:
+    """S of a mini-batch, the same for all blocks; 0 where no block saw anything."""
+    return next((s.divisor for s in samples if s is not None), 0)
+
+
+class Moment(ABC):
+    """One kind of running average: tensors for each block, for each pair of blocks, or for all of them together.
+
+    A subclass says what shapes its values have (`shapes`), how rows are summed (`accumulate`), and, where that is not
+    S for all, what the sums are divided by (`tallies`). When averages are taken, over how many parts of a mini-batch
+    and over how many processes, is not its affair.
+
+    Attributes:
+        values: The averages, in the blocks' order, updated in place. A moment with several tensors a block lists the
+            first of every block, then the second of every block, and so on.
+        updates: k of each value, the mini-batches that it is an average of.
+        pairs: Indices (i, j) of the blocks that are coupled.
+
+    Args:
+        layers: The blocks, in execution order.
+        like: A tensor with the dtype and device of the averages.
+        pairs: Pairs of blocks for moments that need them; each block and the next if left out.
+    """
+
+    def __init__(self, layers: Sequence[Block], like: Tensor, pairs: Sequence[tuple[int, int]] | None = None) -> None:
         self.layers = layers
+        self.pairs = list(pairwise(range(len(layers)))) if pairs is None else list(pairs)
         self.values = [torch.zeros(shape, dtype=like.dtype, device=like.device) for shape in self.shapes(layers)]
+        self.updates: list[Number] = [0] * len(self.values)
+        self._sums: list[Tensor] | None = None
+        self._tallies: list[Tally] = []
+
+    @classmethod
+    def serves(cls, block: Block) -> bool:
+        """Whether samples of this kind of block can be summed; by default of any Kronecker product."""
+        return block.kind == "kron"
 
     @abstractmethod
     def shapes(self, layers: Sequence[Block]) -> list[tuple[int, ...]]:
         """Shape of each value."""
 
     @abstractmethod
-    def update(self, samples: Sequence[LayerSamples], keep: float) -> None:
-        """Average the samples' estimate in with weight 1 - keep; old values must not matter at all if keep = 0."""
+    def accumulate(
+        self, values: Sequence[Tensor], samples: Samples, beta: Sequence[float], alpha: Sequence[float]
+    ) -> None:
+        """Sum over rows, in place: value <- beta value + alpha (sum over the samples' rows), for each value.
+
+        With a beta of 0 the old value must not matter at all, be it NaN (as in `torch.addmm`). A value whose samples
+        are None is left alone.
+
+        Args:
+            values: Tensors like `values`, not always themselves.
+            samples: What a mini-batch, or a part of one, showed of each block.
+            beta: One number a value.
+            alpha: One number a value.
+        """
+
+    def tallies(self, samples: Samples) -> list[Tally]:
+        """What each value's sum is divided by; S by default, for one or several values a block, block by block."""
+        total, count = divisor_of(samples), max(1, len(samples))
+        seen = [0 if s is None else s.rows for s in samples]
+        return [Tally(total, seen[i % count]) for i in range(len(self.values))]
+
+    def add(self, samples: Samples) -> None:
+        """Take in a part of a mini-batch; several until `commit`."""
+        tallies = self.tallies(samples)
+        if self._sums is None:
+            self._sums = [torch.zeros_like(value) for value in self.values]
+            self._tallies = [Tally(0, 0)] * len(self.values)
+        self._tallies = [Tally(a + c, b + d) for (a, b), (c, d) in zip(self._tallies, tallies, strict=True)]
+        ones = [1.0] * len(self.values)
+        self.accumulate(self._sums, samples, ones, ones)
+
+    @property
+    def summed(self) -> bool:
+        """Whether something was added since the last `commit`."""
+        return self._sums is not None
+
+    def commit(self, decay: float) -> None:
+        """Average in what `add` took in since the last time."""
+        if self._sums is None:
+            return
+        for i, (value, new, tally) in enumerate(zip(self.values, self._sums, self._tallies, strict=True)):
+            known = not any(isinstance(x, Tensor) for x in (*tally, self.updates[i]))
+            if known and not tally.seen:
+                continue
+            if known:
+                keep = self._keep(i, decay)
+                blend(value, new, keep, (1.0 - keep) / float(tally.divisor))
+            else:
+                self._blend_on_device(i, value, new, tally, decay)
+        self._sums = None
+
+    def average(self, samples: Samples, decay: float) -> None:
+        """`add` and `commit` of a mini-batch in one part: sums straight into the averages, where the host can count."""
+        tallies = self.tallies(samples)
+        if any(isinstance(x, Tensor) for tally in tallies for x in tally) or any(
+            isinstance(k, Tensor) for k in self.updates
+        ):
+            self.add(samples)
+            self.commit(decay)
+            return
+        beta, alpha = [1.0] * len(tallies), [0.0] * len(tallies)
+        for i, tally in enumerate(tallies):
+            if tally.seen:
+                beta[i] = self._keep(i, decay)
+                alpha[i] = (1.0 - beta[i]) / float(tally.divisor)
+        self.accumulate(self.values, samples, beta, alpha)
+
+    def _keep(self, i: int, decay: float) -> float:
+        """f of one value, whose k goes up."""
+        self.updates[i] += 1
+        return min(1.0 - 1.0 / float(self.updates[i]), decay)
+
+    def _blend_on_device(self, i: int, value: Tensor, new: Tensor, tally: Tally, decay: float) -> None:
+        """The same where only the device knows how many rows there were: nothing waits for it."""
+        some = torch.as_tensor(tally.seen, device=value.device) > 0
+        k = torch.as_tensor(self.updates[i], device=value.device, dtype=torch.float64) + some
+        keep = torch.where(some, (1.0 - 1.0 / k.clamp_min(1.0)).clamp_max(decay), 1.0)
+        divisor = torch.as_tensor(tally.divisor, device=value.device, dtype=torch.float64)
+        share = torch.where(some, (1.0 - keep) / torch.where(some, divisor, 1.0), 0.0)
+        old = torch.where(keep > 0, value, torch.zeros_like(value))  # what was NaN must not show through
+        value.copy_(old * keep.to(value.dtype) + new * share.to(value.dtype))
+        self.updates[i] = k
+
+    def pending(self, samples: Samples) -> list[Tensor]:
+        """Sums and tallies since the last `commit`, to be summed over processes; zeros where nothing was added."""
+        if self._sums is None:
+            self.add([None for _ in samples])
+        assert self._sums is not None
+        if not self._sums:
+            return []
+        device = self._sums[0].device
+        numbers = [torch.as_tensor(x, dtype=torch.float64, device=device) for tally in self._tallies for x in tally]
+        return [*self._sums, torch.stack(numbers).reshape(-1, 2)]
+
+    def load_pending(self, tensors: Sequence[Tensor]) -> None:
+        """Take what `pending` gave, summed over processes, in place of the own."""
+        if tensors:
+            *self._sums, tallies = tensors
+            self._tallies = [Tally(*row.unbind()) for row in tallies]
 
     def frozen(self: M) -> M:
         """A copy that later updates do not change."""
         twin = copy(self)
-        twin.values = [value.clone() for value in self.values]
+        twin.values, twin.updates = [value.clone() for value in self.values], list(self.updates)
+        twin._sums, twin._tallies = None, []
         return twin
 
     def refreshed(self, inverse: Inverse) -> None:  # noqa: B027  # optional: most moments have no coordinates
         """Called when an inverse has been taken up, for averages kept in its coordinates; nothing by default."""
 
 
+def blend(value: Tensor, new: Tensor, beta: float, alpha: float) -> None:
+    """value <- beta value + alpha new; with beta = 0 whatever the old value is."""
+    if beta == 0.0:
+        torch.mul(new.to(value.dtype), alpha, out=value)
+    else:
+        value.mul_(beta).add_(new, alpha=alpha)
+
+
 class Moments:
     """The moments that an approximation declared, updated together.
 
     Attributes:
-        layers: The layers, in execution order.
-        updates: Number of mini-batches seen, k.
+        layers: The blocks, in execution order.
+        pairs: Indices (i, j) of the blocks that are coupled.
+        updates: Number of mini-batches seen; each value has its own k, see `Moment.updates`.
 
     Args:
         kinds: The moment classes.
-        layers: The layers.
+        layers: The blocks.
         like: A tensor with the dtype and device of the averages.
+        pairs: Which blocks moments of pairs couple; each block and the next if left out.
     """
 
-    def __init__(self, kinds: Sequence[type[Moment]], layers: Sequence[Block], like: Tensor) -> None:
+    def __init__(
+        self,
+        kinds: Sequence[type[Moment]],
+        layers: Sequence[Block],
+        like: Tensor,
+        pairs: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         self.layers = layers
+        self.pairs = list(pairwise(range(len(layers)))) if pairs is None else list(pairs)
         self.updates = 0
-        self._by_kind = {kind: kind(layers, like) for kind in kinds}
+        self._by_kind = {kind: kind(layers, like, self.pairs) for kind in kinds}
+        self._waiting: Samples | None = None
+
+    @property
+    def kinds(self) -> tuple[type[Moment], ...]:
+        """The moment classes."""
+        return tuple(self._by_kind)
+
+    @property
+    def pending_count(self) -> int:
+        """Number of tensors that `pending` gives."""
+        return sum(len(moment.values) + bool(moment.values) for moment in self._by_kind.values())
 
     def __getitem__(self, kind: type[M]) -> list[Tensor]:
         """The averages of one kind; read-only for everyone but the moment itself."""
@@ -92,14 +256,61 @@ class Moments:
         """A copy that later updates do not change, for work that goes on beside them."""
         twin = copy(self)
         twin._by_kind = {kind: moment.frozen() for kind, moment in self._by_kind.items()}
+        twin._waiting = None
         return twin
 
-    def update(self, samples: Sequence[LayerSamples], decay: float) -> None:
+    def update(self, samples: Samples, decay: float) -> None:
         """Take in a mini-batch with f = min(1 - 1/k, decay)."""
+        self.add(samples)
+        self.commit(decay)
+
+    def add(self, samples: Samples) -> None:
+        """Take in a part of a mini-batch: a micro-batch, say. Averages do not move before `commit`.
+
+        A single part is kept as it is until then, so that its sums go straight into the averages.
+        """
+        if self._waiting is None:
+            self._waiting = samples
+            return
+        self._flush()
+        self._waiting = samples
+
+    def commit(self, decay: float) -> None:
+        """Average in what was added since the last time, with f = min(1 - 1/k, decay); nothing if nothing was."""
+        summed = any(moment.summed for moment in self._by_kind.values())
+        if self._waiting is None and not summed:
+            return
         self.updates += 1
-        keep = min(1.0 - 1.0 / self.updates, decay)
         for moment in self._by_kind.values():
-            moment.update(samples, keep)
+            if self._waiting is not None and not summed:
+                moment.average(self._waiting, decay)
+                continue
+            if self._waiting is not None:
+                moment.add(self._waiting)
+            moment.commit(decay)
+        self._waiting = None
+
+    def pending(self) -> list[Tensor]:
+        """Sums and counts of what was added, in a fixed order and in fixed shapes: what processes add up."""
+        self._flush()
+        nothing: Samples = [None for _ in self.layers]
+        return [tensor for moment in self._by_kind.values() for tensor in moment.pending(nothing)]
+
+    def load_pending(self, tensors: Sequence[Tensor]) -> None:
+        """Take up what `pending` of all processes summed to; `commit` then averages it in."""
+        start = 0
+        for moment in self._by_kind.values():
+            count = len(moment.values) + bool(moment.values)
+            moment.load_pending(tensors[start : start + count])
+            start += count
+        self._waiting = None
+
+    def _flush(self) -> None:
+        """Sum what waits."""
+        if self._waiting is not None:
+            for moment in self._by_kind.values():
+                moment.add(self._waiting)
+            self._waiting = None
 
     def refreshed(self, inverse: Inverse) -> None:
         """Tell the moments which inverse is in use now."""
@@ -107,9 +318,10 @@ class Moments:
             moment.refreshed(inverse)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of updates and a copy of every average."""
+        """The number of updates, that of each value, and a copy of every average."""
         values = {kind.__name__: self.snapshot(kind) for kind in self._by_kind}
-        return {"updates": self.updates, "values": values}
+        counts = {kind.__name__: [_number(k) for k in moment.updates] for kind, moment in self._by_kind.items()}
+        return {"updates": self.updates, "counts": counts, "values": values}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up averages of the same kinds and shapes.
@@ -128,3 +340,8 @@ class Moments:
             # New tensors, so that an inverse which shares one (an eigenbasis, say) is not written to.
             pairs = zip(moment.values, state["values"][kind.__name__], strict=True)
             moment.values = [torch.empty_like(value).copy_(saved) for value, saved in pairs]
+            moment.updates = list(state["counts"][kind.__name__])
+
+
+def _number(k: Number) -> Number:
+    return k.clone() if isinstance(k, Tensor) else k

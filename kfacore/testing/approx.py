@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from kfacore.roles.approx import Approximation
 from kfacore.roles.block import Block
 from kfacore.roles.inverse import Inverse
 from kfacore.roles.moment import Moment
-from kfacore.roles.samples import LayerSamples
+from kfacore.roles.samples import Samples
 from kfacore.schema.slots import PiRule, literals_of
 from kfacore.testing.base import ComponentSuite, devices, differs, reload, same
 from kfacore.testing.cases import ApproxCase, chain_case, feed
@@ -36,6 +37,7 @@ _CASES: dict[str, dict[str, Any]] = {
     "widening": {"sizes": (2, 3, 4)},
     "bottleneck without bias": {"sizes": (3, 1, 4, 2), "bias": False},
     "one layer, several passes": {"sizes": (3, 2), "passes": 3},
+    "several rows a case": {"sizes": (3, 2, 2), "positions": 3, "cases": 10},
 }
 
 
@@ -176,7 +178,7 @@ class ApproxSuite(ComponentSuite):
         for number, (inverse, solved, multiplied) in enumerate(kept, 1):
             assert same(inverse.solve(v), solved), (
                 f"inverse {number} solves differently since it was taken up and the moments went on: `refreshed` must "
-                "copy what `update` writes to"
+                "copy what `accumulate` writes to"
             )
             assert same(inverse.multiply(v), multiplied), f"inverse {number} multiplies differently since then"
 
@@ -228,6 +230,58 @@ class ApproxSuite(ComponentSuite):
         assert same(inverse.solve(v), other.load_inverse(restored.state_dict(), case.layers).solve(v)), (
             "the state of a restored inverse is not the state it was restored from"
         )
+
+    # --- parts of a mini-batch, blocks that saw nothing, other neighbours -------------------------------------------
+
+    def test_parts_of_a_mini_batch_are_the_mini_batch(self) -> None:
+        """`Moments.add` of micro-batches and one `Moments.commit`."""
+        case, gamma = chain_case((4, 3, 2), batches=1, passes=2), torch.tensor(0.3, dtype=torch.float64)
+        approx: Approximation = self.build()
+        whole, parts = case.moments(approx), case.moments(approx, batches=0)
+        (samples,) = case.batches
+        for rows in (slice(0, 7), slice(7, 8), slice(8, None)):
+            parts.add([replace(s, inputs=s.inputs[rows], gradients=s.gradients[:, rows]) for s in samples])
+        parts.commit(0.999)
+        wanted = approx.factorise(whole).damped(gamma).solve(case.blocks())
+        found = approx.factorise(parts).damped(gamma).solve(case.blocks())
+        for layer, a, b in zip(case.layers, found, wanted, strict=True):
+            assert differs(a, b) < 1e3 * self.tolerance, (
+                f"{layer.name}: a mini-batch in three parts is not the mini-batch; `accumulate` must write to the "
+                "values that it is given and use beta and alpha as they are, and `tallies` must tell the sums' divisors"
+            )
+
+    def test_a_block_that_saw_nothing_keeps_its_average(self) -> None:
+        """Its samples are None; with None for all, nothing changes."""
+        case, gamma = chain_case((4, 3, 2), batches=2), torch.tensor(0.3, dtype=torch.float64)
+        approx: Approximation = self.build()
+        moments = case.moments(approx, batches=1)
+        v = case.blocks()
+        before = approx.factorise(moments).damped(gamma).solve(v)
+        nothing: Samples = [None for _ in case.layers]
+        moments.update(nothing, 0.5)
+        after = approx.factorise(moments).damped(gamma).solve(v)
+        for a, b in zip(before, after, strict=True):
+            assert differs(a, b) < 1e3 * self.tolerance, (
+                "statistics of a mini-batch in which no block was used changed it"
+            )
+        feed(moments, [case.batches[1][0], None])
+        inverse = approx.factorise(moments).damped(gamma)
+        for layer, a, b in zip(case.layers, inverse.multiply(inverse.solve(v)), v, strict=True):
+            assert differs(a, b) < 1e3 * self.tolerance, f"{layer.name}: wrong once a block saw nothing in a mini-batch"
+
+    def test_any_pairs_will_do(self) -> None:
+        """The network says which blocks follow each other: a forest, of which a chain is one."""
+        case, gamma = chain_case((3, 3, 2, 2), batches=1), torch.tensor(0.3, dtype=torch.float64)
+        approx: Approximation = self.build()
+        for pairs in ([], [(1, 0), (1, 2)], [(0, 2)]):
+            inverse = approx.factorise(case.moments(approx, pairs=pairs)).damped(gamma)
+            matrix, product = inverse.dense(), inverse.dense(inverse=False)
+            error = differs(matrix @ product, torch.eye(case.size, dtype=matrix.dtype))
+            assert error < 1e3 * self.tolerance, (
+                f"with the pairs {pairs} solve and multiply are not inverse of each other (off by {error:.1e} relative)"
+            )
+            smallest = float(torch.linalg.eigvalsh(0.5 * (matrix + matrix.T)).min())
+            assert smallest > 0, f"with the pairs {pairs} F-hat^-1 has the eigenvalue {smallest:.2e}"
 
     # --- dtype, device, degenerate statistics ----------------------------------------------------------------------
 
@@ -367,11 +421,15 @@ class ApproxSuite(ComponentSuite):
             "moments of blocks whose rows are stacked, not their columns": partial(permuted, rows.argsort()),
             "the inverse matrix: solve and multiply are exchanged": lambda: torch.linalg.inv(matrix()),
         }
-        passes, cases = (case.batches[0][0].gradients.shape[i] for i in (0, 1))
+        passes, cases = case.batches[0][0].gradients.shape[0], case.batches[0][0].cases
         if passes > 1:
             mean = partial(matrix, _scaled(case, passes**-0.5))
             found["passes that are averaged: second moments are summed over passes and divided by cases alone"] = mean
         found["a sum over cases: second moments are means over cases"] = partial(matrix, _scaled(case, cases**0.5))
+        positions = case.batches[0][0].positions or 1
+        if positions > 1:
+            mean = partial(matrix, _scaled(case, positions**-0.5))
+            found["rows that are averaged: gradients are summed over a case's rows and divided by S alone"] = mean
         for k in range(1, len(case.batches)):
             early = ApproxCase(case.layers, case.batches[:k])
             found[f"the statistics after mini-batch {k}: stale"] = partial(matrix, early)
@@ -380,7 +438,7 @@ class ApproxSuite(ComponentSuite):
 
 def _scaled(case: ApproxCase, factor: float) -> ApproxCase:
     """The case with all output gradients scaled."""
-    batches = [[LayerSamples(s.inputs, factor * s.gradients) for s in samples] for samples in case.batches]
+    batches = [[replace(s, gradients=factor * s.gradients) for s in samples] for samples in case.batches]
     return ApproxCase(case.layers, batches)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from kfacore.roles.approx import Approximation
 from kfacore.roles.block import Block
 from kfacore.roles.moment import Moments
-from kfacore.roles.samples import LayerSamples
+from kfacore.roles.samples import LayerSamples, Samples
 from kfacore.schema.slots import PiRule
 
 __all__ = ["ApproxCase", "chain_case"]
@@ -41,24 +41,33 @@ class ApproxCase:
         return sum(layer.size for layer in self.layers)
 
     def input_factor(self, i: int, j: int | None = None) -> Tensor:
-        """Mean of abar_i abar_j^T over all mini-batches, (d_in of i, d_in of j); j = i if left out."""
+        """Mean of abar_i abar_j^T over rows and mini-batches, (d_in of i, d_in of j); j = i if left out."""
         j = i if j is None else j
-        return self._mean([s[i].inputs.T @ s[j].inputs / s[0].cases for s in self.batches])
+        return self._mean([s[i].inputs.T @ s[j].inputs / len(s[i].inputs) for s in self.batches])
 
     def output_factor(self, i: int, j: int | None = None) -> Tensor:
-        """Mean of g_i g_j^T, summed over passes, (d_out of i, d_out of j); j = i if left out."""
+        """Mean over cases of g_i g_j^T, summed over passes and rows, (d_out of i, d_out of j); j = i if left out."""
         j = i if j is None else j
         rows = [(s[i].gradients.flatten(0, 1), s[j].gradients.flatten(0, 1), s[0].cases) for s in self.batches]
         return self._mean([g.T @ h / n for g, h, n in rows])
 
     def per_case(self) -> Tensor:
-        """vec(g abar^T) of every case and pass, all layers side by side, scaled so that F = rows^T rows, (., P)."""
+        """vec(sum over its rows of g abar^T) of every case and pass, all layers side by side, (., P).
+
+        Scaled so that F = rows^T rows.
+        """
         found = []
         for s in self.batches:
             scale = (s[0].cases * len(self.batches)) ** -0.5
-            parts = [torch.einsum("kno,ni->knio", layer.gradients, layer.inputs).flatten(2) for layer in s]
+            parts = [self._gradients(layer).flatten(2) for layer in s]
             found.append(torch.cat(parts, dim=2).flatten(0, 1) * scale)
         return torch.cat(found)
+
+    @staticmethod
+    def _gradients(s: LayerSamples) -> Tensor:
+        """Transposed gradients of cases, (k, n, d_in, d_out)."""
+        each = torch.einsum("kro,ri->krio", s.gradients, s.inputs)  # of rows
+        return each.reshape(len(each), s.cases, -1, *each.shape[2:]).sum(2)
 
     def damped(self, i: int, gamma: float, *, pi: PiRule) -> tuple[Tensor, Tensor]:
         """Ad_i = A_i + pi_i gamma I and Gd_i = G_i + gamma / pi_i I (method, section 3), pi_i by its rule."""
@@ -81,9 +90,10 @@ class ApproxCase:
         dtype: torch.dtype = torch.float64,
         device: str = "cpu",
         batches: int | None = None,
+        pairs: Sequence[tuple[int, int]] | None = None,
     ) -> Moments:
         """The running averages that the approximation declares, after the first mini-batches (all if left out)."""
-        found = Moments(approx.moments, self.layers, torch.zeros((), dtype=dtype, device=device))
+        found = Moments(approx.moments, self.layers, torch.zeros((), dtype=dtype, device=device), pairs)
         for samples in self.batches[:batches]:
             feed(found, samples)
         return found
@@ -99,10 +109,10 @@ class ApproxCase:
         return torch.stack(values).mean(0)
 
 
-def feed(moments: Moments, samples: Sequence[LayerSamples]) -> None:
+def feed(moments: Moments, samples: Samples) -> None:
     """Update with samples cast to the moments' dtype and device; the plain mean over mini-batches."""
     like = next(iter(moments.state_dict()["values"].values()))[0]
-    moments.update([LayerSamples(s.inputs.to(like), s.gradients.to(like)) for s in samples], 0.999)
+    moments.update([s and replace(s, inputs=s.inputs.to(like), gradients=s.gradients.to(like)) for s in samples], 0.999)
 
 
 def chain_case(
@@ -113,6 +123,7 @@ def chain_case(
     passes: int = 1,
     batches: int = 2,
     dead: bool = False,
+    positions: int = 1,
     seed: int = 0,
 ) -> ApproxCase:
     """Statistics of a tanh chain with random weights, so that adjacent layers are correlated.
@@ -124,6 +135,7 @@ def chain_case(
         passes: Backward passes a mini-batch.
         batches: Mini-batches.
         dead: The first input is always 0, and the first unit of every layer gets no gradient.
+        positions: Rows a case, as of a sequence.
         seed: Seed of every draw.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -134,22 +146,22 @@ def chain_case(
     pairs = list(pairwise(sizes))
     layers = [Block(f"layer{i}", a + bias, b, bias) for i, (a, b) in enumerate(pairs)]
     weights = [draw(b, a) / a**0.5 for a, b in pairs]
-    found = []
+    found, rows = [], cases * positions
     for _ in range(batches):
-        inputs, a = [], draw(cases, sizes[0])
+        inputs, a = [], draw(rows, sizes[0])
         for W in weights:
             if dead:
-                a = torch.cat([torch.zeros(cases, 1, dtype=a.dtype), a[:, 1:]], 1)
+                a = torch.cat([torch.zeros(rows, 1, dtype=a.dtype), a[:, 1:]], 1)
             inputs.append(a)
             a = (a @ W.T).tanh()
         gradients: list[Tensor] = []
-        g = draw(passes, cases, sizes[-1])
+        g = draw(passes, rows, sizes[-1])
         for i in reversed(range(len(layers))):
             if dead:
-                g = torch.cat([torch.zeros(passes, cases, 1, dtype=g.dtype), g[:, :, 1:]], 2)
+                g = torch.cat([torch.zeros(passes, rows, 1, dtype=g.dtype), g[:, :, 1:]], 2)
             gradients.insert(0, g)
             g = (g @ weights[i]) * (1 - inputs[i].square() if i else 1.0)
-        ones = torch.ones(cases, 1, dtype=torch.float64)
+        ones = torch.ones(rows, 1, dtype=torch.float64)
         abar = [torch.cat([a, ones], 1) if bias else a for a in inputs]
-        found.append([LayerSamples(a, g) for a, g in zip(abar, gradients, strict=True)])
+        found.append([LayerSamples(a, g, positions) for a, g in zip(abar, gradients, strict=True)])
     return ApproxCase(layers, found)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfacore.curvature.linalg import eigh_psd, factor_spd, pi_of
+from kfacore.curvature.linalg import eigh_psd, factor_spd, pi_of, together
 from kfacore.errors import NumericalError
 
 Single, Double = torch.float32, torch.float64
@@ -218,3 +218,28 @@ def test_pi_of_dead_layers_is_one() -> None:
     assert [float(pi) for pi in pi_of([A, zero, zero], [zero, A, zero])] == [1.0] * 3
     assert float(pi_of([A, zero], [4 * A, A], "net")[1]) == pytest.approx(0.5, rel=1e-14)
     assert [float(pi) for pi in pi_of([zero], [A], "net")] == [1.0]
+
+
+@pytest.mark.parametrize("keep_lower", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_small_factors_of_one_size_are_each_what_they_are_alone(dtype: torch.dtype, keep_lower: bool) -> None:
+    sizes = [5, 16, 5, 33, 5, 200, 5, 33, 16, 33, 33]
+    bases = []
+    for i, d in enumerate(sizes):
+        X = dense.randn(2 * d, d, seed=i).to(dtype)
+        bases.append(0.5 * (X.T @ X + (X.T @ X).T))
+    bases[4] = torch.diag(torch.tensor([1.0, 0, 0, 1, 1], dtype=dtype))  # fails, and is tried again alone
+    shifts = [torch.tensor(0.1 * (i != 4)) for i in range(len(sizes))]
+    names = [(str(i), "A") for i in range(len(sizes))]
+    assert together(bases) == [[0, 2, 4, 6], [1], [3, 7, 9, 10], [5], [8]]
+    found, lower, notices = factor_spd(bases, shifts, names, keep_lower=keep_lower)
+    assert [notice.layer for notice in notices] == ["4"]
+    assert len(lower) == (len(sizes) if keep_lower else 0)
+    for i, base in enumerate(bases):
+        (one,), L, _ = factor_spd([base], [shifts[i]], [names[i]], keep_lower=keep_lower)
+        limit = 1e3 * torch.finfo(dtype).eps
+        assert dense.relative(found[i].inverse, one.inverse) < limit
+        assert torch.equal(found[i].inverse, found[i].inverse.T)
+        assert float(found[i].shift) == float(one.shift)
+        if keep_lower:
+            assert dense.relative(lower[i].tril(), L[0].tril()) < limit

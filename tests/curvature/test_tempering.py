@@ -98,3 +98,36 @@ def test_an_eigenproblem_that_fails_is_tempered_in_double_precision(monkeypatch:
         eye = torch.eye(len(factor.rows))
         assert dense.relative(factor.times(eye), expected.times(eye)) < 1e-5
         assert dense.relative(factor.inverse, expected.inverse) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_small_factors_of_one_size_are_each_what_they_are_alone(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [5, 16, 5, 33, 5, 5, 33]
+    bases = [dense.randn(d, d, seed=i).to(dtype) for i, d in enumerate(sizes)]
+    bases = [0.5 * (X @ X.T + (X @ X.T).T) for X in bases]
+    shifts = [torch.tensor(0.1 + 0.1 * i, dtype=torch.float64) for i in range(len(sizes))]
+    names = [(str(i), "A") for i in range(len(sizes))]
+    found, notices = temper(bases, shifts, names, 0.7)
+    assert notices == []
+    limit = 1e4 * torch.finfo(dtype).eps
+    alone = [temper([base], [shift], [name], 0.7)[0][0] for base, shift, name in zip(bases, shifts, names, strict=True)]
+    for a, b, d in zip(found, alone, sizes, strict=True):
+        eye = torch.eye(d, dtype=dtype)
+        assert dense.relative(a.inverse, b.inverse) < limit
+        assert dense.relative(a.times(eye), b.times(eye)) < limit
+        assert dense.relative(a.damped, b.damped) < limit
+    if dtype == torch.float64:
+        return
+    real = torch.linalg.eigh
+
+    def eigh(M: torch.Tensor) -> object:
+        if M.dim() == 3 or M.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return real(M)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    again, notices = temper(bases, shifts, names, 0.7)
+    assert len(notices) == len(sizes)
+    assert all(dense.relative(a.inverse, b.inverse) < limit for a, b in zip(again, alone, strict=True))

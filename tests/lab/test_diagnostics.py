@@ -351,9 +351,9 @@ def test_averages_in_an_inverses_coordinates_get_two_rounds():
     seen = []
 
     class Watching(InputFactor):
-        def update(self, samples, keep):
+        def accumulate(self, values, samples, beta, alpha):
             seen.append("update")
-            super().update(samples, keep)
+            super().accumulate(values, samples, beta, alpha)
 
         def refreshed(self, inverse):
             seen.append("refreshed")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 
 from kfacore.curvature.linalg import factor_spd
 from kfacore.curvature.tempering import temper
-from kfacore.parallel.cores import on_each_core
-from kfacore.parallel.pace import Pace, worked
+from kfacore.parallel.cores import owners, share
+from kfacore.parallel.pace import Pace
 
 CPU = torch.device("cpu")
 LARGE = 1e9
@@ -35,7 +36,7 @@ def _seen(count: int, costs: list[float]) -> list[tuple[int, str, int]]:
         together.wait()
         return i, threading.current_thread().name, torch.get_num_threads()
 
-    return on_each_core(job, range(count), costs, CPU)
+    return share([partial(job, i) for i in range(count)], costs, CPU)
 
 
 @pytest.mark.usefixtures("threads")
@@ -57,7 +58,7 @@ def test_a_job_that_outweighs_the_others_gets_all_threads() -> None:
     def job(i: int) -> tuple[str, int]:
         return threading.current_thread().name, torch.get_num_threads()
 
-    assert on_each_core(job, range(3), [LARGE, 1.0, 1.0], CPU) == [("MainThread", 4)] * 3
+    assert share([partial(job, i) for i in range(3)], [LARGE, 1.0, 1.0], CPU) == [("MainThread", 4)] * 3
 
 
 @pytest.mark.usefixtures("threads")
@@ -65,7 +66,7 @@ def test_small_work_starts_no_threads() -> None:
     def job(i: int) -> str:
         return threading.current_thread().name
 
-    assert on_each_core(job, range(3), [1.0] * 3, CPU) == ["MainThread"] * 3
+    assert share([partial(job, i) for i in range(3)], [1.0] * 3, CPU) == ["MainThread"] * 3
 
 
 @pytest.mark.usefixtures("threads")
@@ -73,11 +74,11 @@ def test_one_thread_is_enough_for_a_gpu() -> None:
     def job(i: int) -> tuple[str, int]:
         return threading.current_thread().name, torch.get_num_threads()
 
-    assert on_each_core(job, range(2), [LARGE] * 2, torch.device("cuda")) == [("MainThread", 4)] * 2
+    assert share([partial(job, i) for i in range(2)], [LARGE] * 2, torch.device("cuda")) == [("MainThread", 4)] * 2
 
 
 def test_nothing_to_do() -> None:
-    assert on_each_core(lambda item: item, [], [], CPU) == []
+    assert share([], [], CPU) == []
 
 
 @pytest.mark.usefixtures("threads")
@@ -90,7 +91,7 @@ def test_the_earliest_failure_is_raised_when_all_have_ended() -> None:
             raise ValueError(f"job {i}")
 
     with pytest.raises(ValueError, match="job 1"):
-        on_each_core(job, range(8), [LARGE] * 8, CPU)
+        share([partial(job, i) for i in range(8)], [LARGE] * 8, CPU)
     assert sorted(ended) == list(range(8))
     assert torch.get_num_threads() == 4
     assert threading.active_count() == 1 or not any(t.name == "kfac-factor" for t in threading.enumerate())
@@ -108,7 +109,7 @@ def test_an_interrupt_begins_nothing_new() -> None:
 
     release = threading.Event()
     with pytest.raises(KeyboardInterrupt):
-        on_each_core(job, range(1000), [LARGE] * 1000, CPU)
+        share([partial(job, i) for i in range(1000)], [LARGE] * 1000, CPU)
     assert len(begun) < 1000
     assert torch.get_num_threads() == 4
 
@@ -118,12 +119,11 @@ def test_jobs_run_without_gradients_and_count_towards_the_callers_pace() -> None
     weight = torch.ones((), requires_grad=True)
 
     def job(i: int) -> bool:
-        worked(2.0)
         return (weight * 2).requires_grad
 
     with Pace() as pace:
-        assert on_each_core(job, range(8), [LARGE] * 8, CPU) == [False] * 8
-    assert pace.done == 16.0
+        assert share([partial(job, i) for i in range(8)], [LARGE] * 8, CPU) == [False] * 8
+    assert pace.done == 8 * LARGE
     assert torch.is_grad_enabled()
 
 
@@ -142,3 +142,21 @@ def test_factors_have_the_same_bits_on_any_number_of_threads_that_share_them_out
     for count in (1, 2):
         torch.set_num_threads(count)
         assert all(torch.equal(a, b) for a, b in zip(made(), wanted, strict=True))
+
+
+def test_owners_are_spread_largest_first() -> None:
+    assert owners([1.0, 8.0, 4.0, 4.0, 2.0], 2) == [1, 0, 1, 1, 0]
+    assert owners([3.0, 3.0, 3.0], 3) == [0, 1, 2]
+    assert owners([3.0, 3.0], 5) == [0, 1]
+    assert owners([1.0, 2.0], 1) == [0, 0]
+    assert owners([], 4) == []
+
+
+def test_no_owner_has_more_than_the_mean_and_one_job() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for ranks in (2, 3, 7):
+        costs = (torch.rand(40, generator=generator) ** 3).tolist()
+        found = owners(costs, ranks)
+        loads = [sum(c for c, rank in zip(costs, found, strict=True) if rank == r) for r in range(ranks)]
+        assert max(loads) <= sum(costs) / ranks + max(costs)
+        assert found == owners(costs, ranks)

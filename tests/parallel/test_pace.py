@@ -8,7 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kfacore.parallel.pace import Pace, worked
+from kfacore.parallel.pace import Pace, current_pace
+
+
+def worked(operations: float) -> None:
+    """What a thread does after each piece of work."""
+    pace = current_pace()
+    if pace is not None:
+        pace.work(operations)
 
 
 def test_work_is_counted_only_while_a_pace_is_set() -> None:

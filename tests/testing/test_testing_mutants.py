@@ -32,29 +32,31 @@ def failing(call: Callable[..., None], message: str, **arguments: Any) -> None:
 
 
 class PassMean(DiagonalMoment):
-    def update(self, samples: Any, keep: float) -> None:
-        super().update([LayerSamples(s.inputs, s.gradients / len(s.gradients) ** 0.5) for s in samples], keep)
+    def accumulate(self, values: Any, samples: Any, beta: Any, alpha: Any) -> None:
+        changed = [LayerSamples(s.inputs, s.gradients / len(s.gradients) ** 0.5) for s in samples]
+        super().accumulate(values, changed, beta, alpha)
 
 
 class CaseSum(DiagonalMoment):
-    def update(self, samples: Any, keep: float) -> None:
-        super().update([LayerSamples(s.inputs, s.gradients * s.cases**0.5) for s in samples], keep)
+    def accumulate(self, values: Any, samples: Any, beta: Any, alpha: Any) -> None:
+        changed = [LayerSamples(s.inputs, s.gradients * s.cases**0.5) for s in samples]
+        super().accumulate(values, changed, beta, alpha)
 
 
 class LastBatch(DiagonalMoment):
-    def update(self, samples: Any, keep: float) -> None:
-        super().update(samples, 0.0)
+    def accumulate(self, values: Any, samples: Any, beta: Any, alpha: Any) -> None:
+        super().accumulate(values, samples, [0.0] * len(values), [1 / s.cases for s in samples])
 
 
 class Hidden(DiagonalMoment):
     """Keeps its average where no checkpoint finds it."""
 
-    def __init__(self, layers: Any, like: Tensor) -> None:
-        super().__init__(layers, like)
-        self.own = DiagonalMoment(layers, like)
+    def __init__(self, layers: Any, like: Tensor, pairs: Any) -> None:
+        super().__init__(layers, like, pairs)
+        self.own = DiagonalMoment(layers, like, pairs)
 
-    def update(self, samples: Any, keep: float) -> None:
-        self.own.update(samples, keep)
+    def accumulate(self, values: Any, samples: Any, beta: Any, alpha: Any) -> None:
+        self.own.accumulate(self.own.values, samples, beta, alpha)
         self.values = [value.clone() for value in self.own.values]
 
 
@@ -66,18 +68,19 @@ class Tied(DiagonalMoment):
 
 
 class Double(DiagonalMoment):
-    def __init__(self, layers: Any, like: Tensor) -> None:
-        super().__init__(layers, like.double())
+    def __init__(self, layers: Any, like: Tensor, pairs: Any) -> None:
+        super().__init__(layers, like.double(), pairs)
 
-    def update(self, samples: Any, keep: float) -> None:
-        super().update([LayerSamples(s.inputs.double(), s.gradients.double()) for s in samples], keep)
+    def accumulate(self, values: Any, samples: Any, beta: Any, alpha: Any) -> None:
+        changed = [LayerSamples(s.inputs.double(), s.gradients.double()) for s in samples]
+        super().accumulate(values, changed, beta, alpha)
 
 
 class RowsStacked(DenseMoment):
-    def update(self, samples: Any, keep: float) -> None:
-        (value,) = self.values
+    def accumulate(self, values: Any, samples: Any, beta: Any, alpha: Any) -> None:
+        (value,) = values
         rows = torch.cat([torch.einsum("ni,no->noi", s.inputs, s.gradients[0]).flatten(1) for s in samples], 1)
-        value.addmm_(rows.T, rows, beta=keep, alpha=(1.0 - keep) / len(rows))
+        value.addmm_(rows.T, rows, beta=beta[0], alpha=alpha[0])
 
 
 def with_moment(moment: type[DiagonalMoment]) -> type[Diagonal]:
@@ -202,7 +205,7 @@ APPROXIMATIONS: dict[str, tuple[Approx, str, dict[str, Any], str]] = {
         with_moment(Tied),
         "test_taking_an_inverse_up_does_not_tie_it_to_the_moments",
         {},
-        r"inverse 1 solves differently since it was taken up .*must copy what `update` writes to",
+        r"inverse 1 solves differently since it was taken up .*must copy what `accumulate` writes to",
     ),
     "moment in double precision": (
         with_moment(Double),

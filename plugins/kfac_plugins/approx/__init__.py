@@ -66,7 +66,7 @@ COMPONENTS: tuple[Component, ...] = (
         "tridiag",
         BlockTridiagonalConfig,
         "kfac_plugins.approx.tridiag:BlockTridiagonal",
-        "Inverse block-tridiagonal, adjacent layers coupled (section 4.3); a chain of layers.",
+        "Inverse block-tridiagonal, adjacent layers coupled (section 4.3); a chain, or any forest of pairs.",
     ),
     Component(
         "approx",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kfac_plugins.approx import BlockDiagonalConfig
 from kfacore.curvature.kronecker import DampedFactors, damp, ready
+from kfacore.curvature.linalg import log_pi_of
 from kfacore.curvature.moments import InputFactor, OutputFactor
 from kfacore.plugin import PiRule
 from kfacore.roles.approx import Approximation, Factorisation
@@ -62,7 +63,11 @@ class BlockDiagonalFactorisation(Factorisation):
         self._layers, self._power = layers, power
         self._A, self._G = (ready(moments[kind], power) for kind in (InputFactor, OutputFactor))
 
-    def damped(self, gamma: Tensor, *, pi: PiRule = "layer") -> BlockDiagonalInverse:
+    def log_pi(self) -> tuple[Tensor, Tensor] | None:
+        """Of all blocks."""
+        return log_pi_of(self._A, self._G)
+
+    def damped(self, gamma: Tensor, *, pi: PiRule | Tensor = "layer") -> BlockDiagonalInverse:
         """Damp, temper and invert."""
         found = damp(self._layers, self._A, self._G, gamma, pi=pi, power=self._power, keep_roots=False)
         return BlockDiagonalInverse(self._layers, found.factors, found.notices)

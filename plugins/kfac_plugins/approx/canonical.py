@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from kfacore.curvature.linalg import EIGENPROBLEM, Root, eigh_psd
-from kfacore.parallel.pace import worked
 from kfacore.roles.inverse import Notice
 
 __all__ = ["Canonical", "canonical", "cost_of"]
@@ -89,7 +88,6 @@ def canonical(
         NumericalError: The eigenproblem failed even in double precision; names the layer.
     """
     T = following.whiten(here.whiten(X).T).T
-    worked(_products(X))  # here and below; the eigenproblem counts itself
     above = max(tolerance, _ROUNDING * torch.finfo(X.dtype).eps)
     if X.shape[1] <= X.shape[0]:
         s, W, notices = eigh_psd(T.T @ T, layer, factor, above)

@@ -5,8 +5,10 @@ With abar and g of one case, the diagonal entry of weight (a, b) of a layer is a
     D_ab = E[(g_a abar_b)^2] = E[g_a^2 abar_b^2],
 
 so one product of squares a mini-batch gives it exactly: no Kronecker approximation is made, but all couplings are
-dropped. The damping is plain Tikhonov damping, F-hat = diag(D) + gamma^2 I: there are no two factors to split gamma
-between, and gamma^2 is what the factored damping of method.md, section 3, adds to a block in all (pi cancels).
+dropped. Where a case has several rows (positions, uses) its gradient is their sum M = sum_r g_r abar_r^T, and
+D = E[M^2]; every kind of block is served. The damping is plain Tikhonov damping, F-hat = diag(D) + gamma^2 I: there are
+no two factors to split gamma between, and gamma^2 is what the factored damping of method.md, section 3, adds to a block
+in all (pi cancels).
 """
 
 from __future__ import annotations
@@ -18,29 +20,55 @@ import torch
 from torch import Tensor
 
 from kfac_plugins.approx import DiagonalConfig
+from kfacore.curvature.cases import case_chunks
+from kfacore.curvature.moments import frequencies
 from kfacore.errors import NumericalError
 from kfacore.plugin import PiRule
 from kfacore.roles.approx import Approximation, Factorisation
 from kfacore.roles.block import Block
 from kfacore.roles.inverse import Inverse
-from kfacore.roles.moment import Moment, Moments
-from kfacore.roles.samples import LayerSamples
+from kfacore.roles.moment import Moment, Moments, blend
+from kfacore.roles.samples import LayerSamples, Samples
 
 __all__ = ["Diagonal", "DiagonalMoment"]
 
 
 class DiagonalMoment(Moment):
-    """D_i = E[(g_i abar_{i-1}^T)^2], entry by entry, (d_out, d_in); summed over passes."""
+    """D_i = E[M_i^2] of the cases' gradients M_i, entry by entry, in the block's shape; summed over passes."""
+
+    @classmethod
+    def serves(cls, block: Block) -> bool:
+        """Every kind has a diagonal."""
+        return True
 
     def shapes(self, layers: Sequence[Block]) -> list[tuple[int, ...]]:
-        """(d_out, d_in) a layer."""
+        """(d_out, d_in) a block, with the groups in front if there are several."""
         return [layer.shape for layer in layers]
 
-    def update(self, samples: Sequence[LayerSamples], keep: float) -> None:
-        """(g^2)^T (abar^2) / n a layer; passes share their inputs, so their squares are summed first."""
-        scale = (1.0 - keep) / samples[0].cases
-        for value, s in zip(self.values, samples, strict=True):
-            value.addmm_(s.gradients.square().sum(0).T, s.inputs.square(), beta=keep, alpha=scale)
+    def accumulate(
+        self, values: Sequence[Tensor], samples: Samples, beta: Sequence[float], alpha: Sequence[float]
+    ) -> None:
+        """(g^2)^T (abar^2) where a case has one row: passes share their inputs, so their squares are summed first."""
+        for block, value, s, b, a in zip(self.layers, values, samples, beta, alpha, strict=True):
+            if s is None:
+                continue
+            if block.kind == "diagonal":
+                blend(value, s.gradients.square().sum((0, 1)).reshape(block.shape), b, a)
+            elif s.positions == 1 and block.plain:
+                value.addmm_(s.gradients.square().sum(0).T, s.inputs.square(), beta=b, alpha=a)
+            elif s.positions is None and block.kind == "kron":
+                blend(value, _expected(block, s), b, a)
+            else:
+                for k, rows in enumerate(case_chunks(block, s)):
+                    blend(value, rows.square().sum((0, 1)), b if k == 0 else 1.0, a)
+
+
+def _expected(block: Block, s: LayerSamples) -> Tensor:
+    """Rows that do not belong to cases: the product of the factors' diagonals, times S."""
+    g = s.gradients.square().sum((0, 1))  # ([groups,] d_out)
+    token = not s.inputs.is_floating_point()
+    abar = frequencies(s.inputs, block.d_in, s.gradients) if token else s.inputs.square().sum(0)  # ([groups,] d_in)
+    return g.unsqueeze(-1) * (abar / s.rows).unsqueeze(-2)
 
 
 class DiagonalInverse(Inverse):
@@ -106,6 +134,10 @@ class Diagonal(Approximation):
     Config = DiagonalConfig
     config: DiagonalConfig
     moments = (DiagonalMoment,)
+
+    def serves(self, block: Block) -> bool:
+        """Every block."""
+        return True
 
     def factorise(self, moments: Moments) -> DiagonalFactorisation:
         """Nothing to prepare."""

@@ -4,6 +4,8 @@ With the gradient of one case and pass over all L layers, columns of each block 
 
     v = [vec(g_1 abar_0^T); ...; vec(g_L abar_{L-1}^T)],        F = E[v v^T],  (P, P),
 
+(sums over its rows where a case has several)
+
 where the expectation is over cases and over what the estimator sends back: with the estimator ``exact`` F is the exact
 Fisher of the mini-batches averaged, with ``monte-carlo`` an unbiased estimate of it. No structure is assumed, so
 nothing is neglected, at a price of P^2 memory and P^3 work a refresh. Damping: F-hat = F + gamma^2 I, the Tikhonov
@@ -13,40 +15,64 @@ damping that the factored one stands in for (paper, section 6.3).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfac_plugins.approx import ExactConfig
+from kfacore.curvature.cases import case_gradients
 from kfacore.curvature.linalg import Spd, factor_spd
 from kfacore.errors import NumericalError, UnsupportedModelError
 from kfacore.plugin import PiRule
 from kfacore.roles.approx import Approximation, Factorisation
 from kfacore.roles.block import Block
 from kfacore.roles.inverse import Inverse, Notice
-from kfacore.roles.moment import Moment, Moments
-from kfacore.roles.samples import LayerSamples
+from kfacore.roles.moment import Moment, Moments, Tally, divisor_of
+from kfacore.roles.samples import LayerSamples, Samples
 
 __all__ = ["DenseMoment", "Exact"]
 
 
 class DenseMoment(Moment):
-    """F = E[v v^T] over all layers' parameters, one value of (P, P)."""
+    """F = E[v v^T] over all blocks' parameters, one value of (P, P)."""
+
+    @classmethod
+    def serves(cls, block: Block) -> bool:
+        """Whatever has gradients of single cases."""
+        return block.kind != "diagonal"
 
     def shapes(self, layers: Sequence[Block]) -> list[tuple[int, ...]]:
         """One matrix for the whole net."""
         total = sum(layer.size for layer in layers)
         return [(total, total)]
 
-    def update(self, samples: Sequence[LayerSamples], keep: float) -> None:
+    def tallies(self, samples: Samples) -> list[Tally]:
+        """S; blocks that saw nothing have a gradient of 0."""
+        seen = [s.rows for s in samples if s is not None]
+        return [Tally(divisor_of(samples), sum(seen) if seen else 0)]
+
+    def accumulate(
+        self, values: Sequence[Tensor], samples: Samples, beta: Sequence[float], alpha: Sequence[float]
+    ) -> None:
         """Rows v of every case, one pass after the other to bound the memory at n P numbers."""
-        scale = (1.0 - keep) / samples[0].cases
-        (value,) = self.values
-        for k in range(samples[0].gradients.shape[0]):
-            parts = [torch.einsum("ni,no->nio", s.inputs, s.gradients[k]).flatten(1) for s in samples]
+        present = [s for s in samples if s is not None]
+        if not present:
+            return
+        (value,), passes, cases = values, present[0].gradients.shape[0], present[0].cases
+        for k in range(passes):
+            parts = [self._rows(layer, s, k, cases) for layer, s in zip(self.layers, samples, strict=True)]
             rows = torch.cat(parts, dim=1)  # (n, P)
-            value.addmm_(rows.T, rows, beta=keep if k == 0 else 1.0, alpha=scale)
+            value.addmm_(rows.T, rows, beta=beta[0] if k == 0 else 1.0, alpha=alpha[0])
+
+    def _rows(self, layer: Block, s: LayerSamples | None, k: int, cases: int) -> Tensor:
+        """One block's columns of v in pass k, (n, size); columns of each (d_out, d_in) block stacked."""
+        if s is None:
+            return self.values[0].new_zeros(cases, layer.size)
+        head = None if s.head is None else replace(s.head, gradients=s.head.gradients[k : k + 1])
+        found = case_gradients(layer, replace(s, gradients=s.gradients[k : k + 1], head=head))[0]
+        return found.mT.flatten(1)
 
 
 class ExactInverse(Inverse):
@@ -88,12 +114,13 @@ class ExactInverse(Inverse):
 
     def _blocks(self, column: Tensor) -> list[Tensor]:
         parts = torch.split(column.squeeze(1), [layer.size for layer in self.layers])
-        return [part.reshape(layer.d_in, layer.d_out).T for part, layer in zip(parts, self.layers, strict=True)]
+        shapes = [layer.shape for layer in self.layers]
+        return [part.reshape(*g, i, o).mT for part, (*g, o, i) in zip(parts, shapes, strict=True)]
 
 
 def _stack(blocks: Sequence[Tensor]) -> Tensor:
     """Columns of each block stacked, (P, 1)."""
-    return torch.cat([block.T.reshape(-1) for block in blocks]).unsqueeze(1)
+    return torch.cat([block.mT.reshape(-1) for block in blocks]).unsqueeze(1)
 
 
 class ExactFactorisation(Factorisation):
@@ -130,6 +157,10 @@ class Exact(Approximation):
     Config = ExactConfig
     config: ExactConfig
     moments = (DenseMoment,)
+
+    def serves(self, block: Block) -> bool:
+        """Every block but those of parameters that no layer reads: they have no gradients of single cases."""
+        return block.kind != "diagonal"
 
     def check_layers(self, layers: Sequence[Block]) -> None:
         """Refuse a net above `max_parameters`, by the names and sizes of its layers.

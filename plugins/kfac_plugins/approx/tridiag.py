@@ -18,6 +18,11 @@ With n = K_G^T V_i K_A and m = Z_G^T V_{i+1} Z_A, and rho entry by entry, pair i
 
 The corrections do not depend on each other, and are only as large as the number of correlations kept.
 
+Nothing of this needs a chain. The pairs (i, j) that are coupled may be any forest, where a block has as many neighbours
+as it likes: Gaussian variables whose dependencies form a tree have the precision matrix of independent ones plus, for
+every edge, what its two ends' joint precision has beyond theirs (Lauritzen 1996, section 5.3). Which pairs there are is
+decided by whoever knows the network (`Moments.pairs`); a block without any is block-diagonal.
+
 With an exponent below 1 (``power``) the damped factors are tempered first (`kfacore.curvature.tempering`); the cross
 moments are carried over with them, so that the canonical correlations stay what they are.
 """
@@ -25,7 +30,7 @@ moments are carried over with them, so that the canonical correlations stay what
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +38,11 @@ from torch import Tensor
 
 from kfac_plugins.approx import BlockTridiagonalConfig
 from kfac_plugins.approx.canonical import Canonical, canonical, cost_of
+from kfacore.curvature.forest import leaves_first
 from kfacore.curvature.kronecker import DampedFactors, damp, ready
+from kfacore.curvature.linalg import log_pi_of
 from kfacore.curvature.moments import InputCross, InputFactor, OutputCross, OutputFactor
-from kfacore.parallel.cores import on_each_core
+from kfacore.parallel.cores import share
 from kfacore.plugin import PiRule
 from kfacore.roles.approx import Approximation, Factorisation
 from kfacore.roles.block import Block
@@ -49,10 +56,11 @@ class BlockTridiagonalInverse(Inverse):
     """Xi^T Lambda Xi for one gamma.
 
     Args:
-        layers: The chain of layers.
+        layers: The blocks.
         factors: Ad, Gd and their inverses.
-        A: Canonical coordinates of adjacent inputs, one a pair of layers.
-        G: Canonical coordinates of adjacent output gradients, one a pair.
+        pairs: The blocks (i, j) that are coupled, a forest.
+        A: Canonical coordinates of the inputs of each pair.
+        G: Canonical coordinates of the output gradients of each pair.
         notices: What needed more than single precision.
     """
 
@@ -60,13 +68,15 @@ class BlockTridiagonalInverse(Inverse):
         self,
         layers: Sequence[Block],
         factors: DampedFactors,
+        pairs: Sequence[tuple[int, int]],
         A: list[Canonical],
         G: list[Canonical],
         notices: tuple[Notice, ...] = (),
     ) -> None:
         self.layers = layers
         self.notices = notices
-        self._factors, self._A, self._G = factors, A, G
+        self._factors, self._pairs, self._A, self._G = factors, list(pairs), A, G
+        self._order = leaves_first(len(layers), self._pairs)
         self._gains = [_gain(a, g) for a, g in zip(A, G, strict=True)]
 
     def solve(self, blocks: Sequence[Tensor]) -> list[Tensor]:
@@ -79,28 +89,35 @@ class BlockTridiagonalInverse(Inverse):
         """The last product of each part lands where it is wanted."""
         for i, (V, target) in enumerate(zip(blocks, out, strict=True)):
             self._factors.solve(i, V, target)
-        for i, (A, G, gain) in enumerate(zip(self._A, self._G, self._gains, strict=True)):
+        for (i, j), A, G, gain in zip(self._pairs, self._A, self._G, self._gains, strict=True):
             if gain.both.numel() == 0:
                 continue
-            n, m = _chain([G.K.T, blocks[i], A.K]), _chain([G.Z.T, blocks[i + 1], A.Z])
+            n, m = _chain([G.K.T, blocks[i], A.K]), _chain([G.Z.T, blocks[j], A.Z])
             _add(out[i], G.K, (gain.here * n).addcmul_(gain.both, m, value=-1), A.K)
-            _add(out[i + 1], G.Z, (gain.following * m).addcmul_(gain.both, n, value=-1), A.Z)
+            _add(out[j], G.Z, (gain.following * m).addcmul_(gain.both, n, value=-1), A.Z)
 
     def multiply(self, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """F-hat U = Xi^-1 Lambda^-1 Xi^-T U, by substitution along the chain."""
-        last = len(blocks) - 1
-        scaled = [blocks[0]]
-        for i in range(last):
-            scaled.append(blocks[i + 1] + self._mean_adjoint(i, scaled[i]))
-        result = [self._factors.multiply(last, scaled[last])]
-        for i in reversed(range(last)):
-            result.insert(0, self._conditional_multiply(i, scaled[i]) + self._mean(i, result[0]))
+        """F-hat U = Xi^-1 Lambda^-1 Xi^-T U, by elimination from the leaves to the roots and back."""
+        scaled = list(blocks)
+        for step in self._order:
+            if step.pair is not None:
+                parent = step.parent
+                scaled[parent] = scaled[parent] + self._mean_adjoint(step.pair, scaled[step.node], down=step.down)
+        result = list(blocks)
+        for step in reversed(self._order):
+            V = scaled[step.node]
+            if step.pair is None:
+                result[step.node] = self._factors.multiply(step.node, V)
+            else:
+                own = self._conditional_multiply(step.pair, step.node, V, down=step.down)
+                result[step.node] = own + self._mean(step.pair, result[step.parent], down=step.down)
         return result
 
     def state_dict(self) -> dict[str, Any]:
         """The damped factors and the canonical coordinates."""
         return {
             "factors": self._factors.state_dict(),
+            "pairs": [list(pair) for pair in self._pairs],
             "A": [dict(vars(pair)) for pair in self._A],
             "G": [dict(vars(pair)) for pair in self._G],
         }
@@ -108,27 +125,47 @@ class BlockTridiagonalInverse(Inverse):
     def _like(self) -> Tensor:
         return self._factors.A[0].inverse
 
-    def _colored(self, i: int) -> tuple[Tensor, Tensor]:
-        """Gd_i K_G and Ad_i K_A."""
-        return self._factors.G[i].times(self._G[i].K), self._factors.A[i].times(self._A[i].K)
+    def _ends(self, pair: int, *, down: bool) -> tuple[_End, _End]:
+        """The two ends of a pair, that of the child first: the pair's first block if ``down``, else its second."""
+        (i, j), A, G = self._pairs[pair], self._A[pair], self._G[pair]
+        first = _End(G.K, A.K, torch.outer(G.share("Z"), A.share("Z")))
+        second = _End(G.Z, A.Z, torch.outer(G.share("K"), A.share("K")))
+        child, parent = (first, second) if down else (second, first)
+        node = i if down else j
+        left, right = self._factors.G[node].times(child.G), self._factors.A[node].times(child.A)
+        return _End(left, right, child.share), parent
 
-    def _mean(self, i: int, V: Tensor) -> Tensor:
-        """PsiG_i V_{i+1} PsiA_i^T."""
-        left, right = self._colored(i)
-        return _chain([left, self._G[i].Z.T, V, self._A[i].Z, right.T])
+    def _mean(self, pair: int, V: Tensor, *, down: bool) -> Tensor:
+        """PsiG V PsiA^T: the child's mean given the parent's V."""
+        child, parent = self._ends(pair, down=down)
+        return _chain([child.G, parent.G.T, V, parent.A, child.A.T])
 
-    def _mean_adjoint(self, i: int, V: Tensor) -> Tensor:
-        """PsiG_i^T V_i PsiA_i."""
-        left, right = self._colored(i)
-        return _chain([self._G[i].Z, left.T, V, right, self._A[i].Z.T])
+    def _mean_adjoint(self, pair: int, V: Tensor, *, down: bool) -> Tensor:
+        """PsiG^T V PsiA, for the child's V."""
+        child, parent = self._ends(pair, down=down)
+        return _chain([parent.G, child.G.T, V, child.A, parent.A.T])
 
-    def _conditional_multiply(self, i: int, V: Tensor) -> Tensor:
-        """Sigma_i V = Y - (Gd K_G) [s_G s_A^T (K_G^T Y K_A)] (Ad K_A)^T with Y = Gd V Ad, for K that are not scaled."""
-        A, G = self._A[i], self._G[i]
-        Y = self._factors.multiply(i, V)
-        left, right = self._colored(i)
-        core = _chain([G.K.T, Y, A.K]) * torch.outer(G.share("Z"), A.share("Z"))
-        return Y - _chain([left, core, right.T])
+    def _conditional_multiply(self, pair: int, node: int, V: Tensor, *, down: bool) -> Tensor:
+        """Sigma V = Y - (Gd K_G) [s_G s_A^T (K_G^T Y K_A)] (Ad K_A)^T with Y = Gd V Ad, for K that are not scaled."""
+        A, G = self._A[pair], self._G[pair]
+        Y = self._factors.multiply(node, V)
+        child, _ = self._ends(pair, down=down)
+        left, right = (G.K, A.K) if down else (G.Z, A.Z)
+        return Y - _chain([child.G, _chain([left.T, Y, right]) * child.share, child.A.T])
+
+
+class _End(NamedTuple):
+    """One end of a pair.
+
+    Attributes:
+        G: K_G or Z_G, or Gd times it.
+        A: K_A or Z_A, or Ad times it.
+        share: s_G s_A^T over what the two are scaled by already.
+    """
+
+    G: Tensor
+    A: Tensor
+    share: Tensor
 
 
 class Gain(NamedTuple):
@@ -175,26 +212,37 @@ class BlockTridiagonalFactorisation(Factorisation):
     def __init__(self, layers: Sequence[Block], moments: Moments, config: BlockTridiagonalConfig) -> None:
         self._layers = layers
         self._A, self._G = (ready(moments[kind], config.power) for kind in (InputFactor, OutputFactor))
+        self._pairs = list(moments.pairs)
         self._Ax, self._Gx = moments[InputCross], moments[OutputCross]
         self._config = config
 
-    def damped(self, gamma: Tensor, *, pi: PiRule = "layer") -> BlockTridiagonalInverse:
-        """Damp, temper, invert, and find the canonical correlations of adjacent layers."""
+    def log_pi(self) -> tuple[Tensor, Tensor] | None:
+        """Of all blocks."""
+        return log_pi_of(self._A, self._G)
+
+    def damped(self, gamma: Tensor, *, pi: PiRule | Tensor = "layer") -> BlockTridiagonalInverse:
+        """Damp, temper, invert, and find the canonical correlations of the pairs.
+
+        Raises:
+            NumericalError: A factorisation failed; names the layer.
+            ConfigError: The pairs are no forest.
+        """
         factors, roots, notices = damp(self._layers, self._A, self._G, gamma, pi=pi, power=self._config.power)
-        pairs = [
-            (X, here, following, self._config.tolerance, layer.name, f"{side}x")
-            for side, cross in (("A", self._Ax), ("G", self._Gx))
-            for layer, X, (here, following) in zip(self._layers[:-1], cross, pairwise(roots.pop(side)), strict=True)
-        ]
-        costs = [cost_of(X) for X, *_ in pairs]
-        found = on_each_core(lambda pair: canonical(*pair), pairs, costs, gamma.device)
+        tolerance = self._config.tolerance
+        jobs, costs = [], []
+        for side, cross in (("A", self._Ax), ("G", self._Gx)):
+            own = roots.pop(side)
+            for (i, j), X in zip(self._pairs, cross, strict=True):
+                jobs.append(partial(canonical, X, own[i], own[j], tolerance, self._layers[i].name, f"{side}x"))
+                costs.append(cost_of(X))
+        found = share(jobs, costs, gamma.device)
         notices += tuple(notice for _, more in found for notice in more)
-        both, edges = [pair for pair, _ in found], len(self._layers) - 1
-        return BlockTridiagonalInverse(self._layers, factors, both[:edges], both[edges:], notices)
+        both, edges = [pair for pair, _ in found], len(self._pairs)
+        return BlockTridiagonalInverse(self._layers, factors, self._pairs, both[:edges], both[edges:], notices)
 
 
 class BlockTridiagonal(Approximation):
-    """Block-tridiagonal Kronecker-factored inverse Fisher of a chain of layers."""
+    """Block-tridiagonal Kronecker-factored inverse Fisher of a chain of layers, or of any forest of pairs."""
 
     Config = BlockTridiagonalConfig
     config: BlockTridiagonalConfig
@@ -208,4 +256,5 @@ class BlockTridiagonal(Approximation):
     def load_inverse(self, state: Mapping[str, Any], layers: Sequence[Block]) -> BlockTridiagonalInverse:
         """From the damped factors and the canonical coordinates."""
         A, G = ([Canonical(**pair) for pair in state[side]] for side in "AG")
-        return BlockTridiagonalInverse(layers, DampedFactors.from_state(state["factors"]), A, G)
+        pairs = [(int(i), int(j)) for i, j in state["pairs"]]
+        return BlockTridiagonalInverse(layers, DampedFactors.from_state(state["factors"]), pairs, A, G)

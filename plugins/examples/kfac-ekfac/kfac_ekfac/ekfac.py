@@ -7,7 +7,7 @@ Factored Eigenbasis*, NeurIPS 2018. With A = U_A diag(a) U_A^T and G = U_G diag(
 
 EKFAC keeps the basis and replaces the eigenvalues g_i a_j by the second moments that each case's gradient has in it,
 
-    S = E[((U_G^T g) (U_A^T abar)^T)^2],  entry by entry, (d_out, d_in),
+    S = E[(sum_r (U_G^T g_r) (U_A^T abar_r)^T)^2],  entry by entry, (d_out, d_in), over the rows r of a case,
 
 which is the diagonal matrix that comes nearest to the layer's Fisher block in that basis in the Frobenius norm, and so
 never farther from it than K-FAC (their section 3). Three decisions of this implementation:
@@ -31,19 +31,22 @@ never farther from it than K-FAC (their section 3). Three decisions of this impl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
+from kfacore.curvature.cases import case_chunks
 from kfacore.curvature.kronecker import symmetric
-from kfacore.curvature.linalg import EIGENPROBLEM, eigh_psd, pi_of
+from kfacore.curvature.linalg import EIGENPROBLEM, eigh_psd, log_pi_of, pi_of
 from kfacore.curvature.moments import InputFactor, OutputFactor
 from kfacore.errors import NumericalError
-from kfacore.parallel.cores import on_each_core
+from kfacore.parallel.cores import share
 from kfacore.plugin import PiRule
-from kfacore.roles import Approximation, Factorisation, Inverse, LayerSamples, Notice
+from kfacore.roles import Approximation, Factorisation, Inverse, Notice
 from kfacore.roles.block import Block
-from kfacore.roles.moment import Moment, Moments
+from kfacore.roles.moment import Moment, Moments, Tally, blend, divisor_of
+from kfacore.roles.samples import Samples
 from torch import Tensor
 
 from kfac_ekfac import EkfacConfig
@@ -59,7 +62,7 @@ class Spectrum:
     """Second moments of one layer in an eigenbasis; once in an inverse, none of the tensors is ever written to.
 
     Attributes:
-        S: Of gradients, E[((U_G^T g) (U_A^T abar)^T)^2], (d_out, d_in).
+        S: Of gradients, E[(sum_r (U_G^T g_r) (U_A^T abar_r)^T)^2], (d_out, d_in).
         a: Of inputs, the diagonal of U_A^T A U_A, (d_in,).
         g: Of output gradients, the diagonal of U_G^T G U_G, (d_out,).
         U_A: Eigenvectors of A in columns, (d_in, d_in).
@@ -104,21 +107,46 @@ class EigenMoment(Moment):
             (),
         ]
 
-    def update(self, samples: Sequence[LayerSamples], keep: float) -> None:
-        """Rotate inputs and gradients and square them; the squares of a case's gradient are their outer product."""
-        scale = (1.0 - keep) / samples[0].cases
-        for value, s in zip(_spectra(self.values, len(self.layers)), samples, strict=True):
-            g = (s.gradients @ value.U_G).square().sum(0)  # passes share abar, so they are summed first: (n, d_out)
-            abar = (s.inputs @ value.U_A).square()  # (n, d_in)
-            value.S.addmm_(g.T, abar, beta=keep, alpha=scale)
-            value.a.mul_(keep).add_(abar.sum(0), alpha=scale)
-            value.g.mul_(keep).add_(g.sum(0), alpha=scale)
+    @classmethod
+    def serves(cls, block: Block) -> bool:
+        """One Kronecker product of two whole factors."""
+        return block.plain
+
+    def tallies(self, samples: Samples) -> list[Tally]:
+        """S for S and g, rows for a; the basis and its age are no averages."""
+        total, rows = divisor_of(samples), [0 if s is None else s.rows for s in samples]
+        per_total = [Tally(total, seen) for seen in rows]
+        fixed = [Tally(0, 0)] * (2 * len(rows) + 1)
+        return [*per_total, *(Tally(seen, seen) for seen in rows), *per_total, *fixed]
+
+    def accumulate(
+        self, values: Sequence[Tensor], samples: Samples, beta: Sequence[float], alpha: Sequence[float]
+    ) -> None:
+        """Rotate inputs and gradients and square them; one row's gradient squared is the outer product of squares."""
+        n = len(self.layers)
+        parts = _spectra(values, n), _spectra(self.values, n)  # the basis is that of the averages
+        for i, (layer, value, basis, s) in enumerate(zip(self.layers, *parts, samples, strict=True)):
+            if s is None:
+                continue
+            turned = replace(s, inputs=s.inputs @ basis.U_A, gradients=s.gradients @ basis.U_G)
+            g = turned.gradients.square().sum(0)  # passes share abar, so they are summed first: (rows, d_out)
+            abar = turned.inputs.square()  # (rows, d_in)
+            a_sum, g_sum = abar.sum(0), g.sum(0)
+            if s.positions == 1:
+                value.S.addmm_(g.T, abar, beta=beta[i], alpha=alpha[i])
+            elif s.positions is None:  # rows do not belong to cases: what the two factors say
+                blend(value.S, torch.outer(g_sum, a_sum / s.rows), beta[i], alpha[i])
+            else:  # a case's gradient is a sum over its rows
+                for k, rows in enumerate(case_chunks(layer, turned)):
+                    blend(value.S, rows.square().sum((0, 1)), beta[i] if k == 0 else 1.0, alpha[i])
+            blend(value.a, a_sum, beta[n + i], alpha[n + i])
+            blend(value.g, g_sum, beta[2 * n + i], alpha[2 * n + i])
 
     def refreshed(self, inverse: Inverse) -> None:
         """Go over to the basis of an inverse that has been taken up, with the averages expressed in it.
 
         The bases are shared with the inverse, not copied: neither side ever writes to them. The averages are copied,
-        because `update` writes to them.
+        because `accumulate` writes to them.
         """
         if not isinstance(inverse, EkfacInverse):  # the inverse of an approximation that shares this moment
             return
@@ -198,7 +226,11 @@ class EkfacFactorisation(Factorisation):
         self._layers, self._spectra, self._factors = layers, spectra, factors
         self._made, self._notices = made, notices
 
-    def damped(self, gamma: Tensor, *, pi: PiRule = "layer") -> EkfacInverse:
+    def log_pi(self) -> tuple[Tensor, Tensor] | None:
+        """Of all layers, so that pi = "net" may count other blocks too."""
+        return log_pi_of(*self._factors)
+
+    def damped(self, gamma: Tensor, *, pi: PiRule | Tensor = "layer") -> EkfacInverse:
         """D = S + pi gamma g + (gamma / pi) a + gamma^2, entry by entry.
 
         Raises:
@@ -258,7 +290,7 @@ def _new_spectra(moments: Moments, old: Sequence[Spectrum] | None, notices: list
         for layer, factor in zip(moments.layers, symmetric(moments[kind]), strict=True)
     ]
     costs = [EIGENPROBLEM * factor.shape[0] ** 3 for factor, _, _ in factors]
-    solved = on_each_core(lambda factor: eigh_psd(*factor), factors, costs, factors[0][0].device)
+    solved = share([partial(eigh_psd, *factor) for factor in factors], costs, factors[0][0].device)
     for i, ((a, U_A, more_A), (g, U_G, more_G)) in enumerate(zip(solved[:count], solved[count:], strict=True)):
         notices += [*more_A, *more_G]
         a, g = a.clamp_min(0.0), g.clamp_min(0.0)  # rounding makes eigenvalues of 0 negative

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,6 +86,26 @@ def test_second_moments_are_averaged_in_the_basis_in_use(passes: int) -> None:
         assert torch.equal(old.U_G, new.U_G)
         wanted = 0.75 * old.S + 0.25 * second_moments(batch, old.U_A, old.U_G, i)
         torch.testing.assert_close(new.S, wanted, rtol=1e-12, atol=0)
+
+
+def test_rows_of_a_case_are_summed_before_they_are_squared() -> None:
+    run = Run(basis_every=100)
+    for seed in range(3):
+        before = run.step(samples(seed))
+    rows = [replace(s, positions=4) for s in samples(7)]
+    cases = [replace(s, positions=None, total=10) for s in samples(8)]
+    for batch in (rows, cases):
+        alone = Moments(run.approx.moments, LAYERS, torch.zeros((), dtype=Float))
+        alone.refreshed(before)
+        alone.update(batch, 0.0)
+        for i, (basis, s) in enumerate(zip(before.spectra, batch, strict=True)):
+            g, abar = s.gradients[0] @ basis.U_G, s.inputs @ basis.U_A
+            if s.positions is None:  # rows of no case: what the two factors say
+                wanted = torch.outer(g.square().sum(0), abar.square().mean(0)) / 10
+            else:
+                M = torch.einsum("nro,nri->noi", g.reshape(10, 4, -1), abar.reshape(10, 4, -1))
+                wanted = M.square().mean(0)
+            torch.testing.assert_close(alone[EigenMoment][i], wanted, rtol=1e-12, atol=1e-13)
 
 
 def test_its_eigenvalues_are_those_of_the_averaged_factors() -> None:
