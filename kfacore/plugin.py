@@ -30,6 +30,7 @@ from kfacore.schema.slots import (
     DampingConfig,
     EstimatorConfig,
     ExecutorConfig,
+    LayerConfig,
     LikelihoodConfig,
     MomentumConfig,
     OptimizerConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "DampingConfig",
     "EstimatorConfig",
     "ExecutorConfig",
+    "LayerConfig",
     "LikelihoodConfig",
     "MomentumConfig",
     "OptimizerConfig",
@@ -72,10 +74,12 @@ SLOTS: dict[str, type[SlotConfig]] = {
     "approx": ApproxConfig,
     "damping": DampingConfig,
     "momentum": MomentumConfig,
+    "layer": LayerConfig,
     "sink": SinkConfig,
     "executor": ExecutorConfig,
 }
-"""Every slot and the base class of its config models. All but ``executor`` are keys of a run's configuration."""
+"""Every slot and the base class of its config models. All but ``executor`` and ``layer`` are keys of a run's
+configuration: one belongs to a study, of the other every one is taken."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

@@ -17,7 +17,18 @@ from kfacore.schema.explain import explain
 from kfacore.schema.slots import SlotConfig
 
 if TYPE_CHECKING:
-    from kfacore.roles import Approximation, Damping, Estimator, Executor, Likelihood, Momentum, Part, Problem, Sink
+    from kfacore.roles import (
+        Approximation,
+        Damping,
+        Estimator,
+        Executor,
+        Layer,
+        Likelihood,
+        Momentum,
+        Part,
+        Problem,
+        Sink,
+    )
 
 __all__ = ["Registry", "get_registry", "reset_registry"]
 
@@ -29,6 +40,7 @@ _ROLES = {
     "approx": "Approximation",
     "damping": "Damping",
     "momentum": "Momentum",
+    "layer": "Layer",
     "sink": "Sink",
     "executor": "Executor",
 }
@@ -188,6 +200,8 @@ class Registry:
     @overload
     def build(self, slot: Literal["momentum"], value: object) -> Momentum: ...
     @overload
+    def build(self, slot: Literal["layer"], value: object) -> Layer: ...
+    @overload
     def build(self, slot: Literal["sink"], value: object) -> Sink: ...
     @overload
     def build(self, slot: Literal["executor"], value: object) -> Executor: ...
@@ -228,6 +242,18 @@ class Registry:
             raise PluginError(
                 f"{slot}/{component.name} of {self.origin(component)} cannot be built: {type(error).__name__}: {error}"
             ) from error
+
+    def layers(self) -> list[Layer]:
+        """A part of every layer type, built from its defaults.
+
+        Those of other distributions come first, so that a plug-in can read a module in another way than kfacore does.
+
+        Raises:
+            PluginError: A layer type cannot be loaded or built; its plug-in is named.
+        """
+        own = self._plugins[0] if self._plugins else None
+        components = sorted(self.components("layer"), key=lambda item: self._owners["layer", item.name] is own)
+        return [self.build("layer", component.name) for component in components]
 
     def _slot(self, slot: str) -> dict[str, Component]:
         if slot not in self._components:
