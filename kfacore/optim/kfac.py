@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kfacore.curvature.preconditioner import Preconditioner
 from kfacore.errors import ConfigError
-from kfacore.nest import cases_of, map_nest
+from kfacore.nest import map_nest
 from kfacore.network import BlockVector, Linearization, Linearizer
 from kfacore.optim.guards import check_form, require_finite, require_state
 from kfacore.optim.local import LocalModel, combine
@@ -103,9 +103,9 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         self.damping = registry.build("damping", chosen["damping"])
         self.momentum = registry.build("momentum", chosen["momentum"])
 
-        self.linearizer = Linearizer(model, self.approx.structure)
+        self.linearizer = Linearizer(model, self.approx.structure, layers=registry.layers())
         self.approx.check_layers([layer.info for layer in self.linearizer.layers])
-        parameters = [parameter for layer in self.linearizer.layers for parameter in layer.parameters]
+        parameters = self.linearizer.parameters
         device = parameters[0].device
         self.generator = torch.Generator(device).manual_seed(chosen["seed"])
         self._eta = float(eta)
@@ -182,7 +182,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
 
     def _step(self, inputs: Any, targets: Tensor, low: torch.dtype | None) -> StepReport:
         k = self.steps + 1
-        m = cases_of(inputs)
+        m = self.linearizer.cases(inputs, targets)
         self._follow_weight_decay()
         adapts = self.damping.adapts(k)
         steps = self.momentum.iterations(m)
@@ -230,7 +230,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         self._take(further, proposals[best], alpha, mu)
 
         self.steps = k
-        rho = self._adapt(inputs, targets, objective, value) if adapts else None
+        rho = self._adapt(batch, targets, objective, value) if adapts else None
         return StepReport(
             step=k,
             batch_size=m,
@@ -271,7 +271,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
 
     def _parameters(self) -> list[Tensor]:
         """The parameters in execution order, aligned with the parts of a `BlockVector`, without their graph."""
-        return [parameter.detach() for layer in self.linearizer.layers for parameter in layer.parameters]
+        return [view for layer in self.linearizer.layers for view in layer.views()]
 
     def _follow_weight_decay(self) -> None:
         """Tell the damping of an eta that is new in ``param_groups``, which the rest reads in every step."""
@@ -320,7 +320,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         return proposals
 
     def _local(self, batch: Linearization, grad: BlockVector) -> LocalModel:
-        n = self.momentum.cases(batch.cases)
+        n = batch.model_cases(self.momentum.cases(batch.cases))
         return LocalModel(batch, self.likelihood, grad, self.damping.lam + self.weight_decay, n)
 
     def _model(self, local: LocalModel, proposals: list[BlockVector], used: bool = True) -> tuple[Tensor, Tensor]:
@@ -348,10 +348,10 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             self._delta.flat.copy_(further.flat)
         torch._foreach_add_(self._parameters(), self._delta.parts)
 
-    def _adapt(self, inputs: Any, targets: Tensor, before: Tensor, predicted: Tensor) -> Tensor:
+    def _adapt(self, batch: Linearization, targets: Tensor, before: Tensor, predicted: Tensor) -> Tensor:
         """rho = (h(theta + delta) - h(theta)) / model value on the same mini-batch; -inf if h went up."""
         with torch.no_grad():
-            loss, _ = mean_losses(self.likelihood, [self.model(inputs)], targets)
+            loss, _ = mean_losses(self.likelihood, [batch.again()], targets)
         change = loss + penalty(self._parameters(), self.weight_decay) - before
         rho = torch.where(change > 0, -torch.inf, change / predicted)
         self.damping.adapt(rho)
