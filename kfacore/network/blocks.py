@@ -289,7 +289,9 @@ def _joined(
             continue
         where = " and ".join(dict.fromkeys(each.user.name for each in sharing))
         for each in sharing:
-            why |= {key: f"shared by {where}, which use it in different ways" for key in each.ids if len(owners[key]) > 1}
+            why |= {
+                key: f"shared by {where}, which use it in different ways" for key in each.ids if len(owners[key]) > 1
+            }
     return blocks, why
 
 

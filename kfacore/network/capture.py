@@ -17,7 +17,7 @@ from kfacore.network.blocks import ModelBlock, User
 from kfacore.network.outputs import Output, read_output
 from kfacore.roles.layer import Emit, Use
 
-__all__ = ["Call", "Chunk", "autocast", "capture", "first_argument", "silenced", "uncompiled"]
+__all__ = ["Call", "Chunk", "as_written", "autocast", "capture", "first_argument", "silenced"]
 
 
 @dataclass
@@ -185,7 +185,7 @@ def capture(
     handles: list[Any] = []
     seen: set[int] = set()
     try:
-        with torch.enable_grad(), uncompiled(model), autocast(like.device.type, low), _installed(blocks, recorder.emit):
+        with torch.enable_grad(), as_written(model), autocast(like.device.type, low), _installed(blocks, recorder.emit):
             for block in blocks:
                 for user in block.users:
                     if id(user.module) not in seen and not _tells(user):
@@ -237,7 +237,17 @@ def autocast(device: str, low: torch.dtype | None) -> AbstractContextManager[Any
     return nullcontext() if low is None else torch.autocast(device, low, cache_enabled=False)
 
 
-def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """Run what is compiled inside the model as it was written."""
+@contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """Run what is compiled inside the model uncompiled, and attention without the short cut that it has in eval mode.
+
+    That has no derivatives, and its outputs at padded positions are other ones, so that passes could not be compared.
+    """
     inside = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
-    return torch.compiler.set_stance("force_eager") if inside else nullcontext()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.compiler.set_stance("force_eager") if inside else nullcontext():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

@@ -17,7 +17,7 @@ from kfacore.errors import UnsupportedModelError
 from kfacore.nest import cases_of, slice_cases
 from kfacore.network import linear
 from kfacore.network.blocks import ModelBlock
-from kfacore.network.capture import Chunk, first_argument, uncompiled
+from kfacore.network.capture import Chunk, as_written, first_argument
 
 __all__ = ["StrictChecks", "check_cases", "check_chain", "check_gradient"]
 
@@ -58,9 +58,7 @@ class StrictChecks:
 
             return check
 
-        handles = [
-            layer.module.register_forward_pre_hook(hook(layer.info.name), with_kwargs=True) for layer in layers
-        ]
+        handles = [layer.module.register_forward_pre_hook(hook(layer.info.name), with_kwargs=True) for layer in layers]
         try:
             yield
         finally:
@@ -98,7 +96,7 @@ class StrictChecks:
 
     def check(self, inputs: Any, chunk: Chunk, layers: Sequence[ModelBlock], cases: int, *, chain: bool) -> None:
         """Refuse what would be silently wrong."""
-        with uncompiled(self._model):
+        with as_written(self._model):
             alone = check_cases(self._model, inputs)
         whole = check_gradient(layers, chunk)
         if chain:
@@ -174,9 +172,7 @@ def check_gradient(layers: Sequence[ModelBlock], chunk: Chunk) -> bool:
     calls = [each[0] for each in chunk.calls]
     parameters = [parameter for layer in layers for parameter in layer.parameters]
     whole = list(torch.autograd.grad(chunk.z, parameters, v, retain_graph=True, allow_unused=True))
-    gradients = torch.autograd.grad(
-        chunk.z, [call.edge for call in calls], v, retain_graph=True, allow_unused=True
-    )
+    gradients = torch.autograd.grad(chunk.z, [call.edge for call in calls], v, retain_graph=True, allow_unused=True)
     shown = True
     for layer, call, g in zip(layers, calls, gradients, strict=True):
         if g is None:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.autograd.forward_ad as fwd
@@ -25,7 +25,16 @@ from kfacore.network.blocks import ModelBlock
 from kfacore.network.capture import Call, Chunk
 from kfacore.network.outputs import Output, read_output
 
-__all__ = ["Tangents", "differentiable", "double_backward", "forward_mode", "known_products", "tangents_of"]
+__all__ = [
+    "Tangents",
+    "double_backward",
+    "forward_mode",
+    "known_products",
+    "tangents_of",
+    "within",
+]
+
+R = TypeVar("R")
 
 Tangents = Mapping[str, Tensor]
 """A direction of the parameters, by qualified name."""
@@ -48,16 +57,22 @@ def tangents_of(
     return {names[key]: tensor for key, tensor in found.items()}
 
 
-@contextmanager
-def differentiable(model: nn.Module) -> Iterator[None]:
-    """Forms of torch's attention that have derivatives of every kind."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+class _Within(nn.Module):
+    """Runs any work while the model inside has other parameters."""
+
+    def __init__(self, model: nn.Module, work: Callable[[], Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._work = work
+
+    def forward(self) -> Any:
+        return self._work()
+
+
+def within(model: nn.Module, parameters: Mapping[str, Tensor], work: Callable[[], R]) -> R:
+    """Do something while these stand for the model's parameters: a backward pass may run a checkpointed part again."""
+    moved = {f"model.{name}": parameter for name, parameter in parameters.items()}
+    return cast("R", functional_call(_Within(model, work), moved, ()))
 
 
 def forward_mode(
@@ -65,7 +80,7 @@ def forward_mode(
 ) -> Tensor:  # (n, ..., o)
     """J v by one pass on dual parameters."""
     load_forward_mode()
-    with torch.no_grad(), differentiable(model), fwd.dual_level():
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), fwd.dual_level():
         duals = {
             name: fwd.make_dual(parameters[name].detach(), tangent)  # type: ignore[no-untyped-call]
             for name, tangent in tangents.items()
@@ -79,9 +94,10 @@ def double_backward(
     model: nn.Module, inputs: Any, parameters: Mapping[str, Tensor], directions: Sequence[Tangents], output: Output
 ) -> Tensor:  # (k, n, ..., o)
     """J v as the derivative of J^T u by u, which is linear in u: its value does not matter."""
-    with torch.enable_grad(), differentiable(model):
-        leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
-        z = read_output(functional_call(model, leaves, (inputs,)), output)
+    leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+
+    def products() -> Tensor:
+        z = read_output(model(inputs), output)
         u = torch.zeros_like(z, requires_grad=True)
         pulled = torch.autograd.grad(z, list(leaves.values()), u, create_graph=True, allow_unused=True)
         known = [(name, g) for name, g in zip(leaves, pulled, strict=True) if g is not None and g.requires_grad]
@@ -94,7 +110,10 @@ def double_backward(
                     [each for each, _ in used], u, [v for _, v in used], retain_graph=True, allow_unused=True
                 )
             found.append(torch.zeros_like(u) if g is None else g.detach())
-    return torch.stack(found).detach()
+        return torch.stack(found).detach()
+
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        return within(model, leaves, products)
 
 
 def known_products(

@@ -23,9 +23,9 @@ from kfacore.errors import UnsupportedModelError
 from kfacore.nest import slice_cases
 from kfacore.network import jvp, linear
 from kfacore.network.blocks import ModelBlock
-from kfacore.network.capture import Chunk, silenced, uncompiled
+from kfacore.network.capture import Chunk, as_written, silenced
 from kfacore.network.outputs import read_output
-from kfacore.network.rows import Counting, samples_of, spread
+from kfacore.network.rows import Counting, samples_of
 from kfacore.network.state import ModelState
 from kfacore.network.vectors import BlockVector
 from kfacore.roles.estimator import Estimator
@@ -246,7 +246,7 @@ class Linearization:
         parameters = self._linearizer.named
         names = self._linearizer.names
         moves = [jvp.tangents_of(self.layers, names, blocks) for blocks in directions]
-        inputs = slice_cases(self._inputs, 0, n) if self._linearizer.cut and n < self.cases else self._inputs
+        inputs = self._inputs_of(n)
         output = self._linearizer.output
         if way == "double":
             with self._again():
@@ -254,14 +254,14 @@ class Linearization:
         found = []
         for tangents in moves:
             with self._again():
-                found.append(jvp.forward_mode(self._model, inputs, parameters, tangents, output))
+                found.append(jvp.forward_mode(self._model, self._inputs_of(n), parameters, tangents, output))
         return torch.stack(found)
 
     def _known_products(self, directions: Sequence[Sequence[Tensor]], n: int) -> Tensor:
-        inputs = slice_cases(self._inputs, 0, n)
+        inputs = self._inputs_of(n)
         output = self._linearizer.output
         try:
-            with uncompiled(self._model):
+            with self._again():
                 z, tangent = jvp.known_products(self._model, inputs, self.layers, self._chunks, directions, n, output)
         except NotImplementedError as error:  # what torch raises where it has no formula for an operation
             raise UnsupportedModelError(
@@ -278,15 +278,20 @@ class Linearization:
         Nothing moves: neither buffers nor generators. For rho, which compares one function at two places.
         """
         with torch.no_grad(), self._again():
-            z = read_output(self._model(self._inputs), self._linearizer.output)
+            z = read_output(self._model(self._inputs_of(self.cases)), self._linearizer.output)
         return z.to(self._dtype)
+
+    def _inputs_of(self, n: int) -> Any:
+        """Inputs of the first n cases, for one pass."""
+        inputs = slice_cases(self._inputs, 0, n) if self._linearizer.cut and n < self.cases else self._inputs
+        return self._linearizer.own_inputs(inputs)
 
     @contextmanager
     def _again(self) -> Iterator[None]:
         """Run the model once more as in its forward pass."""
         draws, state = self._before.draws, self._before.state
         with (
-            uncompiled(self._model),
+            as_written(self._model),
             nullcontext() if draws is None else self._linearizer.draws.replaying(draws),
             nullcontext() if state is None else state.replaying(),
         ):
@@ -297,9 +302,10 @@ class Linearization:
         return silenced(self.layers) if self._linearizer.tells else nullcontext()
 
     def _edges(self, chunk: Chunk, v: Tensor, *, retain: bool) -> Sequence[Tensor]:
-        """g of each layer of a chunk that the fast path serves."""
+        """g of each layer of a chunk that the fast path serves; zero where nothing depends on it."""
         edges = [calls[0].edge for calls in chunk.calls]
-        return torch.autograd.grad(chunk.z, edges, v.to(chunk.z.dtype), retain_graph=retain)
+        found = torch.autograd.grad(chunk.z, edges, v.to(chunk.z.dtype), retain_graph=retain, allow_unused=True)
+        return [torch.zeros_like(calls[0].s) if g is None else g for g, calls in zip(found, chunk.calls, strict=True)]
 
     def _accumulate(
         self, chunks: list[Chunk], vectors: Sequence[Tensor], out: BlockVector, *, retain: bool
@@ -312,14 +318,10 @@ class Linearization:
             for parameter in block.parameters
         }
         for index, (chunk, v) in enumerate(zip(chunks, vectors, strict=True)):
-            edges: list[Any] = [
-                calls[0].edge for calls, fast in zip(chunk.calls, self._fast, strict=True) if fast
-            ]
+            edges: list[Any] = [calls[0].edge for calls, fast in zip(chunk.calls, self._fast, strict=True) if fast]
             roots = [*edges, *loose.values()]
             with self._backward():
-                found = torch.autograd.grad(
-                    chunk.z, roots, v.to(chunk.z.dtype), retain_graph=retain, allow_unused=bool(loose) or not self.plain
-                )
+                found = torch.autograd.grad(chunk.z, roots, v.to(chunk.z.dtype), retain_graph=retain, allow_unused=True)
             by_parameter = dict(zip(loose, found[len(edges) :], strict=True))
             self._write(chunk, found, by_parameter, out, accumulate=index > 0)
         return out

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from kfacore.errors import DataError, UnsupportedModelError
-from kfacore.nest import cases_of, slice_cases, tensors_of
+from kfacore.nest import cases_of, map_nest, slice_cases, tensors_of
 from kfacore.network.blocks import ModelBlock, strict_blocks, whole_model, with_diagonals
 from kfacore.network.capture import Chunk, capture
 from kfacore.network.checks import StrictChecks, check_chain, require_outputs
@@ -81,11 +82,9 @@ class Linearizer:
         self._modes: tuple[bool, ...] | None = None
         self._several = False
         self._tries = 0
+        self._pooled: set[str] = set()
         self.layers: list[ModelBlock] = []
-        self._lazy = any(
-            isinstance(each, nn.parameter.UninitializedTensorMixin)
-            for each in (*self.model.parameters(), *self.model.buffers())
-        )
+        self._lazy = any(is_lazy(each) for each in (*self.model.parameters(), *self.model.buffers()))
         self._remember()
         if not self._lazy:
             self._find()
@@ -123,10 +122,15 @@ class Linearizer:
         Raises:
             DataError: There are no cases, or nothing tells how many.
         """
-        count = None if self._strict is not None else common_cases(inputs)
-        if count is None and self._strict is None and targets is not None and targets.dim() and len(targets):
-            return len(targets)
+        told = isinstance(targets, Tensor) and targets.dim() > 0 and len(targets) > 0
+        empty = isinstance(inputs, list | tuple | dict) and not inputs
+        if self._strict is None and told and not empty and common_cases(inputs) is None:
+            return len(targets)  # type: ignore[arg-type]  # a tensor
         return cases_of(inputs)
+
+    def own_inputs(self, inputs: Any) -> Any:
+        """The inputs, or copies of them for a model that writes into what it is given."""
+        return map_nest(torch.clone, inputs) if self.facts is not None and self.facts.overwrites else inputs
 
     def changed(self) -> list[str]:
         """Trainable parameters that were frozen, unfrozen or replaced since the blocks were found, one line each."""
@@ -222,7 +226,7 @@ class Linearizer:
 
     def _forward(self, inputs: Any, low: torch.dtype | None, output: Output = None) -> Chunk:
         return capture(
-            lambda: self.model(inputs),
+            lambda: self.model(self.own_inputs(inputs)),
             self.model,
             self.layers,
             like=self.layers[0].parameters[0],
@@ -263,9 +267,7 @@ class Linearizer:
     def _reduce_blocks(self) -> None:
         chosen = {*self._reduce, *self._pooled}
         self.reduced = frozenset(
-            index
-            for index, layer in enumerate(self.layers)
-            if layer.info.name in chosen and layer.info.kind == "kron"
+            index for index, layer in enumerate(self.layers) if layer.info.name in chosen and layer.info.kind == "kron"
         )
 
     def _order(self, chunks: Sequence[Chunk]) -> None:
@@ -287,7 +289,8 @@ class Linearizer:
             if not fast:
                 why = layer.info.why or "it is not a Linear layer called once on one row a case"
                 raise UnsupportedModelError(
-                    f"{layer.info.name}: this approximation needs a chain of layers, and {why}: use approx = 'blockdiag'"
+                    f"{layer.info.name}: this approximation needs a chain of layers, and {why}; "
+                    "use approx = 'blockdiag'"
                 )
         check_chain(self.layers, chunk)
 
@@ -322,7 +325,6 @@ class Linearizer:
             for user in layer.users
         )
         self.draws = Draws(self.model, self.layers[0].parameters[0].device)
-        self._pooled: set[str] = set()
         self._reduce_blocks()
         known = {layer.info.name for layer in self.layers}
         unknown = [name for name in self._reduce if name not in known]
@@ -338,7 +340,7 @@ class Linearizer:
         fresh = {
             id(module)
             for module in self.model.modules()
-            if any(isinstance(each, nn.parameter.UninitializedTensorMixin) for each in module._buffers.values())
+            if any(each is not None and is_lazy(each) for each in module._buffers.values())
         }
         with torch.no_grad(), draws.replaying(before):
             self.model(inputs)

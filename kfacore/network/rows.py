@@ -8,7 +8,6 @@ of valid positions; a row that does not count is zero (a token number -1). With 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -123,7 +122,7 @@ def _kron(calls: list[Call], passes: Passes, counting: Counting, reduce: bool) -
     count = _count(inputs, masks)
     if reduce and belongs and positions is not None and all(mask is None for mask in masks):
         shape = (counting.kept, positions)
-        x, g = x.unflatten(0, shape).mean(1), g.unflatten(1, shape).sum(2)
+        x, g = torch.unflatten(x, 0, shape).mean(1), torch.unflatten(g, 1, shape).sum(2)
         return LayerSamples(x, g, 1, None, counting.total)
     return LayerSamples(x, g, positions if belongs else None, count, counting.total)
 
@@ -214,8 +213,3 @@ def _product(call: Call, x: Tensor, g: Tensor) -> Tensor:
     if info.groups > 1:
         return torch.einsum("rgo,rgi->goi", g, x)
     return g.T @ x
-
-
-def spread(z: Tensor) -> int:
-    """T, the positions of a case's outputs."""
-    return math.prod(z.shape[1:-1])

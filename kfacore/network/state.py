@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["ModelState"]
 
@@ -50,14 +51,14 @@ class ModelState:
         return any(_differs(attributes, kept) for _, attributes, _, kept, *_ in self._kept)
 
     def put_back(self) -> None:
-        """Give the model the values that were kept, in the tensors that held them."""
+        """Give the model the tensors that were kept, with their values; lazy ones keep what they have become."""
         for (buffers, attributes), kept in zip(self._stores, self._kept, strict=True):
             for store, references, copies in ((buffers, kept[4], kept[2]), (attributes, kept[5], kept[3])):
                 for key, value in references.items():
                     if isinstance(value, Tensor) and value is not copies[key]:
                         with torch.no_grad():
                             value.copy_(copies[key])
-                    store[key] = value
+                        store[key] = value
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -87,7 +88,7 @@ def _copies(store: _Store) -> dict[str, Any]:
 
 
 def _clone(value: Any) -> Any:
-    if not isinstance(value, Tensor) or isinstance(value, nn.parameter.UninitializedTensorMixin):
+    if not isinstance(value, Tensor) or is_lazy(value):
         return value
     with torch.no_grad():
         return value.detach().clone()

@@ -21,9 +21,9 @@ from torch.func import functional_call
 from kfacore.errors import KfacError, UnsupportedModelError
 from kfacore.nest import map_nest, repeat_cases, slice_cases, tensors_of
 from kfacore.network.blocks import ModelBlock
-from kfacore.network.capture import Chunk, capture, uncompiled
+from kfacore.network.capture import Chunk, as_written, capture
 from kfacore.network.draws import Draws, Watch
-from kfacore.network.jvp import double_backward, forward_mode, tangents_of
+from kfacore.network.jvp import double_backward, forward_mode, tangents_of, within
 from kfacore.network.outputs import Output, read_output
 from kfacore.network.rows import explained
 from kfacore.network.state import ModelState
@@ -45,6 +45,7 @@ class Facts:
         way: How J v is taken.
         reason: Why not in forward mode, or why not at all.
         whole: Why a mini-batch is not cut; empty if it is.
+        overwrites: Whether the model writes into its inputs, so that every pass needs its own.
         settled: Whether the numbers of this mini-batch could show it.
         outside: Positions of the blocks whose rows do not account for the whole gradient.
         pooled: Positions of the blocks where all rows of a case get the same g.
@@ -58,6 +59,7 @@ class Facts:
     reason: str
     whole: str
     settled: bool
+    overwrites: bool = False
     outside: frozenset[int] = frozenset()
     pooled: frozenset[int] = frozenset()
 
@@ -119,6 +121,8 @@ class Study:
         self._before = draws.state()
         self._probe = self._moved_parameters()
         self._after = self._state
+        self._overwrites = False
+        self._buffers_move = False
 
     def facts(self) -> Facts:
         """Run the model and say what was seen.
@@ -127,7 +131,7 @@ class Study:
             UnsupportedModelError: Two passes with the same draws, buffers and inputs give different outputs, or no
                 parameter has an influence.
         """
-        with uncompiled(self._model):
+        with as_written(self._model):
             chunk, drawn, keeps, foreign = self._first_pass()
             finite = bool(torch.isfinite(chunk.z.detach()).all())
             if finite:
@@ -137,7 +141,19 @@ class Study:
             v = self._vector(chunk.z)
             gradients, outside, pooled = self._gradients(chunk, v)
             way, reason = self._way(chunk.z.detach(), v, gradients, foreign) if self._tangents else ("forward", "")
-        return Facts(not whole, tuple(drawn), keeps, mixes, way, reason, whole, finite, outside, pooled)
+        return Facts(
+            cut=not whole,
+            draws=tuple(drawn),
+            keeps=keeps,
+            mixes=mixes,
+            way=way,
+            reason=reason,
+            whole=whole,
+            settled=finite,
+            overwrites=self._overwrites,
+            outside=outside,
+            pooled=pooled,
+        )
 
     # --- passes -----------------------------------------------------------------------------------------------------
 
@@ -160,7 +176,10 @@ class Study:
             yield
 
     def _call(self, inputs: Any) -> Any:
-        return functional_call(self._model, self._probe, (inputs,))
+        return functional_call(self._model, self._probe, (self._fresh(inputs),))
+
+    def _fresh(self, inputs: Any) -> Any:
+        return map_nest(torch.clone, inputs) if self._overwrites else inputs
 
     def _z(self, inputs: Any) -> Tensor:
         """Outputs of a further pass."""
@@ -171,10 +190,12 @@ class Study:
         """With everything recorded: the chunk, generators that moved, whether the model's state did, foreign ops."""
         watch = Watch(self._draws)
         with self._again():
-            with watch:
-                chunk = capture(
-                    lambda: self._call(self._inputs), self._model, self._blocks, like=self._like, output=self._output
-                )
+            try:
+                with watch:
+                    chunk = self._captured()
+            except (NotImplementedError, RuntimeError, TypeError):  # some operations do not run while they are watched
+                self._draws.restore(self._before)
+                chunk = self._captured()
             drawn = self._draws.moved({**self._before, **watch.first})
             keeps = self._state.moved_buffers() or self._state.moved_attributes()
             self._buffers_move = self._state.moved_buffers()
@@ -183,6 +204,13 @@ class Study:
             self._draws.restore(watch.first)
             self._before = {**self._before, **watch.first}
         return chunk, drawn, keeps, list(dict.fromkeys(watch.foreign))
+
+    def _captured(self) -> Chunk:
+        inputs = map_nest(torch.clone, self._inputs)
+        versions = [tensor._version for tensor in tensors_of(inputs)]
+        chunk = capture(lambda: self._call(inputs), self._model, self._blocks, like=self._like, output=self._output)
+        self._overwrites = versions != [tensor._version for tensor in tensors_of(inputs)]
+        return chunk
 
     def _require_replay(self, z: Tensor) -> None:
         """The same draws and buffers must give the same outputs."""
@@ -204,12 +232,12 @@ class Study:
 
     def _first_difference(self) -> str:
         """The first leaf module whose outputs differ between two passes."""
-        passes = []
+        passes: list[list[tuple[str, Any]]] = []
         for _ in range(2):
             outputs: list[tuple[str, Any]] = []
 
-            def record(name: str, outputs: list[tuple[str, Any]] = outputs) -> Callable[[nn.Module, Any, Any], None]:
-                return lambda module, _args, out: outputs.append((f"{name} ({type(module).__name__})", out))
+            def record(name: str, to: list[tuple[str, Any]] = outputs) -> Callable[[nn.Module, Any, Any], None]:
+                return lambda module, _args, out: to.append((f"{name} ({type(module).__name__})", out))  # noqa: B023
 
             leaves = [(name, module) for name, module in self._model.named_modules() if not any(module.children())]
             handles = [module.register_forward_hook(record(name)) for name, module in leaves]
@@ -221,7 +249,7 @@ class Study:
             passes.append(outputs)
         for (name, first), (_, second) in zip(*passes, strict=False):
             if isinstance(first, Tensor) and isinstance(second, Tensor) and not _close(first, second):
-                return name
+                return str(name)
         return type(self._model).__name__
 
     # --- cases ------------------------------------------------------------------------------------------------------
@@ -274,9 +302,7 @@ class Study:
         generator = torch.Generator().manual_seed(1)
         return torch.randn(z.shape, generator=generator, dtype=torch.float32).to(z.device, z.dtype)
 
-    def _gradients(
-        self, chunk: Chunk, v: Tensor
-    ) -> tuple[dict[str, Tensor], frozenset[int], frozenset[int]]:
+    def _gradients(self, chunk: Chunk, v: Tensor) -> tuple[dict[str, Tensor], frozenset[int], frozenset[int]]:
         """J^T v, the blocks whose rows do not account for it, and those whose rows of a case all get one g."""
         if not chunk.z.requires_grad:
             raise UnsupportedModelError(
@@ -285,8 +311,8 @@ class Study:
             )
         leaves = list(self._probe.values())
         edges = [call.edge for calls in chunk.calls for call in calls]
-        with self._again():
-            found = _grad(chunk.z, [*leaves, *edges], v)
+        with self._again():  # with the same parameters, draws and buffers, should it run a checkpointed part again
+            found = within(self._model, self._probe, lambda: _grad(chunk.z, [*leaves, *edges], v))
         whole = {
             name: torch.zeros_like(leaf) if g is None else g
             for (name, leaf), g in zip(self._probe.items(), found, strict=False)
@@ -299,7 +325,8 @@ class Study:
                 continue
             wanted = block.view(lambda parameter: whole[self._names[id(parameter)]])
             told = explained(block, calls, arrived)
-            if not all(_close(a, b, loose=True) for a, b in zip(told, wanted, strict=True)):
+            # As one vector: a part of it may be zero but for rounding, as that of a bias before a norm of the batch is.
+            if not _close(_vector(told), _vector(wanted), loose=True):
                 outside.add(index)
             elif block.info.kind == "kron" and _all_equal(calls, arrived, chunk.z.shape[0]):
                 pooled.add(index)
@@ -312,8 +339,11 @@ class Study:
         suspects = f" (operations that are not torch's: {', '.join(foreign)})" if foreign else ""
         reasons: list[str] = []
         ways: tuple[tuple[Way, Callable[[], Tensor]], ...] = (
-            ("forward", lambda: forward_mode(self._model, self._inputs, self._probe, w, self._output)),
-            ("double", lambda: double_backward(self._model, self._inputs, self._probe, [w], self._output)[0]),
+            ("forward", lambda: forward_mode(self._model, self._fresh(self._inputs), self._probe, w, self._output)),
+            (
+                "double",
+                lambda: double_backward(self._model, self._fresh(self._inputs), self._probe, [w], self._output)[0],
+            ),
         )
         for way, product in ways:
             try:
@@ -327,7 +357,9 @@ class Study:
             if not bool(torch.isfinite(Jw).all()):  # a later mini-batch will show it
                 return way, "; ".join(reasons)
             left = float((v.double() * Jw.double()).sum())
-            slack = _slack(z.dtype) * float(v.double().norm() * Jw.double().norm()) + 1e-3 * abs(right) * _rough(z.dtype)
+            slack = _slack(z.dtype) * float(v.double().norm() * Jw.double().norm()) + 1e-3 * abs(right) * _rough(
+                z.dtype
+            )
             if abs(left - right) <= max(slack, torch.finfo(z.dtype).tiny):
                 return way, "; ".join(reasons)
             reasons.append(f"an operation loses its {'tangent' if way == 'forward' else 'second derivative'}{suspects}")
@@ -346,15 +378,26 @@ class Study:
 
 
 def _grad(z: Tensor, roots: Sequence[Any], v: Tensor) -> tuple[Tensor | None, ...]:
-    try:
-        return torch.autograd.grad(z, roots, v, retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        if "heckpoint" not in str(error):
-            raise
+    if _is_reentrant(z):  # it would give no gradients at all, without a word
         raise UnsupportedModelError(
             "a part of the model is checkpointed in torch's reentrant form, which gives no gradients by parameters; "
             "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-        ) from error
+        )
+    return torch.autograd.grad(z, roots, v, retain_graph=True, allow_unused=True)
+
+
+def _is_reentrant(z: Tensor) -> bool:
+    """Whether the graph has a node of torch's reentrant checkpoints."""
+    stack, seen = [z.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "CheckpointFunction" in node.name():
+            return True
+        stack += [following for following, _ in node.next_functions]
+    return False
 
 
 def _beside_copies(x: Tensor, kept: slice, half: int) -> Tensor:
@@ -365,6 +408,10 @@ def _beside_copies(x: Tensor, kept: slice, half: int) -> Tensor:
         copies = copies * 1.25 + 0.0625
     copies[kept] = x[kept]
     return copies
+
+
+def _vector(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts])
 
 
 def _all_equal(calls: Sequence[Any], arrived: Sequence[Tensor | None], n: int) -> bool:
