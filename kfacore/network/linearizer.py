@@ -12,14 +12,16 @@ from torch.nn.parameter import is_lazy
 
 from kfacore.errors import DataError, UnsupportedModelError
 from kfacore.nest import cases_of, map_nest, slice_cases, tensors_of
-from kfacore.network.blocks import ModelBlock, strict_blocks, whole_model, with_diagonals
+from kfacore.network.blocks import ModelBlock, with_diagonals
 from kfacore.network.capture import Chunk, capture
 from kfacore.network.checks import StrictChecks, check_chain, require_outputs
 from kfacore.network.draws import Draws
+from kfacore.network.facts import Facts, Way, common_cases
+from kfacore.network.finding import strict_blocks, whole_model
 from kfacore.network.linearization import Before, Linearization
 from kfacore.network.outputs import Output
 from kfacore.network.state import ModelState
-from kfacore.network.study import Facts, Study, Way, common_cases
+from kfacore.network.study import Study
 from kfacore.roles.layer import Layer
 
 __all__ = ["Linearizer", "find_layers"]

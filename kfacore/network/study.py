@@ -8,11 +8,9 @@ end as they were.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,70 +21,13 @@ from kfacore.nest import map_nest, repeat_cases, slice_cases, tensors_of
 from kfacore.network.blocks import ModelBlock
 from kfacore.network.capture import Chunk, as_written, capture
 from kfacore.network.draws import Draws, Watch
+from kfacore.network.facts import Facts, Way, close, common_cases, equal
 from kfacore.network.jvp import double_backward, forward_mode, tangents_of, within
 from kfacore.network.outputs import Output, read_output
 from kfacore.network.rows import explained
 from kfacore.network.state import ModelState
 
-__all__ = ["Facts", "Study", "common_cases"]
-
-Way = Literal["forward", "double", "none"]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of a model in one setting of its training modes.
-
-    Attributes:
-        cut: Whether a mini-batch may be cut by cases: each case's outputs depend on it alone and not on its place.
-        draws: Names of the generators that a forward pass draws from.
-        keeps: Whether a forward pass moves buffers or attributes of modules.
-        mixes: Whether the outputs of a case depend on other cases; also if that is not known.
-        way: How J v is taken.
-        reason: Why not in forward mode, or why not at all.
-        whole: Why a mini-batch is not cut; empty if it is.
-        overwrites: Whether the model writes into its inputs, so that every pass needs its own.
-        settled: Whether the numbers of this mini-batch could show it.
-        outside: Positions of the blocks whose rows do not account for the whole gradient.
-        pooled: Positions of the blocks where all rows of a case get the same g.
-    """
-
-    cut: bool
-    draws: tuple[str, ...]
-    keeps: bool
-    mixes: bool
-    way: Way
-    reason: str
-    whole: str
-    settled: bool
-    overwrites: bool = False
-    outside: frozenset[int] = frozenset()
-    pooled: frozenset[int] = frozenset()
-
-
-def common_cases(nest: Any) -> int | None:
-    """Number of cases if every tensor of the nest has it as first dimension and nothing else could; else None."""
-    sizes = {tuple(tensor.shape[:1]) for tensor in tensors_of(nest)}
-    if len(sizes) != 1 or () in sizes:
-        return None
-    (count,) = sizes.pop()
-    return None if _other_lengths(nest, count) else count
-
-
-def _other_lengths(nest: Any, count: int) -> bool:
-    """Whether something that is no nest of tensors is as long as there are cases: it may belong to them."""
-    if isinstance(nest, Tensor | str | bytes):
-        return False
-    if isinstance(nest, dict):
-        return any(_other_lengths(value, count) for value in nest.values())
-    if isinstance(nest, list | tuple):
-        if len(nest) == count and not all(isinstance(value, Tensor) for value in nest):
-            return True
-        return any(_other_lengths(value, count) for value in nest)
-    try:
-        return len(nest) == count
-    except TypeError:
-        return False
+__all__ = ["Study"]
 
 
 class Study:
@@ -214,7 +155,7 @@ class Study:
 
     def _require_replay(self, z: Tensor) -> None:
         """The same draws and buffers must give the same outputs."""
-        if _close(self._z(self._inputs), z):
+        if close(self._z(self._inputs), z):
             return
         name = self._first_difference()
         raise UnsupportedModelError(
@@ -228,7 +169,7 @@ class Study:
         if not keeps or self._buffers_move:
             return keeps
         with torch.no_grad(), self._draws.replaying(self._before), self._after.replaying():
-            return not _close(read_output(self._call(self._inputs), self._output), z)
+            return not close(read_output(self._call(self._inputs), self._output), z)
 
     def _first_difference(self) -> str:
         """The first leaf module whose outputs differ between two passes."""
@@ -248,7 +189,7 @@ class Study:
                     handle.remove()
             passes.append(outputs)
         for (name, first), (_, second) in zip(*passes, strict=False):
-            if isinstance(first, Tensor) and isinstance(second, Tensor) and not _close(first, second):
+            if isinstance(first, Tensor) and isinstance(second, Tensor) and not close(first, second):
                 return str(name)
         return type(self._model).__name__
 
@@ -287,14 +228,14 @@ class Study:
         half = n // 2
         for kept in (slice(0, half), slice(n - half, n)):
             beside = self._z(map_nest(lambda x, kept=kept: _beside_copies(x, kept, half), inputs))  # type: ignore[misc]
-            if not _equal(beside[kept], z[kept]):
+            if not equal(beside[kept], z[kept]):
                 return True
         return False
 
     def _same_in_parts(self, z: Tensor, n: int) -> bool:
         bounds = [0, n // 2, n]
         parts = [self._z(slice_cases(self._inputs, bounds[i], bounds[i + 1])) for i in range(2)]
-        return _close(torch.cat(parts), z)
+        return close(torch.cat(parts), z)
 
     # --- derivatives ------------------------------------------------------------------------------------------------
 
@@ -326,7 +267,7 @@ class Study:
             wanted = block.view(lambda parameter: whole[self._names[id(parameter)]])
             told = explained(block, calls, arrived)
             # As one vector: a part of it may be zero but for rounding, as that of a bias before a norm of the batch is.
-            if not _close(_vector(told), _vector(wanted), loose=True):
+            if not close(_vector(told), _vector(wanted), loose=True):
                 outside.add(index)
             elif block.info.kind == "kron" and _all_equal(calls, arrived, chunk.z.shape[0]):
                 pooled.add(index)
@@ -423,29 +364,6 @@ def _all_equal(calls: Sequence[Any], arrived: Sequence[Tensor | None], n: int) -
     if rows.shape[0] != n or rows.shape[1] < 2 or not bool(rows.any()):
         return False
     return bool((rows == rows[:, :1]).all())
-
-
-def _close(x: Tensor, y: Tensor, *, loose: bool = False) -> bool:
-    """Equal up to rounding: sums over other numbers of rows may be taken in another order."""
-    if x.shape != y.shape:
-        return False
-    if not (bool(torch.isfinite(x).all()) and bool(torch.isfinite(y).all())):
-        return True  # not this check's business: the step reports what is not finite
-    if x.numel() == 0:
-        return True
-    scale = max(float(y.abs().max()), float(x.abs().max()))
-    eps = torch.finfo(x.dtype).eps
-    share = 3.0 * math.sqrt(eps) if loose else 1e3 * eps
-    return float((x - y).abs().max()) <= share * scale + torch.finfo(x.dtype).tiny
-
-
-def _equal(x: Tensor, y: Tensor) -> bool:
-    """The same numbers from the same operations on tensors of the same shapes: only summation by threads may differ."""
-    if x.numel() == 0 or torch.equal(x, y):
-        return True
-    if not bool(torch.isfinite(x).all()):
-        return not bool(torch.isfinite(y).all())
-    return float((x - y).abs().max()) <= 16.0 * torch.finfo(x.dtype).eps * float(y.abs().max())
 
 
 def _slack(dtype: torch.dtype) -> float:
