@@ -56,7 +56,7 @@ def by_name(found: Linearizer, vector: BlockVector) -> dict[str, Tensor]:
     """What a vector holds for every parameter; zero where no block has an entry."""
     tensors = {name: torch.zeros_like(p, requires_grad=False) for name, p in found.named.items()}
     for block, matrix in zip(found.layers, vector.blocks, strict=True):
-        views = block.view(lambda p: tensors[found.names[id(p)]])
+        views = block.view(lambda p: tensors[found.names[p]])
         for view, part in zip(views, block.split(matrix), strict=True):
             view.add_(part)
     return tensors

@@ -122,7 +122,7 @@ def check_parameters(blocks: Sequence[ModelBlock]) -> None:
 
 
 def with_diagonals(
-    blocks: Iterable[ModelBlock], chosen: Mapping[int, str], names: Mapping[int, str]
+    blocks: Iterable[ModelBlock], chosen: Mapping[int, str], names: Mapping[nn.Parameter, str]
 ) -> list[ModelBlock]:
     """The blocks, those at the chosen positions taken apart into `diagonal` ones, for the reasons given."""
     kept = list(blocks)
@@ -137,5 +137,5 @@ def with_diagonals(
             if id(parameter) not in done:
                 done.add(id(parameter))
                 reason = next(broken[id(each)] for each in block.parameters if id(each) in broken)
-                found.append(diagonal_block(names[id(parameter)], parameter, reason))
+                found.append(diagonal_block(names[parameter], parameter, reason))
     return found

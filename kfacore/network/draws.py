@@ -43,7 +43,7 @@ class Draws:
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._model = model
+        self._model, self._device = model, device
         self._sources: dict[object, Source] = {
             "cpu": Source("torch's generator", torch.get_rng_state, torch.set_rng_state),
             "python": Source("Python's random", random.getstate, random.setstate),
@@ -56,6 +56,14 @@ class Draws:
                 partial(own.get_rng_state, index),
                 lambda state: own.set_rng_state(state, index),
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Generators are looked for again in a copy: they are known by identity."""
+        return {"model": self._model, "device": self._device}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["model"], state["device"])  # type: ignore[misc]  # nothing else could be kept
+        self.look()
 
     def state(self, *, least: bool = False) -> dict[object, Any]:
         """The state of every generator; of torch's own alone if told so, which costs next to nothing."""

@@ -41,20 +41,20 @@ Tangents = Mapping[str, Tensor]
 
 
 def tangents_of(
-    blocks: Sequence[ModelBlock], names: Mapping[int, str], matrices: Sequence[Tensor]
+    blocks: Sequence[ModelBlock], names: Mapping[nn.Parameter, str], matrices: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """A direction given block by block, in the shapes of the parameters; entries that no block has do not move."""
-    found: dict[int, Tensor] = {}
+    found: dict[nn.Parameter, Tensor] = {}
 
     def of(parameter: nn.Parameter) -> Tensor:
-        if id(parameter) not in found:
-            found[id(parameter)] = torch.zeros_like(parameter, requires_grad=False)
-        return found[id(parameter)].detach()
+        if parameter not in found:
+            found[parameter] = torch.zeros_like(parameter, requires_grad=False)
+        return found[parameter].detach()
 
     for block, matrix in zip(blocks, matrices, strict=True):
         for view, part in zip(block.view(of), block.split(matrix), strict=True):
             view.copy_(part)
-    return {names[key]: tensor for key, tensor in found.items()}
+    return {names[parameter]: tensor for parameter, tensor in found.items()}
 
 
 class _Within(nn.Module):

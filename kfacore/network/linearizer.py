@@ -37,7 +37,7 @@ class Linearizer:
         model: The model.
         layers: Its blocks; in execution order once the first mini-batch has been seen, and as that showed them. Empty
             before it if parameters are not initialised yet.
-        names: Qualified names of the trainable parameters by id.
+        names: Qualified names of the trainable parameters.
         named: The trainable parameters by qualified name.
         draws: The generators that it may draw from.
         output: Where z is in what it returns.
@@ -161,7 +161,7 @@ class Linearizer:
         broken = {
             index: "so in the saved state"
             for index, block in enumerate(self.layers)
-            if block.info.name not in wanted and {self.names[id(each)] for each in block.parameters} <= wanted
+            if block.info.name not in wanted and {self.names[each] for each in block.parameters} <= wanted
         }
         layers = with_diagonals(self.layers, broken, self.names) if broken else self.layers
         known = {layer.info.name: layer for layer in layers}
@@ -301,7 +301,7 @@ class Linearizer:
     def _remember(self) -> None:
         """Names, and what would show that the model was changed."""
         self.named = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
-        self.names = {id(each): name for name, each in self.named.items()}
+        self.names: dict[nn.Parameter, str] = {each: name for name, each in self.named.items()}
         self._watched = [
             (f"{name}.{key}" if name else key, module, key, each, each.requires_grad)
             for name, module in self.model.named_modules()

@@ -36,7 +36,7 @@ class Study:
     Args:
         model: The model.
         blocks: Its blocks.
-        names: Qualified names of its trainable parameters by id.
+        names: Qualified names of its trainable parameters.
         draws: Its generators.
         output: Where z is in what it returns.
         inputs: The mini-batch.
@@ -47,7 +47,7 @@ class Study:
         self,
         model: nn.Module,
         blocks: Sequence[ModelBlock],
-        names: Mapping[int, str],
+        names: Mapping[nn.Parameter, str],
         draws: Draws,
         output: Output,
         inputs: Any,
@@ -107,7 +107,7 @@ class Study:
             noise = torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value)
             scale = value.square().mean().sqrt() if value.numel() else value.sum()
             scale = torch.where(torch.isfinite(scale) & (scale > 0), 0.1 * scale, 0.01)
-            found[self._names[id(parameter)]] = (value + scale * noise).requires_grad_()
+            found[self._names[parameter]] = (value + scale * noise).requires_grad_()
         return found
 
     @contextmanager
@@ -264,7 +264,7 @@ class Study:
             arrived = [next(rest) for _ in calls]
             if not block.users:
                 continue
-            wanted = block.view(lambda parameter: whole[self._names[id(parameter)]])
+            wanted = block.view(lambda parameter: whole[self._names[parameter]])
             told = explained(block, calls, arrived)
             # As one vector: a part of it may be zero but for rounding, as that of a bias before a norm of the batch is.
             if not close(_vector(told), _vector(wanted), loose=True):

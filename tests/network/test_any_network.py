@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 from typing import Any
 
@@ -332,3 +334,19 @@ def test_the_step_is_that_of_the_plain_path_where_a_general_block_is_frozen() ->
     J = [batch.jvp([v.blocks]) for v, batch in ((g, one), (h, other))]
     assert dense.relative(J[1], J[0]) < 1e-12
     assert any_network.by_name(b, h)["scale"].abs().sum() == 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda found: pickle.loads(pickle.dumps(found))])
+def test_a_copy_works_on_its_own_model(copied: Any) -> None:
+    model = scattered(nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5), nn.Linear(5, 3)))
+    found = linearizer(model)
+    found(X)
+    other = copied(found)
+    assert other.model is not model
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    batch = other(X)
+    vector, _ = any_network.direction(other)
+    assert batch.jvp([vector.blocks]).abs().sum() > 0
+    assert batch.gradient(batch.outputs(), vector).flat.abs().sum() > 0
