@@ -30,6 +30,7 @@ from kfacore.schema.slots import (
     DampingConfig,
     EstimatorConfig,
     ExecutorConfig,
+    LayerConfig,
     LikelihoodConfig,
     MomentumConfig,
     OptimizerConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "DampingConfig",
     "EstimatorConfig",
     "ExecutorConfig",
+    "LayerConfig",
     "LikelihoodConfig",
     "MomentumConfig",
     "OptimizerConfig",
@@ -75,10 +77,12 @@ SLOTS: dict[str, type[SlotConfig]] = {
     "damping": DampingConfig,
     "momentum": MomentumConfig,
     "trust": TrustConfig,
+    "layer": LayerConfig,
     "sink": SinkConfig,
     "executor": ExecutorConfig,
 }
-"""Every slot and the base class of its config models. All but ``executor`` are keys of a run's configuration."""
+"""Every slot and the base class of its config models. All but ``executor`` and ``layer`` are keys of a run's
+configuration: one belongs to a study, of the other every one is taken."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

@@ -23,6 +23,7 @@ RUN, COMPONENTS = "## Keys of a run", "## Keys of the components"
 
 NOTES = {
     "sink": "A run may have several, each a `[[sink]]` table in a file. Plots, reports and studies need `jsonl`.",
+    "layer": "Nobody chooses a layer type: every registered one is asked, and the first that reads a module does.",
     "executor": "The executor belongs to a study: its keys stand in the study's file, under `[executor]`.",
 }
 

@@ -49,7 +49,8 @@ def infos(model: nn.Module) -> list[Block]:
     found = []
     for m in linears(model):
         bias = m.bias is not None and m.bias.requires_grad
-        found.append(Block(names[id(m)], m.in_features + bias, m.out_features, bias))
+        params = tuple(f"{names[id(m)]}.{key}" for key in ("weight", "bias")[: 1 + bias])
+        found.append(Block(names[id(m)], m.in_features + bias, m.out_features, bias, params=params))
     return found
 
 

@@ -1,7 +1,33 @@
-"""The only room that knows torch autograd and layer types: models become layers, mini-batches linear maps."""
+"""The only room that knows torch autograd: models become blocks, mini-batches linear maps of their parameters.
 
-from kfacore.network.linearization import Linearization, Linearizer
-from kfacore.network.rules import Layer, LayerRule, find_layers
+Files, from the ground up:
+
+* `outputs`: z in whatever a model returns.
+* `linear`: the fast path, products of a Linear with one row a case.
+* `blocks`: a block with the modules that use it. `finding`: which layer type reads what; sharing, tying, the rest.
+* `vectors`: a direction of the parameters, stored once.
+* `state`, `draws`: buffers and generators, so that a pass can be run again.
+* `capture`: a forward pass with every use of a block.
+* `rows`: rows and output gradients of a block as `LayerSamples`.
+* `jvp`: J v in three ways.
+* `facts`, `study`: what kind of function a model is, found out on its first mini-batch. `checks`: the strict mode.
+* `linearization`, `linearizer`: a mini-batch as a linear map, and what makes it from a model.
+"""
+
+from kfacore.network.blocks import ModelBlock, User
+from kfacore.network.facts import Facts
+from kfacore.network.linearization import Linearization
+from kfacore.network.linearizer import Linearizer, find_layers
+from kfacore.network.outputs import read_output
 from kfacore.network.vectors import BlockVector
 
-__all__ = ["BlockVector", "Layer", "LayerRule", "Linearization", "Linearizer", "find_layers"]
+__all__ = [
+    "BlockVector",
+    "Facts",
+    "Linearization",
+    "Linearizer",
+    "ModelBlock",
+    "User",
+    "find_layers",
+    "read_output",
+]

@@ -1,8 +1,8 @@
-r"""A mini-batch as a linear map of the parameters: outputs, gradient, g_i, and J v.
+r"""A mini-batch as a linear map of the parameters: outputs, gradient, rows and g of every block, and J v.
 
-One forward pass serves everything. It runs in two chunks, the cases of the statistics and the rest, so that the
-sampled backward pass costs its share of the cases only. J v is forward-mode differentiation through the model with
-the layers' products already known: a layer's output is taken from the forward pass, only its tangent is computed.
+One forward pass serves everything. Where cases may be cut it runs in two chunks, the cases of the statistics and the
+rest, so that the sampled backward pass costs its share of the cases only; else in one, and everything is of the whole
+mini-batch.
 
 In mixed precision the forward and backward passes run under torch's autocast. What leaves here (outputs, abar, g, the
 gradient, J v) is in the parameters' dtype, and J v is computed in it: M has to tell directions apart that are nearly
@@ -11,201 +11,39 @@ parallel.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cache, cached_property
-from itertools import pairwise
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.autograd.forward_ad as fwd
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfacore.errors import UnsupportedModelError
-from kfacore.nest import cases_of, repeat_cases, slice_cases
-from kfacore.network.checks import check_calls, check_cases, check_chain, check_gradient
-from kfacore.network.rules import Layer, find_layers
+from kfacore.nest import slice_cases
+from kfacore.network import jvp, linear
+from kfacore.network.blocks import ModelBlock
+from kfacore.network.capture import Chunk, as_written, silenced
+from kfacore.network.outputs import read_output
+from kfacore.network.rows import Counting, samples_of
+from kfacore.network.state import ModelState
 from kfacore.network.vectors import BlockVector
 from kfacore.roles.estimator import Estimator
 from kfacore.roles.likelihood import Likelihood
 from kfacore.roles.samples import LayerSamples
 
-__all__ = ["Linearization", "Linearizer"]
+if TYPE_CHECKING:
+    from kfacore.network.linearizer import Linearizer
 
-_TRIES = 3
-"""Mini-batches in which the checks are made as long as they come to nothing: with an output layer that starts at zero
-they cannot see what lies below it, and one that stays dead must not cost every step."""
-
-
-@dataclass
-class Call:
-    """One call of a layer in a forward pass."""
-
-    layer: Layer
-    x: Tensor
-    s: Tensor
-    edge: GradientEdge
-    version: int
-    dtype: torch.dtype
-
-    @cached_property
-    def rows(self) -> Tensor:
-        """abar, (n, d_in), in the parameters' dtype: formed once for the statistics, the gradient and J v."""
-        return self._abar(self.x, self.dtype)
-
-    @property
-    def gradient_rows(self) -> Tensor:
-        """abar in the dtype of the pass: in mixed precision not all cases are ever converted."""
-        return self.rows if self.s.dtype == self.dtype else self._abar(self.x, self.s.dtype)
-
-    def first_rows(self, n: int) -> Tensor:
-        """The first n of `rows`; in mixed precision the others are not formed for it."""
-        whole = self.s.dtype == self.dtype or n >= self.x.shape[0]
-        return self.rows[:n] if whole else self._abar(self.x[:n], self.dtype)
-
-    def _abar(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.layer.rule.inputs(self.layer.info, x.to(dtype))
-
-    @property
-    def overwritten(self) -> bool:
-        """Whether an in-place operation (for example an in-place ReLU) has changed the layer's output since."""
-        return self.s._version != self.version
+__all__ = ["Before", "Linearization"]
 
 
-@dataclass
-class Chunk:
-    """Consecutive cases that went forward together."""
+@dataclass(frozen=True)
+class Before:
+    """Where generators and the model's state stood before the forward pass; None where it does not move them."""
 
-    z: Tensor
-    calls: list[Call] = field(default_factory=list)
-
-
-class Linearizer:
-    """Turns mini-batches into linearizations of one model.
-
-    Attributes:
-        model: The model.
-        layers: Its layers; in execution order once the first mini-batch has been seen.
-
-    Args:
-        model: Any module whose trainable parameters lie in supported layers.
-        structure: ``"chain"`` if the model must be a chain of layers, else ``"any"``.
-
-    A compiled model runs uncompiled here: torch supports neither hooks on its layers nor forward-mode through it.
-
-    Raises:
-        UnsupportedModelError: Some module cannot be preconditioned; the message names it.
-    """
-
-    def __init__(self, model: nn.Module, structure: str = "any") -> None:
-        self.model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile keeps the module under
-        self.structure = structure
-        self.layers = find_layers(self.model)
-        self.ordered = False
-        self._trainable = [(name, p, p.requires_grad) for name, p in self.model.named_parameters()]
-        self._checked: tuple[bool, ...] | None = None
-        self._tries = 0
-        self._several = False
-
-    def set_order(self, names: Sequence[str]) -> None:
-        """Take up the execution order of a saved state.
-
-        Raises:
-            UnsupportedModelError: The model does not have exactly these layers.
-        """
-        known = {layer.info.name: layer for layer in self.layers}
-        if set(known) != set(names):
-            raise UnsupportedModelError(
-                f"the saved optimizer state has layers {', '.join(names)}; this model has {', '.join(known)}"
-            )
-        self.layers = [known[name] for name in names]
-        self.ordered = True
-
-    def __call__(
-        self, inputs: Any, statistics_cases: int | None = None, low: torch.dtype | None = None, pulled_cases: int = 0
-    ) -> Linearization:
-        """Run the forward pass.
-
-        Args:
-            inputs: Any nest of tensors whose first dimension is the case.
-            statistics_cases: How many of the first cases the estimator will use; all if left out.
-            low: Run forward and backward passes under autocast to this dtype.
-            pulled_cases: How many of the first cases `Linearization.pull_back` will be asked for.
-
-        Raises:
-            UnsupportedModelError: A layer was used twice or not at all, the layers' order changed, cases are mixed,
-                the forward pass draws random numbers, or a parameter was frozen or unfrozen; the message names it.
-        """
-        self._require_same_parameters()
-        m = cases_of(inputs)
-        n = m if statistics_cases is None else statistics_cases
-        bounds = sorted({0, n, max(n, pulled_cases), m})
-        chunks = [self._forward(slice_cases(inputs, a, b), low) for a, b in pairwise(bounds)]
-        linearization = Linearization(self, inputs, chunks)
-        modes = tuple(module.training for module in self.model.modules())
-        # For the first time, when some module was switched between train and eval, and when there are several cases for
-        # the first time: one cannot show that cases are mixed.
-        if self._checked != modes or (m > 1 and not self._several):
-            self._checked, self._tries = modes, _TRIES
-        if self._tries:
-            first = chunks[0] if low is None else self._forward(slice_cases(inputs, 0, n), None)
-            sure = self._check(inputs, first)
-            self._several = self._several or m > 1
-            self._tries = 0 if sure and m > 1 else self._tries - 1
-        return linearization
-
-    def _check(self, inputs: Any, chunk: Chunk) -> bool:
-        """Refuse what would be silently wrong; False where the numbers of this mini-batch could not show it."""
-        with _uncompiled(self.model):
-            alone = check_cases(self.model, inputs)
-        whole = check_gradient(self.layers, chunk)
-        if self.structure == "chain":
-            check_chain(self.layers, chunk)
-        return alone and whole
-
-    def _require_same_parameters(self) -> None:
-        for name, parameter, trainable in self._trainable:
-            if parameter.requires_grad != trainable:
-                done = "frozen" if trainable else "unfrozen"
-                raise UnsupportedModelError(
-                    f"{name} was {done} (requires_grad = {parameter.requires_grad}) after the optimizer was built, "
-                    "which keeps statistics of the parameters it found; build the optimizer again"
-                )
-
-    def _forward(self, inputs: Any, low: torch.dtype | None) -> Chunk:
-        calls: list[Call] = []
-        like = self.layers[0].parameters[0]
-
-        def check(layer: Layer) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = _input(args, kwargs)
-                if isinstance(x, Tensor) and x.dtype == low:  # autocast will convert the weights
-                    x = x.new_empty((), dtype=like.dtype).expand(x.shape)
-                layer.rule.check_input(layer.info, module, x)
-
-            return hook
-
-        def record(layer: Layer) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-                x = cast("Tensor", _input(args, kwargs)).detach()
-                calls.append(Call(layer, x, output.detach(), get_gradient_edge(output), output._version, like.dtype))
-
-            return hook
-
-        handles = [layer.module.register_forward_pre_hook(check(layer), with_kwargs=True) for layer in self.layers]
-        handles += [layer.module.register_forward_hook(record(layer), with_kwargs=True) for layer in self.layers]
-        try:
-            with torch.enable_grad(), _uncompiled(self.model), _autocast(like.device.type, low):
-                z = self.model(inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        order = check_calls(self.layers, [call.layer for call in calls], z, cases_of(inputs), ordered=self.ordered)
-        self.layers, self.ordered = order, True
-        return Chunk(z, calls)
+    draws: Mapping[object, Any] | None = None
+    state: ModelState | None = None
 
 
 class Linearization:
@@ -215,62 +53,146 @@ class Linearization:
         linearizer: What made it.
         inputs: The mini-batch's inputs.
         chunks: Its forward passes, in the order of the cases.
+        kept: The estimator's cases, the first of them.
+        before: What a further pass has to put back.
+
+    Attributes:
+        layers: The blocks, in execution order.
+        cases: Number of cases.
+        plain: Whether the fast path serves all of it.
     """
 
-    def __init__(self, linearizer: Linearizer, inputs: Any, chunks: list[Chunk]) -> None:
-        self.layers = linearizer.layers
-        self._model = linearizer.model
+    def __init__(
+        self, linearizer: Linearizer, inputs: Any, chunks: list[Chunk], kept: int, before: Before | None = None
+    ) -> None:
+        self.layers: list[ModelBlock] = linearizer.layers
+        self._linearizer = linearizer
+        self._model: nn.Module = linearizer.model
         self._inputs = inputs
         self._chunks = chunks
+        self._kept = kept
+        self._before = before or Before()
         self._dtype = self.layers[0].parameters[0].dtype
+        self._fast = [all(each) for each in zip(*(chunk.fast for chunk in chunks), strict=True)]
         self.cases = sum(chunk.z.shape[0] for chunk in chunks)
+        self.plain = all(self._fast) and linearizer.cut and chunks[0].z.dim() == 2
+
+    def model_cases(self, cases: int) -> int:
+        """How many cases J v is really of when it is asked for so many: all where a mini-batch is not cut."""
+        return cases if self._linearizer.cut else self.cases
 
     def outputs(self) -> list[Tensor]:
-        """z of each chunk, (n_c, o), detached, in the order of the cases."""
+        """z of each chunk, (n_c, ..., o), detached, in the order of the cases."""
         return [chunk.z.detach().to(self._dtype) for chunk in self._chunks]
 
     def statistics_outputs(self) -> Tensor:
-        """z of the estimator's cases, (n, o), detached."""
-        return self._chunks[0].z.detach().to(self._dtype)
+        """z of the estimator's cases, (n, ..., o), detached."""
+        return self._chunks[0].z.detach()[: self._kept].to(self._dtype)
 
     def samples(
-        self, estimator: Estimator, y: Tensor, likelihood: Likelihood, generator: torch.Generator
-    ) -> list[LayerSamples]:
-        """Run an estimator's backward passes and return what each layer saw, in execution order.
+        self,
+        estimator: Estimator,
+        y: Tensor,
+        likelihood: Likelihood,
+        generator: torch.Generator,
+        *,
+        valid: Tensor | None = None,
+        total: float | Tensor | None = None,
+    ) -> list[LayerSamples | None]:
+        """Run an estimator's backward passes and return what each block saw, in execution order.
 
         Args:
-            estimator: Whose cases the first chunk holds.
+            estimator: Whose cases come first.
             y: The mini-batch's targets.
             likelihood: The likelihood.
             generator: Source of every draw.
+            valid: Positions that count, (n, ...) for the estimator's cases; all if left out.
+            total: S; the estimator's cases if left out.
+
+        Returns:
+            One entry a block, None for a block that the mini-batch did not use.
         """
         z = self.statistics_outputs()
-        return self.backpropagate(estimator.output_vectors(z, y[: z.shape[0]], likelihood, generator))
+        vectors = estimator.output_vectors(z, y[: z.shape[0]], likelihood, generator)
+        if not self.plain:
+            vectors = vectors * self.signs(z, generator)
+        return self.backpropagate(vectors, valid=valid, total=total)
+
+    def signs(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        """A random sign for every case and position: their products vanish in the mean, whatever the vectors are.
+
+        What is a sum over cases and positions before it is squared, as the gradient by a raw parameter, or g behind a
+        norm of the batch, is an unbiased estimate only so where vectors are not drawn.
+        """
+        signs = torch.randint(0, 2, z.shape[:-1], generator=generator, device=generator.device)
+        return (2 * signs - 1).to(z.device, z.dtype).unsqueeze(-1)
 
     def backpropagate(
         self,
-        vectors: Tensor,  # (k, n, o)
-    ) -> list[LayerSamples]:
-        """Send k sets of output vectors back through the estimator's cases; no weight gradients are formed.
+        vectors: Tensor,  # (k, n, ..., o)
+        *,
+        valid: Tensor | None = None,
+        total: float | Tensor | None = None,
+    ) -> list[LayerSamples | None]:
+        """Send k sets of output vectors back through the estimator's cases.
+
+        No weight gradients are formed but those of `diagonal` blocks.
 
         Args:
-            vectors: One vector a case and pass, a derivative by z.
+            vectors: One vector a case, position and pass, a derivative by z.
+            valid: Positions that count, (n, ...); all if left out.
+            total: S; n if left out.
 
         Returns:
-            abar and g of each layer.
+            What each block saw; None for one that was not used.
         """
         chunk = self._chunks[0]
-        passes = [[g.to(self._dtype) for g in _layer_gradients(chunk, v, retain=True)] for v in vectors.unbind(0)]
-        return [
-            LayerSamples(
-                call.rows, passes[0][i].unsqueeze(0) if len(passes) == 1 else torch.stack([g[i] for g in passes])
-            )
-            for i, call in enumerate(chunk.calls)
-        ]
+        if self.plain and valid is None and total is None:
+            passes = [[g.to(self._dtype) for g in self._edges(chunk, v, retain=True)] for v in vectors.unbind(0)]
+            return [
+                LayerSamples(
+                    calls[0].rows,
+                    passes[0][i].unsqueeze(0) if len(passes) == 1 else torch.stack([g[i] for g in passes]),
+                )
+                for i, calls in enumerate(chunk.calls)
+            ]
+        return self._general_samples(chunk, vectors, valid, total)
+
+    def _general_samples(
+        self, chunk: Chunk, vectors: Tensor, valid: Tensor | None, total: float | Tensor | None
+    ) -> list[LayerSamples | None]:
+        n = chunk.z.shape[0]
+        loose = [block.parameters[0] for block in self.layers if not block.users]
+        edges = [call.edge for calls in chunk.calls for call in calls]
+        passes = []
+        for v in vectors.unbind(0):
+            with self._backward():
+                roots: list[Any] = [*edges, *loose]
+                passes.append(
+                    torch.autograd.grad(
+                        chunk.z, roots, _padded(v, n).to(chunk.z.dtype), retain_graph=True, allow_unused=True
+                    )
+                )
+        kept = n if self._linearizer.mixes else self._kept
+        mask = None if valid is None else _padded(valid.reshape(valid.shape[0], -1), n)
+        counting = Counting(n, kept, mask, vectors.shape[1] if total is None else total)
+        samples: list[LayerSamples | None] = []
+        at, other = 0, len(edges)
+        for index, (block, calls) in enumerate(zip(self.layers, chunk.calls, strict=True)):
+            if not block.users:
+                found = [one[other] for one in passes]
+                other += 1
+                samples.append(_diagonal_samples(block, found, counting))
+                continue
+            mine = [one[at : at + len(calls)] for one in passes]
+            at += len(calls)
+            reduce = index in self._linearizer.reduced
+            samples.append(samples_of(block, calls, mine, counting, reduce) if calls else None)
+        return samples
 
     def gradient(
         self,
-        vectors: Sequence[Tensor],  # (n_c, o) a chunk
+        vectors: Sequence[Tensor],  # (n_c, ..., o) a chunk
         out: BlockVector,
         *,
         retain: bool = False,
@@ -282,11 +204,11 @@ class Linearization:
             out: Receives the result.
             retain: Keep the graph for further backward passes; otherwise this is the last use of them.
         """
-        return _accumulate(self._chunks, vectors, out, retain=retain)
+        return self._accumulate(self._chunks, vectors, out, retain=retain)
 
     def pull_back(
         self,
-        v: Tensor,  # (n, o)
+        v: Tensor,  # (n, ..., o)
         out: BlockVector,
     ) -> BlockVector:
         """J^T v summed over the first n cases, written into ``out``; keeps the graph, which `gradient` must retain."""
@@ -295,123 +217,157 @@ class Linearization:
             if v.shape[0] == 0:
                 break
             size = chunk.z.shape[0]
-            parts.append(nn.functional.pad(v[:size], (0, 0, 0, max(0, size - v.shape[0]))))
+            parts.append(_padded(v[:size], size))
             v = v[size:]
-        return _accumulate(self._chunks[: len(parts)], parts, out, retain=True)
+        return self._accumulate(self._chunks[: len(parts)], parts, out, retain=True)
 
     def jvp(
         self,
-        directions: Sequence[Sequence[Tensor]],  # k times one block (d_out, d_in) a layer
+        directions: Sequence[Sequence[Tensor]],  # k times one matrix a block
         cases: int | None = None,
-    ) -> Tensor:  # (k, n, o)
-        """J v for several directions in one pass, on the first cases of the mini-batch.
+    ) -> Tensor:  # (k, n, ..., o)
+        """J v for several directions, on the first cases of the mini-batch: on `model_cases` of them.
 
-        The model runs forward once on k copies of the cases, each copy moving in its own direction. Must be called
+        In one pass on k copies of the cases where the fast path serves, else in one pass a direction. Must be called
         before the parameters change.
 
         Raises:
-            UnsupportedModelError: The model uses an operation without forward-mode derivative.
+            UnsupportedModelError: The model has an operation through which J v cannot be taken.
         """
-        n = self.cases if cases is None else cases
-        k = len(directions)
-        _load_forward_mode()
-        with torch.no_grad(), _uncompiled(self._model), fwd.dual_level(), self._tangents(directions, n):
-            try:
-                z = self._model(repeat_cases(slice_cases(self._inputs, 0, n), k))
-            except NotImplementedError as error:  # what torch raises where it has no formula for an operation
-                raise UnsupportedModelError(
-                    f"{type(self._model).__name__}: an operation of the model has no forward-mode derivative, which "
-                    f"the exact quadratic model needs ({str(error).splitlines()[0]}); use momentum = 'fixed'"
-                ) from error
-            tangent = _unpack(z)[1]
+        n = self.model_cases(self.cases if cases is None else cases)
+        way = self._linearizer.way
+        if way == "none":
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__}: J v cannot be taken through an operation of the model, and the exact "
+                f"quadratic model needs it ({self._linearizer.reason}); use momentum = 'fixed', or Preconditioned"
+            )
+        if way == "forward" and self.plain:
+            return self._known_products(directions, n)
+        parameters = self._linearizer.named
+        names = self._linearizer.names
+        moves = [jvp.tangents_of(self.layers, names, blocks) for blocks in directions]
+        inputs = self._inputs_of(n)
+        output = self._linearizer.output
+        if way == "double":
+            with self._again():
+                return jvp.double_backward(self._model, inputs, parameters, moves, output)
+        found = []
+        for tangents in moves:
+            with self._again():
+                found.append(jvp.forward_mode(self._model, self._inputs_of(n), parameters, tangents, output))
+        return torch.stack(found)
+
+    def _known_products(self, directions: Sequence[Sequence[Tensor]], n: int) -> Tensor:
+        inputs = self._inputs_of(n)
+        output = self._linearizer.output
+        try:
+            with self._again():
+                z, tangent = jvp.known_products(self._model, inputs, self.layers, self._chunks, directions, n, output)
+        except NotImplementedError as error:  # what torch raises where it has no formula for an operation
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__}: an operation of the model has no forward-mode derivative, which "
+                f"the exact quadratic model needs ({str(error).splitlines()[0]}); use momentum = 'fixed'"
+            ) from error
         if tangent is None:
             tangent = torch.zeros_like(z)
-        return tangent.view(k, n, *tangent.shape[1:])
+        return tangent.view(len(directions), n, *tangent.shape[1:])
+
+    def again(self) -> Tensor:  # (n, ..., o)
+        """z of the whole mini-batch at the model's current parameters: same draws, same buffers before it.
+
+        Nothing moves: neither buffers nor generators. For rho, which compares one function at two places.
+        """
+        with torch.no_grad(), self._again():
+            z = read_output(self._model(self._inputs_of(self.cases)), self._linearizer.output)
+        return z.to(self._dtype)
+
+    def _inputs_of(self, n: int) -> Any:
+        """Inputs of the first n cases, for one pass."""
+        inputs = slice_cases(self._inputs, 0, n) if self._linearizer.cut and n < self.cases else self._inputs
+        return self._linearizer.own_inputs(inputs)
 
     @contextmanager
-    def _tangents(self, directions: Sequence[Sequence[Tensor]], n: int) -> Iterator[None]:
-        """Replace each layer's forward by one that takes the known output and computes its tangent."""
-        patched: list[tuple[nn.Module, Any]] = []
-        try:
-            for i, layer in enumerate(self.layers):
-                calls = [chunk.calls[i] for chunk in self._chunks]
-                # An instance attribute shadows the class's forward; hooks of the user still run around it.
-                patched.append((layer.module, layer.module.__dict__.get("forward")))
-                layer.module.__dict__["forward"] = _tangent_forward(layer, calls, [d[i] for d in directions], n)
+    def _again(self) -> Iterator[None]:
+        """Run the model once more as in its forward pass."""
+        draws, state = self._before.draws, self._before.state
+        with (
+            as_written(self._model),
+            nullcontext() if draws is None else self._linearizer.draws.replaying(draws),
+            nullcontext() if state is None else state.replaying(),
+        ):
             yield
-        finally:
-            for module, own in patched:
-                if own is None:
-                    del module.__dict__["forward"]
-                else:  # somebody else's wrapper
-                    module.__dict__["forward"] = own
+
+    def _backward(self) -> AbstractContextManager[None]:
+        """What holds while a backward pass runs."""
+        return silenced(self.layers) if self._linearizer.tells else nullcontext()
+
+    def _edges(self, chunk: Chunk, v: Tensor, *, retain: bool) -> Sequence[Tensor]:
+        """g of each layer of a chunk that the fast path serves; zero where nothing depends on it."""
+        edges = [calls[0].edge for calls in chunk.calls]
+        found = torch.autograd.grad(chunk.z, edges, v.to(chunk.z.dtype), retain_graph=retain, allow_unused=True)
+        return [torch.zeros_like(calls[0].s) if g is None else g for g, calls in zip(found, chunk.calls, strict=True)]
+
+    def _accumulate(
+        self, chunks: list[Chunk], vectors: Sequence[Tensor], out: BlockVector, *, retain: bool
+    ) -> BlockVector:
+        """J^T v summed over chunks: by edges straight into fast blocks, by parameters into the others."""
+        loose = {
+            id(parameter): parameter
+            for block, fast in zip(self.layers, self._fast, strict=True)
+            if not fast
+            for parameter in block.parameters
+        }
+        for index, (chunk, v) in enumerate(zip(chunks, vectors, strict=True)):
+            edges: list[Any] = [calls[0].edge for calls, fast in zip(chunk.calls, self._fast, strict=True) if fast]
+            roots = [*edges, *loose.values()]
+            with self._backward():
+                found = torch.autograd.grad(chunk.z, roots, v.to(chunk.z.dtype), retain_graph=retain, allow_unused=True)
+            by_parameter = dict(zip(loose, found[len(edges) :], strict=True))
+            self._write(chunk, found, by_parameter, out, accumulate=index > 0)
+        return out
+
+    def _write(
+        self,
+        chunk: Chunk,
+        found: Sequence[Tensor | None],
+        by_parameter: Mapping[int, Tensor | None],
+        out: BlockVector,
+        *,
+        accumulate: bool,
+    ) -> None:
+        edges = iter(found)
+        for block, calls, fast, matrix in zip(self.layers, chunk.calls, self._fast, out.blocks, strict=True):
+            if fast:
+                g = next(edges)
+                if g is not None:
+                    linear.add_gradient(calls[0].gradient_rows, g, matrix, accumulate=accumulate)
+                elif not accumulate:
+                    matrix.zero_()
+                continue
+            if not accumulate:
+                matrix.zero_()
+            if all(by_parameter[id(parameter)] is None for parameter in block.parameters):
+                continue
+
+            def of(parameter: nn.Parameter) -> Tensor:
+                g = by_parameter[id(parameter)]
+                return torch.zeros_like(parameter) if g is None else g
+
+            for part, share in zip(block.split(matrix), block.view(of), strict=True):
+                part += share
 
 
-def _autocast(device: str, low: torch.dtype | None) -> AbstractContextManager[Any]:
-    # No cache: inside an autocast of the caller's it would outlive the step, and the weights it was made of.
-    return nullcontext() if low is None else torch.autocast(device, low, cache_enabled=False)
+def _padded(v: Tensor, n: int) -> Tensor:
+    """Zero beyond its cases."""
+    missing = n - v.shape[0]
+    return v if missing == 0 else torch.cat([v, v.new_zeros(missing, *v.shape[1:])])
 
 
-def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """Run what is compiled inside the model as it was written."""
-    inside = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
-    return torch.compiler.set_stance("force_eager") if inside else nullcontext()
-
-
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a layer was called with, by position or by keyword."""
-    return args[0] if args else next(iter(kwargs.values()), None)
-
-
-def _layer_gradients(chunk: Chunk, v: Tensor, *, retain: bool) -> Sequence[Tensor]:
-    """g of each layer for output vectors v."""
-    return torch.autograd.grad(chunk.z, [call.edge for call in chunk.calls], v.to(chunk.z.dtype), retain_graph=retain)
-
-
-def _accumulate(chunks: list[Chunk], vectors: Sequence[Tensor], out: BlockVector, *, retain: bool) -> BlockVector:
-    """J^T v summed over chunks."""
-    for index, (chunk, v) in enumerate(zip(chunks, vectors, strict=True)):
-        gradients = _layer_gradients(chunk, v, retain=retain)
-        for call, g, block in zip(chunk.calls, gradients, out.blocks, strict=True):
-            call.layer.rule.gradient(call.gradient_rows, g, block, accumulate=index > 0)
-    return out
-
-
-def _tangent_forward(layer: Layer, calls: list[Call], blocks: list[Tensor], n: int) -> Callable[[Tensor], Tensor]:
-    known = not any(call.overwritten for call in calls)
-    k = len(blocks)
-
-    def forward(input: Tensor) -> Tensor:  # the name nn.Linear.forward has, for keyword calls
-        x, dx = _unpack(input)
-        s = _first(_outputs, calls, n, k).to(calls[0].dtype) if known else layer.rule.primal(layer.module, x)
-        tangent = layer.rule.tangent(layer.module, _first(Call.first_rows, calls, n), dx, blocks)
-        return cast("Tensor", fwd.make_dual(s, tangent))  # type: ignore[no-untyped-call]  # torch has no types here
-
-    return forward
-
-
-@cache
-def _load_forward_mode() -> None:
-    """Make torch load its forward-mode decompositions, which warns of a deprecated part of torch itself."""
-    with warnings.catch_warnings(), fwd.dual_level():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        fwd.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]  # torch has no types here
-
-
-def _unpack(dual: Tensor) -> tuple[Tensor, Tensor | None]:
-    primal, tangent = fwd.unpack_dual(dual)  # type: ignore[no-untyped-call]  # torch has no types here
-    return primal, tangent
-
-
-def _outputs(call: Call, n: int) -> Tensor:
-    return call.s[:n]
-
-
-def _first(of: Callable[[Call, int], Tensor], calls: list[Call], n: int, copies: int = 1) -> Tensor:
-    """What the first n cases have in consecutive chunks, several times over."""
-    taken: list[Tensor] = []
-    for call in calls:
-        if n > 0:
-            taken.append(of(call, n))
-        n -= call.s.shape[0]
-    return taken[0] if len(taken) * copies == 1 else torch.cat(taken * copies)
+def _diagonal_samples(block: ModelBlock, found: Sequence[Tensor | None], counting: Counting) -> LayerSamples:
+    """Each pass's whole gradient: with vectors independent between cases its square is S times the diagonal, in the
+    mean, because the products of two cases vanish.
+    """  # noqa: D205
+    like = block.parameters[0]
+    rows = [torch.zeros_like(like, requires_grad=False) if g is None else g for g in found]
+    gradients = torch.stack([g.reshape(1, -1) for g in rows]).to(like.dtype)
+    return LayerSamples(gradients.new_empty(0), gradients, None, None, counting.total)

@@ -1,4 +1,4 @@
-"""Vectors of parameter space: one flat tensor, seen as one weight block a layer."""
+"""Vectors of parameter space: one flat tensor, seen as one matrix a block."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kfacore.network.rules import Layer
+from kfacore.network.blocks import ModelBlock
+from kfacore.roles.block import Block
 
 __all__ = ["BlockVector"]
 
@@ -21,31 +22,32 @@ class BlockVector:
 
     Attributes:
         flat: What dot products and sums act on; rows of blocks may be padded with entries that are always zero.
-        blocks: Views (d_out, d_in), one a layer in execution order, what inverses act on.
-        parts: Views in the shapes of the layers' parameters, what updates of the model act on.
+        blocks: Views ([groups,] d_out, d_in), one a block in execution order, what inverses act on.
+        parts: Views aligned with those of the parameters (`ModelBlock.views`), what updates of the model act on.
     """
 
-    def __init__(self, layers: Sequence[Layer], flat: Tensor) -> None:
+    def __init__(self, layers: Sequence[ModelBlock], flat: Tensor) -> None:
         self.layers = layers
         self.flat = flat
         self.blocks: list[Tensor] = []
         start = 0
         for layer in layers:
-            d_out, d_in = layer.info.shape
-            stride = _stride(d_in)
-            self.blocks.append(flat[start : start + d_out * stride].view(d_out, stride)[:, :d_in])
-            start += d_out * stride
+            info = layer.info
+            stride = _stride(info)
+            rows = flat[start : start + _rows(info) * stride].view(*info.shape[:-1], stride)
+            self.blocks.append(rows[..., : info.d_in])
+            start += _rows(info) * stride
         self.parts = [part for layer, block in zip(layers, self.blocks, strict=True) for part in layer.split(block)]
 
     @classmethod
-    def zeros(cls, layers: Sequence[Layer]) -> BlockVector:
+    def zeros(cls, layers: Sequence[ModelBlock]) -> BlockVector:
         """The zero vector, on the parameters' device and in their dtype."""
         like = layers[0].parameters[0]
-        total = sum(layer.info.d_out * _stride(layer.info.d_in) for layer in layers)
+        total = sum(_rows(layer.info) * _stride(layer.info) for layer in layers)
         return cls(layers, torch.zeros(total, dtype=like.dtype, device=like.device))
 
     def copy_blocks(self, blocks: Sequence[Tensor]) -> BlockVector:
-        """Take the values of one matrix a layer; returns self."""
+        """Take the values of one matrix a block; returns self."""
         torch._foreach_copy_(self.blocks, list(blocks))
         return self
 
@@ -55,6 +57,11 @@ class BlockVector:
         return self
 
 
-def _stride(d_in: int) -> int:
+def _rows(info: Block) -> int:
+    return info.groups * info.d_out
+
+
+def _stride(info: Block) -> int:
     """Entries from one row of a block to the next."""
-    return d_in if d_in < 4 * _ALIGNMENT else -(-d_in // _ALIGNMENT) * _ALIGNMENT
+    narrow = info.kind == "diagonal" or info.d_in < 4 * _ALIGNMENT
+    return info.d_in if narrow else -(-info.d_in // _ALIGNMENT) * _ALIGNMENT

@@ -6,16 +6,15 @@ Source: Martens & Grosse (2015), Algorithm 2; where the authors' program differs
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kfacore.curvature.forest import forest
 from kfacore.curvature.preconditioner import Preconditioner
 from kfacore.errors import ConfigError
-from kfacore.nest import cases_of
 from kfacore.network import BlockVector, Linearization, Linearizer
 from kfacore.optim.guards import as_parameters, require_finite, require_state
 from kfacore.optim.joint import BoundJoint, Joint, joint_or_loss
@@ -34,7 +33,7 @@ from kfacore.roles.inverse import Inverse, Notice
 from kfacore.roles.likelihood import Likelihood
 from kfacore.roles.momentum import Momentum
 from kfacore.roles.optimizer import Optimizer, StepReport
-from kfacore.roles.samples import LayerSamples, mean_diagonal
+from kfacore.roles.samples import Samples, mean_diagonal
 from kfacore.roles.trust import Trust
 from kfacore.schema.slots import (
     ApproxConfig,
@@ -55,7 +54,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
     1/2 delta^T (F + (lambda + eta) I) delta + grad h^T delta with the exact Fisher F, and always takes the minimum.
 
     Args:
-        model: Any module whose trainable parameters lie in supported layers; outputs z of shape (cases, outputs).
+        model: Any module; outputs z of shape (n, ..., outputs), n examples.
         config: All options in one object; then no other option may be given.
         likelihood: A name, a table, a config object or an instance; likewise the other slots. Also a loss of torch,
             as ``nn.CrossEntropyLoss()``, whose value is compared with ours on the first mini-batch.
@@ -70,6 +69,10 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         autocast: ``"bfloat16"`` for mixed precision: forward and backward passes run under torch's autocast, factors,
             solves and the quadratic model keep the parameters' dtype. Steps that adapt lambda run wholly in it,
             because rho is a small difference of two objectives. An autocast around `step` means the same.
+        unsupported: ``"serve"`` takes any model; ``"error"`` refuses what is not a Linear layer that is called once on
+            one row an example, and what draws random numbers or mixes examples.
+        output: Where z is in what the model returns, a name or a function; ``"logits"`` and the first tensor are found.
+        reduce: Names of blocks whose positions are pooled: their rows are summed over an example's positions first.
 
     Raises:
         ConfigError: An option is wrong.
@@ -91,6 +94,9 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         preset: str | None = None,
         seed: int | None = None,
         autocast: str | None = None,
+        unsupported: str | None = None,
+        output: str | Callable[[Any], Tensor] | None = None,
+        reduce: Sequence[str] = (),
     ) -> None:
         given = {
             "likelihood": likelihood,
@@ -103,6 +109,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             "preset": preset,
             "seed": seed,
             "autocast": autocast,
+            "unsupported": unsupported,
         }
         registry = get_registry()
         chosen = complete(registry, config, {key: value for key, value in given.items() if value is not None})
@@ -121,9 +128,18 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         self.momentum = registry.build("momentum", chosen["momentum"])
         self.trust = registry.build("trust", chosen["trust"])
 
-        self.linearizer = Linearizer(model, self.approx.structure)
-        self.approx.check_layers([layer.info for layer in self.linearizer.layers])
-        parameters = [parameter for layer in self.linearizer.layers for parameter in layer.parameters]
+        self.linearizer = Linearizer(
+            model,
+            self.approx.structure,
+            layers=registry.layers(),
+            max_dim=self.approx.config.max_dim,
+            unsupported=chosen["unsupported"],
+            output=output,
+            reduce=reduce,
+            tangents=self.momentum.uses_model or self.damping.uses_model,
+        )
+        self.approx.check_layers([x.info for x in self.linearizer.layers if self.approx.serves(x.info)])
+        parameters = self.linearizer.parameters
         device = parameters[0].device
         self.generator = torch.Generator(device).manual_seed(chosen["seed"])
         self._eta = float(eta)
@@ -217,7 +233,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         samples = self._samples(at.batch, at.bound)
         preconditioner.update(samples)
         if at.step == 1:
-            self.damping.observe(mean_diagonal(samples))
+            self.damping.observe(mean_diagonal(samples, preconditioner.layers))
         grad = self._gradient(at.batch, at.bound, retain=at.iterations > 1)
         undone = 0
         # Several iterations walk back through the graph, which parameters that were put back have left.
@@ -233,7 +249,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
 
     def _begin(self, inputs: Any, targets: Tensor, valid: Tensor | None, low: torch.dtype | None) -> At:
         """The forward pass, and the objective before the step."""
-        k, m = self.steps + 1, cases_of(inputs)
+        k, m = self.steps + 1, self.linearizer.cases(inputs, targets)
         adapts, asks, iterations = self.damping.adapts(k), self.trust.asks(k), self.momentum.iterations(m)
         pulled = self.momentum.cases(m) if iterations > 1 else 0
         batch = self.linearizer(
@@ -335,7 +351,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
     def _measure(self, at: At) -> Tensor:
         """h of the mini-batch at the parameters as they are now."""
         with torch.no_grad():
-            loss, _ = at.bound.value([self.loss.pack(self.model(at.inputs))])
+            loss, _ = at.bound.value([self.loss.pack(at.batch.again())])
         return loss + penalty(self._parameters(), self.weight_decay)
 
     @staticmethod
@@ -348,13 +364,17 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         deferred = self.loss.deferred
         require_finite(what, value, at.inputs, at.targets, step=at.step, damping=damping, deferred=deferred)
 
-    def _samples(self, batch: Linearization, bound: BoundLoss | BoundJoint) -> list[LayerSamples]:
+    def _samples(self, batch: Linearization, bound: BoundLoss | BoundJoint) -> Samples:
         """What the estimator's backward passes show of each block, with the S that their squares are divided by."""
         z = batch.statistics_outputs()
-        total = bound.total(len(z))
-        samples = batch.backpropagate(bound.statistics(z, self.estimator, self.generator))
-        usual = not isinstance(total, Tensor) and total == len(z)
-        return samples if usual else [replace(s, total=total) for s in samples]
+        n, total = len(z), bound.total(len(z))
+        vectors = bound.statistics(z, self.estimator, self.generator)
+        if batch.plain and bound.valid is None and not isinstance(total, Tensor) and total == n:
+            return batch.backpropagate(vectors)
+        if not batch.plain:
+            vectors = vectors * batch.signs(z, self.generator)
+        valid = None if bound.valid is None else bound.valid[:n]
+        return batch.backpropagate(vectors, valid=valid, total=total)
 
     def _objective(self, batch: Linearization, bound: BoundLoss | BoundJoint) -> tuple[Tensor, Tensor, Tensor]:
         """loss, h = loss + eta/2 ||theta||^2, and the reported error, at the parameters of the forward pass."""
@@ -363,7 +383,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
 
     def _parameters(self) -> list[Tensor]:
         """The parameters in execution order, aligned with the parts of a `BlockVector`, without their graph."""
-        return [parameter.detach() for layer in self.linearizer.layers for parameter in layer.parameters]
+        return [view for layer in self.linearizer.layers for view in layer.views()]
 
     def _follow_weight_decay(self) -> None:
         """Tell the damping of an eta that is new in ``param_groups``, which the rest reads in every step."""
@@ -379,11 +399,15 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         if self.preconditioner is None:
             layers = self.linearizer.layers
             infos = [layer.info for layer in layers]
-            self.preconditioner = Preconditioner(
-                self.approx, infos, layers[0].parameters[0], self.estimator.config.decay
-            )
+            like, decay = layers[0].parameters[0], self.estimator.config.decay
+            self.preconditioner = Preconditioner(self.approx, infos, like, decay, self._pairs())
             self._grad, self._delta = self._vector(), self._vector()
         return self.preconditioner
+
+    def _pairs(self) -> list[tuple[int, int]] | None:
+        """Pairs of blocks that are coupled: of those that follow each other a forest, the nearest ones first."""
+        found = self.linearizer.following
+        return None if found is None else forest(found, [1.0 / abs(j - i) for i, j in found])
 
     def _gradient(self, batch: Linearization, bound: BoundLoss | BoundJoint, *, retain: bool = False) -> BlockVector:
         """Grad h = mean of J^T (d nll / dz) + eta theta."""
@@ -410,7 +434,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         return proposals
 
     def _local(self, batch: Linearization, bound: BoundLoss | BoundJoint, grad: BlockVector) -> LocalModel:
-        n = self.momentum.cases(batch.cases)
+        n = batch.model_cases(self.momentum.cases(batch.cases))
         own = self._parameters() if self.momentum.config.slope == "model" and n < batch.cases else None
         return LocalModel(batch, bound, grad, self.damping.lam, self.weight_decay, n, own)
 
@@ -455,6 +479,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             "seed": self.generator.initial_seed(),
             "preconditioner": None if self.preconditioner is None else self.preconditioner.state_dict(),
             "delta": None if self._delta is None else self._delta.flat.clone(),
+            "following": self.linearizer.following,
             "predicted": self._predicted,
             "trust": self.trust.state_dict(),
         }
@@ -472,6 +497,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         """
         own = require_state(state, self.approx.config.kind, {x.info.name: x.info.shape for x in self.linearizer.layers})
         self.linearizer.set_order(own["layers"])
+        pairs = own.get("following")
+        self.linearizer.following = None if pairs is None else [(int(i), int(j)) for i, j in pairs]
         super().load_state_dict({key: value for key, value in state.items() if key != "kfac"})
         device = self.linearizer.layers[0].parameters[0].device
         self.steps = own["steps"]

@@ -53,6 +53,8 @@ class KFACConfig(Model):
     autocast: Literal["bfloat16"] | None = None
     """Mixed precision: dtype of the forward and backward passes; factors, solves and the quadratic model keep the
     parameters' dtype."""
+    unsupported: Literal["serve", "error"] = "serve"
+    """Models beyond Linear layers that are called once on one row an example: serve them, or refuse them by name."""
 
 
 def complete(registry: Registry, config: KFACConfig | None, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Damping,
         Estimator,
         Executor,
+        Layer,
         Likelihood,
         Momentum,
         Part,
@@ -41,6 +42,7 @@ _ROLES = {
     "damping": "Damping",
     "momentum": "Momentum",
     "trust": "Trust",
+    "layer": "Layer",
     "sink": "Sink",
     "executor": "Executor",
 }
@@ -211,6 +213,8 @@ class Registry:
     @overload
     def build(self, slot: Literal["trust"], value: object) -> Trust: ...
     @overload
+    def build(self, slot: Literal["layer"], value: object) -> Layer: ...
+    @overload
     def build(self, slot: Literal["sink"], value: object) -> Sink: ...
     @overload
     def build(self, slot: Literal["executor"], value: object) -> Executor: ...
@@ -251,6 +255,18 @@ class Registry:
             raise PluginError(
                 f"{slot}/{component.name} of {self.origin(component)} cannot be built: {type(error).__name__}: {error}"
             ) from error
+
+    def layers(self) -> list[Layer]:
+        """A part of every layer type, built from its defaults.
+
+        Those of other distributions come first, so that a plug-in can read a module in another way than kfacore does.
+
+        Raises:
+            PluginError: A layer type cannot be loaded or built; its plug-in is named.
+        """
+        own = self._plugins[0] if self._plugins else None
+        components = sorted(self.components("layer"), key=lambda item: self._owners["layer", item.name] is own)
+        return [self.build("layer", component.name) for component in components]
 
     def _slot(self, slot: str) -> dict[str, Component]:
         if slot not in self._components:

@@ -114,6 +114,9 @@ class ApproxConfig(SlotConfig):
     refresh_delay: Annotated[int, Field(ge=1)] = 10
     """Steps after which a refresh in the background is taken up (D), less than refresh_every."""
 
+    max_dim: Annotated[int, Field(strict=True, ge=1)] = 8192
+    """Widest side of which a whole factor is kept; of wider ones the diagonal is."""
+
     @model_validator(mode="after")
     def _delay_within_period(self) -> Self:
         if self.refresh == "background" and self.refresh_delay >= self.refresh_every:

@@ -122,7 +122,8 @@ class EstimatorSuite(ComponentSuite):
 
     def _collect(self, estimator: Estimator, x: Tensor, y: Tensor, seed: int = 0) -> list[LayerSamples]:
         batch = Linearizer(_model())(x, estimator.cases(len(x)))
-        return batch.samples(estimator, y, _likelihood("gaussian"), torch.Generator().manual_seed(seed))
+        found = batch.samples(estimator, y, _likelihood("gaussian"), torch.Generator().manual_seed(seed))
+        return [samples for samples in found if samples is not None]
 
 
 def _likelihood(name: str) -> Likelihood:

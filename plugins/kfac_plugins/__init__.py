@@ -9,6 +9,7 @@ from kfac_plugins.approx import COMPONENTS as APPROX
 from kfac_plugins.damping import COMPONENTS as DAMPING
 from kfac_plugins.estimators import COMPONENTS as ESTIMATORS
 from kfac_plugins.executors import COMPONENTS as EXECUTORS
+from kfac_plugins.layers import COMPONENTS as LAYERS
 from kfac_plugins.likelihoods import COMPONENTS as LIKELIHOODS
 from kfac_plugins.momentum import COMPONENTS as MOMENTUM
 from kfac_plugins.optimizers import COMPONENTS as OPTIMIZERS
@@ -25,4 +26,5 @@ KFAC_API = API_VERSION
 @hookimpl
 def kfac_components() -> list[Component]:
     """The manifests of everything built in, slot by slot."""
-    return [*PROBLEMS, *LIKELIHOODS, *OPTIMIZERS, *ESTIMATORS, *APPROX, *DAMPING, *MOMENTUM, *TRUST, *SINKS, *EXECUTORS]
+    run = [*PROBLEMS, *LIKELIHOODS, *OPTIMIZERS, *ESTIMATORS, *APPROX, *DAMPING, *MOMENTUM, *TRUST, *SINKS]
+    return [*run, *LAYERS, *EXECUTORS]

@@ -377,5 +377,5 @@ def test_third_party_component_in_a_run(install_plugin) -> None:
 
 
 def test_slots_and_fields_agree() -> None:
-    assert set(SLOTS) - set(RunConfig.model_fields) == {"executor"}  # which belongs to a study
+    assert set(SLOTS) - set(RunConfig.model_fields) == {"executor", "layer"}  # of a study; all are taken
     assert [name for name, field in RunConfig.model_fields.items() if not field.description] == []

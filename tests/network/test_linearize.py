@@ -199,7 +199,7 @@ def test_jvp_cleans_up_after_an_operation_without_forward_derivative() -> None:
             return OneWay.apply(self.body(x))
 
     model = Net().double()
-    linearizer = Linearizer(model)
+    linearizer = Linearizer(model, unsupported="error")
     batch = linearizer(dense.randn(CASES, 4))
     zero = BlockVector.zeros(linearizer.layers)
     with pytest.raises(UnsupportedModelError, match=r"Net: an operation .* no forward-mode derivative"):

@@ -93,7 +93,7 @@ class ExactModel:
         self.cases = cases_of(self._inputs)
         if len(targets) != self.cases:
             raise DataError(f"targets: found {len(targets)} targets for {self.cases} cases of inputs")
-        linearizer = Linearizer(self._model)
+        linearizer = Linearizer(self._model, unsupported="error")
         self._bounds = [(a, min(a + chunk, self.cases)) for a in range(0, self.cases, chunk)]
         self._parts: list[Linearization] = [linearizer(slice_cases(self._inputs, a, b)) for a, b in self._bounds]
         self._require_plain()
@@ -205,7 +205,8 @@ class ExactModel:
         """What each layer sees when ``vectors(z, y)`` are sent back: abar (n, d_in) and g (k, n, d_out)."""
         parts = []
         for part, (a, b) in zip(self._parts, self._bounds, strict=True):
-            parts.append(part.backpropagate(vectors(part.statistics_outputs(), self._targets[a:b])))
+            found = part.backpropagate(vectors(part.statistics_outputs(), self._targets[a:b]))
+            parts.append([sample for sample in found if sample is not None])
         return [
             LayerSamples(
                 torch.cat([part[i].inputs for part in parts]), torch.cat([part[i].gradients for part in parts], dim=1)
@@ -234,7 +235,8 @@ class ExactModel:
 def _add_transposed_jacobian(part: Linearization, v: Tensor, blocks: Blocks) -> None:
     """Add J^T v to the blocks; keeps the graph, because the model is linearised once and used many times."""
     for block, sample in zip(blocks, part.backpropagate(v.unsqueeze(0)), strict=True):
-        block.addmm_(sample.gradients[0].T, sample.inputs)
+        if sample is not None:
+            block.addmm_(sample.gradients[0].T, sample.inputs)
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ def describe(config: RunConfig, registry: Registry, init: Path | None = None) ->
     if config.approx is None:
         return ModelTable(tuple(_plain_rows(model)), size)
     approx = registry.build("approx", config.approx)
-    layers = [layer.info for layer in find_layers(model)]
+    layers = [layer.info for layer in find_layers(model, registry.layers())]
     approx.check_layers(layers)
     factors = _factors(approx, layers)
     rows = [

@@ -1,0 +1,398 @@
+"""From a model to its mini-batches: blocks, checks of the first mini-batch, forward passes, choice of path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from kfacore.errors import DataError, UnsupportedModelError
+from kfacore.nest import cases_of, map_nest, slice_cases, tensors_of
+from kfacore.network.blocks import ModelBlock, with_diagonals
+from kfacore.network.capture import Chunk, capture
+from kfacore.network.checks import StrictChecks, require_outputs
+from kfacore.network.draws import Draws
+from kfacore.network.facts import Facts, Way, common_cases
+from kfacore.network.finding import strict_blocks, whole_model
+from kfacore.network.linearization import Before, Linearization
+from kfacore.network.outputs import Output
+from kfacore.network.pairs import following
+from kfacore.network.state import ModelState
+from kfacore.network.study import Study
+from kfacore.roles.layer import Layer
+
+__all__ = ["Linearizer", "find_layers"]
+
+_TRIES = 3
+"""Mini-batches that are looked at as long as their outputs are not finite."""
+
+
+class Linearizer:
+    """Turns mini-batches into linearizations of one model.
+
+    Attributes:
+        model: The model.
+        layers: Its blocks; in execution order once the first mini-batch has been seen, and as that showed them. Empty
+            before it if parameters are not initialised yet.
+        names: Qualified names of the trainable parameters.
+        named: The trainable parameters by qualified name.
+        draws: The generators that it may draw from.
+        output: Where z is in what it returns.
+        facts: What its last look at a mini-batch showed; None before the first.
+        notes: What was found out about its blocks, one line each.
+        following: Pairs of blocks that follow each other and could be coupled; None before the first mini-batch, and
+            where all blocks are a chain.
+
+    Args:
+        model: Any module. A compiled one runs uncompiled here: torch supports neither hooks on its layers nor
+            forward-mode through it. Wrappers for data parallelism are taken off.
+        structure: With ``unsupported = "error"`` ``"chain"`` if the model must be a chain of layers, else ``"any"``.
+        layers: The layer types, as the registry has them; the first that matches a module reads it.
+        max_dim: A side of a Kronecker product that is wider is diagonal.
+        unsupported: ``"serve"`` takes any model; ``"error"`` refuses all but Linear layers called once on one row a
+            case, that draw nothing and do not mix cases.
+        output: Where z is in what the model returns: a name, or a function.
+        reduce: Names of blocks whose rows of a case are one: where a position's output is pooled over positions.
+        tangents: Whether J v will be asked for; then it is found out how it can be taken.
+
+    Raises:
+        UnsupportedModelError: Some module cannot be preconditioned; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: str = "any",
+        *,
+        layers: Sequence[Layer] = (),
+        max_dim: int = 8192,
+        unsupported: Literal["serve", "error"] = "serve",
+        output: Output = None,
+        reduce: Sequence[str] = (),
+        tangents: bool = True,
+    ) -> None:
+        self.model: nn.Module = _unwrapped(model)
+        self.structure = structure
+        self.output = output
+        self.facts: Facts | None = None
+        self.notes: list[str] = []
+        self.reduced: frozenset[int] = frozenset()
+        self.ordered = False
+        self.following: list[tuple[int, int]] | None = None
+        self._types, self._max_dim, self._reduce, self._tangents = tuple(layers), max_dim, tuple(reduce), tangents
+        self._strict = StrictChecks(self.model) if unsupported == "error" else None
+        self._modes: tuple[bool, ...] | None = None
+        self._several = False
+        self._tries = 0
+        self._pooled: set[str] = set()
+        self.layers: list[ModelBlock] = []
+        self._lazy = any(is_lazy(each) for each in (*self.model.parameters(), *self.model.buffers()))
+        self._remember()
+        if not self._lazy:
+            self._find()
+
+    # --- what others ask --------------------------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters, each once, in order of registration."""
+        return list(self.named.values())
+
+    @property
+    def cut(self) -> bool:
+        """Whether mini-batches may be cut by cases."""
+        return self.facts is None or self.facts.cut
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the outputs of a case depend on other cases."""
+        return self.facts is not None and self.facts.mixes
+
+    @property
+    def way(self) -> Way:
+        """How J v is taken."""
+        return "forward" if self.facts is None else self.facts.way
+
+    @property
+    def reason(self) -> str:
+        """Why J v is not taken in forward mode."""
+        return "" if self.facts is None else self.facts.reason
+
+    def cases(self, inputs: Any, targets: Tensor | None = None) -> int:
+        """Number of cases: the first dimension that all tensors share, or that of the targets.
+
+        Raises:
+            DataError: There are no cases, or nothing tells how many.
+        """
+        told = isinstance(targets, Tensor) and targets.dim() > 0 and len(targets) > 0
+        empty = isinstance(inputs, list | tuple | dict) and not inputs
+        if self._strict is None and told and not empty and common_cases(inputs) is None:
+            return len(targets)  # type: ignore[arg-type]  # a tensor
+        return cases_of(inputs)
+
+    def own_inputs(self, inputs: Any) -> Any:
+        """The inputs, or copies of them for a model that writes into what it is given."""
+        return map_nest(torch.clone, inputs) if self.facts is not None and self.facts.overwrites else inputs
+
+    def changed(self) -> list[str]:
+        """Trainable parameters that were frozen, unfrozen or replaced since the blocks were found, one line each."""
+        found = []
+        for name, module, key, parameter, trainable in self._watched:
+            now = module._parameters.get(key)
+            if now is not parameter:
+                found.append(f"{name} was replaced by another parameter")
+            elif parameter.requires_grad != trainable:
+                done = "frozen" if trainable else "unfrozen"
+                found.append(f"{name} was {done} (requires_grad = {parameter.requires_grad})")
+        found += [
+            f"{name} was replaced by another module"
+            for name, parent, key, module in self._modules
+            if parent._modules.get(key) is not module
+        ]
+        return found
+
+    def set_order(self, names: Sequence[str]) -> None:
+        """Take up the execution order of a saved state; blocks that it has as `diagonal` ones become so.
+
+        Raises:
+            UnsupportedModelError: The model does not have exactly these blocks.
+        """
+        wanted = set(names)
+        broken = {
+            index: "so in the saved state"
+            for index, block in enumerate(self.layers)
+            if block.info.name not in wanted and {self.names[each] for each in block.parameters} <= wanted
+        }
+        layers = with_diagonals(self.layers, broken, self.names) if broken else self.layers
+        known = {layer.info.name: layer for layer in layers}
+        if set(known) != wanted:
+            raise UnsupportedModelError(
+                f"the saved optimizer state has layers {', '.join(names)}; this model has {', '.join(known)}"
+            )
+        self.layers = [known[name] for name in names]
+        self.ordered = True
+
+    # --- a mini-batch -----------------------------------------------------------------------------------------------
+
+    def __call__(
+        self, inputs: Any, statistics_cases: int | None = None, low: torch.dtype | None = None, pulled_cases: int = 0
+    ) -> Linearization:
+        """Run the forward pass.
+
+        Args:
+            inputs: What the model takes: any nest; where all its tensors have the case as first dimension, and nothing
+                else could belong to cases, the mini-batch can be cut.
+            statistics_cases: How many of the first cases the estimator will use; all if left out.
+            low: Run forward and backward passes under autocast to this dtype.
+            pulled_cases: How many of the first cases `Linearization.pull_back` will be asked for.
+
+        Raises:
+            UnsupportedModelError: The model cannot be linearised, or its parameters were changed; the message names
+                what it is.
+            DataError: There are no cases, or the inputs do not fit the model.
+        """
+        if any(tensor.dim() and tensor.shape[0] == 0 for tensor in tensors_of(inputs)) and common_cases(inputs) == 0:
+            raise DataError("inputs: the mini-batch has no cases")
+        if self._lazy:
+            self._materialise(inputs)
+        self._require_same_parameters()
+        if self._strict is not None:
+            return self._strict_call(self._strict, inputs, statistics_cases, low, pulled_cases)
+        self._look(inputs)
+        least = not self.facts.draws  # type: ignore[union-attr]  # looked at above
+        before = self.draws.state(least=least)
+        batch = self._linearize(inputs, statistics_cases, low, pulled_cases, before)
+        if least and self.draws.moved(before):  # the model has begun to draw
+            self.draws.restore(before)
+            self._modes = None
+            self._look(inputs)
+            batch = self._linearize(inputs, statistics_cases, low, pulled_cases, self.draws.state())
+        return batch
+
+    def _linearize(
+        self, inputs: Any, kept: int | None, low: torch.dtype | None, pulled: int, before: dict[object, Any]
+    ) -> Linearization:
+        assert self.facts is not None
+        facts = self.facts
+        start = Before(before if facts.draws else None, ModelState(self.model) if facts.keeps else None)
+        m = common_cases(inputs)
+        if facts.cut and m is not None:
+            n = m if kept is None else kept
+            bounds = sorted({0, n, max(n, pulled), m})
+            chunks = [self._forward(slice_cases(inputs, a, b), low) for a, b in pairwise(bounds)]
+        else:
+            chunks = [self._forward(inputs, low)]
+            n = chunks[0].z.shape[0] if kept is None else min(kept, chunks[0].z.shape[0])
+        self._order(chunks)
+        return Linearization(self, inputs, chunks, n, start)
+
+    def _forward(self, inputs: Any, low: torch.dtype | None, output: Output = None) -> Chunk:
+        return capture(
+            lambda: self.model(self.own_inputs(inputs)),
+            self.model,
+            self.layers,
+            like=self.layers[0].parameters[0],
+            low=low,
+            output=output or self.output,
+        )
+
+    def _look(self, inputs: Any) -> None:
+        """Find out what kind of model this is: at first, and when some module was switched between train and eval."""
+        modes = tuple(module.training for module in self.model.modules())
+        m = common_cases(inputs)
+        several = m is None or m > 1
+        if self.facts is not None and modes == self._modes and (self._several or not several) and not self._tries:
+            return
+        study = Study(self.model, self.layers, self.names, self.draws, self.output, inputs, self._tangents)
+        facts = study.facts()
+        first = self.facts is None
+        self.facts, self._modes, self._several = facts, modes, several
+        self._tries = 0 if facts.settled else (self._tries or _TRIES) - 1
+        if first or not self.ordered:
+            self._take(facts)
+
+    def _take(self, facts: Facts) -> None:
+        """Blocks whose rows do not account for the gradient become `diagonal`; those that are pooled are reduced."""
+        if self.ordered:
+            pooled = set(facts.pooled)
+        else:
+            why = "its weights are used outside its own forward pass, so that its rows do not account for its gradient"
+            names = [layer.info.name for layer in self.layers]
+            pooled_names = {names[index] for index in facts.pooled}
+            if facts.outside:
+                self.notes += [f"{names[index]}: {why}" for index in sorted(facts.outside)]
+                self.layers = with_diagonals(self.layers, dict.fromkeys(facts.outside, why), self.names)
+            pooled = {index for index, layer in enumerate(self.layers) if layer.info.name in pooled_names}
+        self._pooled = {self.layers[index].info.name for index in pooled}
+        self._reduce_blocks()
+
+    def _reduce_blocks(self) -> None:
+        chosen = {*self._reduce, *self._pooled}
+        self.reduced = frozenset(
+            index for index, layer in enumerate(self.layers) if layer.info.name in chosen and layer.info.kind == "kron"
+        )
+
+    def _order(self, chunks: Sequence[Chunk]) -> None:
+        """Blocks by first execution on the first mini-batch, the others after them; for a chain, what it must be."""
+        if self.ordered:
+            return
+        called = chunks[0].order
+        order = [*called, *(index for index in range(len(self.layers)) if index not in called)]
+        self.layers = [self.layers[index] for index in order]
+        for chunk in chunks:
+            chunk.calls = [chunk.calls[index] for index in order]
+        self.ordered = True
+        self._reduce_blocks()
+        self.following = following(self.layers, chunks[0], self.reduced)
+
+    # --- the model's parameters -------------------------------------------------------------------------------------
+
+    def _remember(self) -> None:
+        """Names, and what would show that the model was changed."""
+        self.named = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+        self.names: dict[nn.Parameter, str] = {each: name for name, each in self.named.items()}
+        self._watched = [
+            (f"{name}.{key}" if name else key, module, key, each, each.requires_grad)
+            for name, module in self.model.named_modules()
+            for key, each in module._parameters.items()
+            if each is not None
+        ]
+        self._modules = [
+            (f"{name}.{key}" if name else key, module, key, child)
+            for name, module in self.model.named_modules()
+            for key, child in module._modules.items()
+            if child is not None
+        ]
+
+    def _find(self) -> None:
+        """The blocks, in order of registration."""
+        if self._strict is not None:
+            self.layers = strict_blocks(self.model)
+        else:
+            self.layers = whole_model(self.model, self._types, self._max_dim)
+        self.tells = any(
+            user.type is not None and user.type.forward(user.module, lambda _: None) is not None
+            for layer in self.layers
+            for user in layer.users
+        )
+        self.draws = Draws(self.model, self.layers[0].parameters[0].device)
+        self._reduce_blocks()
+        known = {layer.info.name for layer in self.layers}
+        unknown = [name for name in self._reduce if name not in known]
+        if unknown:
+            raise UnsupportedModelError(f"reduce names {', '.join(unknown)}; the blocks are {', '.join(sorted(known))}")
+
+    def _materialise(self, inputs: Any) -> None:
+        """One throw-away pass that gives lazy modules their shapes; draws and buffers are put back."""
+        device = next((tensor.device for tensor in tensors_of(inputs)), torch.device("cpu"))
+        draws = Draws(self.model, device)
+        draws.look()
+        before, state = draws.state(), ModelState(self.model)
+        fresh = {
+            id(module)
+            for module in self.model.modules()
+            if any(each is not None and is_lazy(each) for each in module._buffers.values())
+        }
+        with torch.no_grad(), draws.replaying(before):
+            self.model(inputs)
+        state.put_back()
+        for module in self.model.modules():
+            reset = getattr(module, "reset_running_stats", None)
+            if id(module) in fresh and callable(reset):
+                reset()
+        self._lazy = False
+        self._remember()
+        self._find()
+
+    def _require_same_parameters(self) -> None:
+        changed = self.changed()
+        if changed:
+            raise UnsupportedModelError(
+                f"{changed[0]} after the optimizer was built, "
+                "which keeps statistics of the parameters it found; build the optimizer again"
+            )
+
+    # --- unsupported = "error" --------------------------------------------------------------------------------------
+
+    def _strict_call(
+        self, strict: StrictChecks, inputs: Any, kept: int | None, low: torch.dtype | None, pulled: int
+    ) -> Linearization:
+        m = cases_of(inputs)
+        n = m if kept is None else kept
+        bounds = sorted({0, n, max(n, pulled), m})
+        chunks = [self._strict_forward(strict, slice_cases(inputs, a, b), low) for a, b in pairwise(bounds)]
+        if strict.due(m):
+            first = chunks[0] if low is None else self._strict_forward(strict, slice_cases(inputs, 0, n), None)
+            strict.check(inputs, first, self.layers, m, chain=self.structure == "chain")
+        return Linearization(self, inputs, chunks, n)
+
+    def _strict_forward(self, strict: StrictChecks, inputs: Any, low: torch.dtype | None) -> Chunk:
+        cases = cases_of(inputs)
+        with strict.rows_only(self.layers):
+            chunk = self._forward(inputs, low, lambda found: require_outputs(found, cases))
+        strict.check_calls(self.layers, chunk, ordered=self.ordered)
+        if not self.ordered:
+            self.layers = [self.layers[index] for index in chunk.order]
+            chunk.calls = [chunk.calls[index] for index in chunk.order]
+            self.ordered = True
+        return chunk
+
+
+def find_layers(model: nn.Module, layers: Sequence[Layer] = (), max_dim: int = 8192) -> list[ModelBlock]:
+    """The blocks of a model's trainable parameters, in order of registration, as a `Linearizer` begins with them."""
+    return whole_model(_unwrapped(model), layers, max_dim)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Without what torch.compile, DataParallel and DistributedDataParallel put around it."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # what torch.compile keeps the module under
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

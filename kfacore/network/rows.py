@@ -1,0 +1,215 @@
+r"""What one forward pass and its backward passes showed of every block, as `LayerSamples`.
+
+The uses of a block are further rows of the same cases. Rows of a layer that has as many positions as z follow the mask
+of valid positions; a row that does not count is zero (a token number -1). With *reduce* the rows of a case are one:
+
+    m_n = mean over rows of abar,        g_n = sum over rows of g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfacore.network.blocks import ModelBlock
+from kfacore.network.capture import Call
+from kfacore.roles.samples import LayerSamples
+
+__all__ = ["Counting", "explained", "samples_of"]
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Which cases and positions count.
+
+    Attributes:
+        cases: Cases of the forward pass.
+        kept: The estimator's, the first of them; rows of the others are left out where they have nothing to say.
+        valid: Positions of z that count, (cases, T), or None for all.
+        total: S.
+    """
+
+    cases: int
+    kept: int
+    valid: Tensor | None
+    total: float | Tensor
+
+
+Passes = Sequence[Sequence[Tensor | None]]
+"""Output gradients: for each backward pass one tensor a call."""
+
+
+def samples_of(block: ModelBlock, calls: list[Call], passes: Passes, counting: Counting, reduce: bool) -> LayerSamples:
+    """The samples of one block that was used.
+
+    Args:
+        block: A block that is not `diagonal`.
+        calls: Its calls.
+        passes: The gradients by the calls' outputs.
+        counting: What counts.
+        reduce: Whether the rows of a case are one.
+    """
+    if block.info.kind == "full":
+        return _full(calls, passes, counting)
+    if block.info.kind == "tied":
+        first = len(block.users) - block.heads
+        users = block.users[:first]
+        own = [i for i, call in enumerate(calls) if any(call.user is user for user in users)]
+        others = [i for i in range(len(calls)) if i not in own]
+        parts = [
+            _kron([calls[i] for i in which], [[one[i] for i in which] for one in passes], counting, False)
+            if which
+            else None
+            for which in (own, others)
+        ]
+        return _tied(block, parts, calls, len(passes), counting)
+    return _kron(calls, passes, counting, reduce)
+
+
+def _tied(
+    block: ModelBlock, parts: Sequence[LayerSamples | None], calls: list[Call], k: int, counting: Counting
+) -> LayerSamples:
+    """The embedding's with the head's inside; a use that did not happen has no rows."""
+    like, (vocabulary, width) = calls[0].s, (block.info.d_out, block.info.d_in)
+    dtype = calls[0].dtype
+    nothing = like.new_empty(k, 0, width, dtype=dtype), like.new_empty(k, 0, vocabulary, dtype=dtype)
+    tokens = torch.empty(0, dtype=torch.long, device=like.device)
+    body = parts[0] or LayerSamples(tokens, nothing[0], None, 0, counting.total)
+    head = parts[1] or LayerSamples(like.new_empty(0, width, dtype=dtype), nothing[1], None, 0, counting.total)
+    return LayerSamples(body.inputs, body.gradients, body.positions, body.count, body.total, head)
+
+
+def _gradient(call: Call, g: Tensor | None) -> Tensor:
+    """What arrived at the call, in the parameters' dtype; zero where nothing depends on it."""
+    return torch.zeros_like(call.s, dtype=call.dtype) if g is None else g.to(call.dtype)
+
+
+def _full(calls: list[Call], passes: Passes, counting: Counting) -> LayerSamples:
+    """The gradient of every case by the parameters, summed over uses, (k, n, [groups,] d_in)."""
+    found = []
+    for one in passes:
+        parts = [
+            call.user.type.gradients(call.user.block, call.user.module, call.typed, _gradient(call, g))
+            for call, g in zip(calls, one, strict=True)
+            if call.user.type is not None
+        ]
+        found.append(sum(parts[1:], parts[0]))
+    gradients = torch.stack(found)
+    if gradients.shape[1] == counting.cases:
+        gradients = gradients[:, : counting.kept]
+    return LayerSamples(gradients.new_empty(0), gradients, 1, None, counting.total)
+
+
+def _kron(calls: list[Call], passes: Passes, counting: Counting, reduce: bool) -> LayerSamples:
+    inputs: list[Tensor] = []
+    gradients: list[list[Tensor]] = [[] for _ in passes]
+    masks: list[Tensor | None] = []
+    for index, call in enumerate(calls):
+        x = _rows(call)  # (n, R, ...)
+        keep = counting.kept if x.shape[0] == counting.cases else x.shape[0]
+        mask = _counts(call, x, counting)
+        inputs.append(_masked(x[:keep], None if mask is None else mask[:keep]))
+        masks.append(None if mask is None else mask[:keep])
+        for found, one in zip(gradients, passes, strict=True):
+            found.append(_masked(_outputs(call, _gradient(call, one[index]))[:keep], masks[-1]))
+    together = len({x.shape[0] for x in inputs}) == 1
+    belongs = together and inputs[0].shape[0] == counting.kept
+    x, positions = _flat(inputs, together)
+    g = torch.stack([_flat(parts, together)[0] for parts in gradients])
+    count = _count(inputs, masks)
+    if reduce and belongs and positions is not None and all(mask is None for mask in masks):
+        shape = (counting.kept, positions)
+        x, g = torch.unflatten(x, 0, shape).mean(1), torch.unflatten(g, 1, shape).sum(2)
+        return LayerSamples(x, g, 1, None, counting.total)
+    return LayerSamples(x, g, positions if belongs else None, count, counting.total)
+
+
+def _rows(call: Call) -> Tensor:
+    if call.user.type is None:
+        return call.rows.unsqueeze(1)
+    return call.user.type.rows(call.user.block, call.user.module, call.typed)
+
+
+def _outputs(call: Call, g: Tensor) -> Tensor:
+    if call.user.type is None:
+        return g.unsqueeze(1)
+    return call.user.type.gradients(call.user.block, call.user.module, call.typed, g)
+
+
+def _counts(call: Call, x: Tensor, counting: Counting) -> Tensor | None:
+    """Which rows count, (n, R), or None for all."""
+    mask = None
+    if call.user.type is not None:
+        mask = call.user.type.counts(call.user.block, call.user.module, call.typed)
+    valid = counting.valid
+    if valid is not None and valid.shape == x.shape[:2] and valid.shape[1] > 1:
+        mask = valid if mask is None else mask & valid
+    return mask
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return x
+    if not x.is_floating_point():
+        return torch.where(mask, x, -1)
+    return x * mask.view(*mask.shape, *[1] * (x.dim() - 2))
+
+
+def _flat(parts: list[Tensor], together: bool) -> tuple[Tensor, int | None]:
+    """(n R, ...), the uses of a case beside each other where all have the same cases; and R."""
+    if len(parts) == 1:
+        return parts[0].flatten(0, 1), parts[0].shape[1]
+    if together:
+        whole = torch.cat(parts, 1)
+        return whole.flatten(0, 1), whole.shape[1]
+    return torch.cat([part.flatten(0, 1) for part in parts]), None
+
+
+def _count(inputs: list[Tensor], masks: list[Tensor | None]) -> int | Tensor | None:
+    if all(mask is None for mask in masks):
+        return None
+    counts = [
+        mask.sum() if mask is not None else torch.tensor(x.shape[0] * x.shape[1], device=x.device)
+        for x, mask in zip(inputs, masks, strict=True)
+    ]
+    return torch.stack(counts).sum()
+
+
+def explained(block: ModelBlock, calls: list[Call], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """The derivative by the parameters that rows and output gradients account for, aligned with `ModelBlock.view`.
+
+    It differs from the whole one where a weight is used outside its module, and where a layer type is wrong.
+    """
+    like = block.parameters[0]
+    if block.info.kind == "full":
+        matrix = torch.zeros(block.info.shape, dtype=like.dtype, device=like.device)
+        for call, g in zip(calls, gradients, strict=True):
+            assert call.user.type is not None
+            each = call.user.type.gradients(call.user.block, call.user.module, call.typed, _gradient(call, g))
+            matrix += each.sum(0).view(matrix.shape)
+        return block.split(matrix)
+    total: list[Tensor] | None = None
+    for call, g in zip(calls, gradients, strict=True):
+        matrix = _product(call, _rows(call), _outputs(call, _gradient(call, g)))
+        if block.info.kind == "tied" and matrix.shape != block.info.shape:
+            matrix = matrix.T
+        parts = block.split(matrix)
+        total = parts if total is None else [a + b for a, b in zip(total, parts, strict=True)]
+    return total or block.split(torch.zeros(block.info.shape, dtype=like.dtype, device=like.device))
+
+
+def _product(call: Call, x: Tensor, g: Tensor) -> Tensor:
+    """Sum over rows of g abar^T, ([groups,] d_out, d_in)."""
+    info = call.user.block
+    mask = None if call.user.type is None else call.user.type.counts(info, call.user.module, call.typed)
+    g = _masked(g, mask).reshape(-1, *g.shape[2:])
+    if not x.is_floating_point():
+        rows = x.reshape(-1).clamp_min(0)
+        return g.new_zeros(info.d_in, info.d_out).index_add_(0, rows, g).T
+    x = x.reshape(-1, *x.shape[2:])
+    if info.groups > 1:
+        return torch.einsum("rgo,rgi->goi", g, x)
+    return g.T @ x
