@@ -1,0 +1,60 @@
+"""One call of a module as a layer type tells of it, with sums over rows: what the suite of layer types compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kfacore.roles.block import Block
+from kfacore.roles.layer import Layer, Use
+
+__all__ = ["NAME", "Run"]
+
+NAME = "m"
+"""What the module is called."""
+
+
+@dataclass
+class Run:
+    """One call of a module, its uses, and a random vector for every result."""
+
+    layer: Layer
+    module: nn.Module
+    results: list[Tensor]
+    vectors: list[Tensor]
+    uses: list[Use]
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks of the module."""
+        return list(self.layer.blocks(NAME, self.module))
+
+    def of(self, block: Block) -> list[Use]:
+        """The uses of a block."""
+        return [use for use in self.uses if block.name == (f"{NAME}.{use.part}" if use.part else NAME)]
+
+    def value(self) -> Tensor:
+        """Sum over results of v . z, whose gradients are J^T v."""
+        return torch.stack([(v * z).sum() for v, z in zip(self.vectors, self.results, strict=True)]).sum()
+
+    def gradients(self, block: Block) -> list[Tensor]:
+        """g of every use of a block."""
+        return list(torch.autograd.grad(self.value(), [use.output for use in self.of(block)], retain_graph=True))
+
+    def per_case(self, block: Block) -> Tensor:
+        """Sum over uses and counted rows of g abar^T, case by case, (n, *block.shape)."""
+        sums = []
+        for use, g in zip(self.of(block), self.gradients(block), strict=True):
+            G = self.layer.gradients(block, self.module, use, g)
+            if block.kind == "full":
+                sums.append(G.unsqueeze(-2))
+                continue
+            X, counts = self.layer.rows(block, self.module, use), self.layer.counts(block, self.module, use)
+            if not X.is_floating_point():
+                X = nn.functional.one_hot(X, block.d_in).to(G)
+            if counts is not None:
+                G = G * counts.reshape(*counts.shape, *[1] * (G.dim() - 2))
+            sums.append(torch.einsum("nr...o,nr...i->n...oi", G, X))
+        return torch.stack(sums).sum(0)
