@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign_modules import Conv1D, GemmaRMSNorm, LlamaRMSNorm, T5LayerNorm
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -51,19 +52,6 @@ class TestLinearWithoutBias(LayerSuite):
 
     def module(self) -> nn.Module:
         return nn.Linear(4, 3, bias=False)
-
-
-class Conv1D(nn.Module):
-    """As transformers has it."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf, self.nx = nf, nx
-        self.weight, self.bias = nn.Parameter(torch.zeros(nx, nf)), nn.Parameter(torch.zeros(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        size_out = (*x.size()[:-1], self.nf)
-        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size_out)
 
 
 class TestHfConv1d(LayerSuite):
@@ -237,39 +225,6 @@ class TestNormWithRunningStatistics(NetSuite):
         module.running_mean.normal_()  # type: ignore[operator, union-attr]
         module.running_var.uniform_(0.5, 2.0)  # type: ignore[operator, union-attr]
         return module
-
-
-class LlamaRMSNorm(nn.Module):
-    """As transformers has it."""
-
-    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        input_dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(torch.float32)
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        return self.weight * hidden_states.to(input_dtype)
-
-
-class T5LayerNorm(LlamaRMSNorm):
-    pass
-
-
-class GemmaRMSNorm(nn.Module):
-    """Scales by 1 + w."""
-
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        output = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return output * (1.0 + self.weight)
 
 
 class TestForeignRmsNorm(NetSuite):
