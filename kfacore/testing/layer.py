@@ -36,7 +36,7 @@ class LayerSuite(ComponentSuite):
         shape: Of one case's input. Modules that take something else define `arguments`.
         cases: Cases of a mini-batch.
         mixes_cases: Whether outputs of a case depend on other cases, as in batch norm; cases are then not run alone.
-        training: Mode in which the module is run.
+        training: Mode in which the module is run; False where draws would be others for a case alone.
         tolerance: Relative error that counts as none, in double precision.
     """
 
@@ -253,7 +253,8 @@ class LayerSuite(ComponentSuite):
         tangents = {name: self._random(tuple(p.shape), 7 + i) for i, (name, p) in enumerate(there.items())}
         other = copy.deepcopy(run.module)
         other.load_state_dict({**other.state_dict(), **there})
-        at = Run(run.layer, other, self.results(other(*args, **kwargs)), run.vectors, [])
+        with self._seeded():
+            at = Run(run.layer, other, self.results(other(*args, **kwargs)), run.vectors, [])
         wanted = sum(float((g * tangents[name]).sum()) for name, g in self._wanted(other, at).items())
         vars(run.module)["forward"] = own  # as the network installs it
         try:
@@ -261,7 +262,10 @@ class LayerSuite(ComponentSuite):
             def outputs(parameters: dict[str, Tensor]) -> list[Tensor]:
                 return self.results(functional_call(run.module, parameters, args, kwargs))
 
-            with warnings.catch_warnings():  # torch compiles its rules of forward mode with a deprecated function
+            with (
+                self._seeded(),
+                warnings.catch_warnings(),
+            ):  # torch compiles its rules of forward mode with a deprecated function
                 warnings.simplefilter("ignore", DeprecationWarning)
                 pair: Any = jvp(outputs, (there,), (tangents,))
             found = sum(float((v * t).sum()) for v, t in zip(run.vectors, pair[1], strict=True))
