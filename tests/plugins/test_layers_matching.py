@@ -86,7 +86,6 @@ def test_what_computes_something_else_is_left_alone(layer: Layer, module: nn.Mod
 
 def test_an_instance_with_another_forward_is_left_alone() -> None:
     pairs: list[tuple[Layer, nn.Module]] = [
-        (LinearLayer(), nn.Linear(2, 2)),
         (Convolution(), nn.Conv1d(2, 2, 1)),
         (Attention(), nn.MultiheadAttention(2, 1)),
         (Bilinear(), nn.Bilinear(2, 2, 2)),

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from kfac_plugins.layers import LinearConfig
-from kfac_plugins.layers._maps import is_unchanged
 from kfacore.roles.block import Block
 from kfacore.roles.layer import Layer, Use
 
@@ -27,7 +26,8 @@ class LinearLayer(Layer):
 
     def matches(self, module: nn.Module) -> bool:
         """Linear and subclasses that keep its forward, but for the one in attention, which torch never calls."""
-        return is_unchanged(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+        own = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        return own and not isinstance(module, NonDynamicallyQuantizableLinear)
 
     def blocks(self, name: str, module: nn.Module) -> Sequence[Block]:
         """One block; none if the weight is frozen or computed from others, as by a parametrisation."""
