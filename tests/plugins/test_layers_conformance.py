@@ -420,6 +420,10 @@ class TestRecurrentOnPackedSequences(TestRecurrent):
         return super().results((y, states))
 
 
+class TestRecurrentOnPackedSequencesFromAState(TestRecurrentOnPackedSequences):
+    start = True
+
+
 CELLS = {
     "LSTMCell": lambda: nn.LSTMCell(3, 4),
     "GRUCell": lambda: nn.GRUCell(3, 4, bias=False),

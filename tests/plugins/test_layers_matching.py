@@ -396,3 +396,35 @@ def test_several_backward_passes_at_once() -> None:
     found = torch.autograd.grad(y, outputs, v, is_grads_batched=True)
     for i, each in enumerate(found):
         torch.testing.assert_close(each, torch.stack([w[i] for w in wanted]), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("layer", "module"),
+    [
+        (Attention(), nn.MultiheadAttention(4, 2, batch_first=True)),
+        (Recurrent(), nn.LSTM(4, 4, 2, batch_first=True, bidirectional=True)),
+        (Recurrent(), nn.GRU(4, 4, batch_first=True)),
+        (Recurrent(), nn.RNN(4, 4, batch_first=True)),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_own_forwards_run_under_autocast(layer: Layer, module: nn.Module) -> None:
+    """To what bfloat16 leaves of the digits, with gradients as exact."""
+    seeded(module).float()
+    x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1))
+    args = (x, x, x) if isinstance(module, nn.MultiheadAttention) else (x,)
+    wanted = flat(module(*args))
+    with torch.autocast("cpu", torch.bfloat16):
+        output, uses = told(layer, module, *args)
+    for a, b in zip(flat(output), wanted, strict=True):
+        assert float((a.float() - b).detach().abs().max()) < 0.1
+    assert {use.output.dtype for use in uses} == {torch.bfloat16}
+    gradients = torch.autograd.grad(flat(output)[0].float().sum(), [use.output for use in uses])
+    assert all(bool(g.isfinite().all()) for g in gradients)
+
+
+def test_statistics_of_a_batch_norm_keep_the_digits_of_its_parameters() -> None:
+    module = nn.BatchNorm1d(3)
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(1)).bfloat16()
+    (use,) = Norm().uses(module, (x,), {}, module(x.float()))
+    torch.testing.assert_close(use.extras["mean"][0], x.float().mean(0))

@@ -80,7 +80,8 @@ class Norm(Layer):
         x = use.inputs
         if module.training or module.running_mean is None or module.running_var is None:
             over = [dim for dim in range(x.dim()) if dim != 1]
-            variance, mean = torch.var_mean(x, over, correction=0)
+            weights = module.get_parameter("weight")  # under autocast the input may have fewer digits than these
+            variance, mean = torch.var_mean(x.to(weights.dtype), over, correction=0)
         else:
             mean, variance = module.running_mean.clone(), module.running_var.clone()
         return [Use("", x, output, {"mean": mean.expand(len(x), -1), "variance": variance.expand(len(x), -1)})]
