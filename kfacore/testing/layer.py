@@ -129,7 +129,6 @@ class LayerSuite(ComponentSuite):
         run = self._run()
         for block in run.blocks:
             groups = (block.groups,) if block.groups > 1 else ()
-            assert run.of(block), f"{block.name}: the call told of no use of it"
             for use, g in zip(run.of(block), run.gradients(block), strict=True):
                 G = run.layer.gradients(block, run.module, use, g)
                 if block.kind == "full":
@@ -273,6 +272,29 @@ class LayerSuite(ComponentSuite):
             del vars(run.module)["forward"]
         error = abs(found - wanted) / max(abs(wanted), 1e-30)
         assert error < 1e-8, f"J v through the layer type's forward is off by {error:.1e} relative"
+
+    def test_uses_are_told_while_others_stand_in_for_parameters(self) -> None:
+        """Under `torch.func.functional_call` the module's parameters are plain tensors."""
+        layer, module, uses = self.build(), self._module(), list[Use]()
+        args, kwargs = self._arguments()
+        there = {name: (p.detach() + 0.1).requires_grad_() for name, p in module.named_parameters()}
+        own = layer.forward(module, uses.append)
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            uses.extend(layer.uses(module, args, kwargs, output))
+
+        if own is None:
+            module.register_forward_hook(hook, with_kwargs=True)
+        else:
+            vars(module)["forward"] = own
+        results = self.results(functional_call(module, there, args, kwargs))
+        vectors = [self._random(tuple(z.shape), 11 + i) for i, z in enumerate(results)]
+        run = Run(layer, module, results, vectors, uses)
+        gradients = torch.autograd.grad(
+            run.value(), list(there.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        wanted = dict(zip(there, gradients, strict=True))
+        self._compare(run, lambda block: run.per_case(block).sum(0), wanted, "at other parameters")
 
     # --- manners ---------------------------------------------------------------------------------------------------
 

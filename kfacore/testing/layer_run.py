@@ -41,6 +41,7 @@ class Run:
 
     def gradients(self, block: Block) -> list[Tensor]:
         """g of every use of a block."""
+        assert self.of(block), f"{block.name}: the call told of no use of it"
         return list(torch.autograd.grad(self.value(), [use.output for use in self.of(block)], retain_graph=True))
 
     def per_case(self, block: Block) -> Tensor:

@@ -338,6 +338,11 @@ class Marking(LinearLayer):
         return super().uses(module, *arguments)
 
 
+class OwnParametersOnly(LinearLayer):
+    def uses(self, module: nn.Module, *arguments: Any) -> list[Use]:
+        return super().uses(module, *arguments) if isinstance(module.weight, nn.Parameter) else []
+
+
 class Moving(LinearLayer):
     def uses(self, module: nn.Module, *arguments: Any) -> list[Use]:
         with torch.no_grad():
@@ -362,6 +367,7 @@ DTYPE = "test_dtype_and_device_are_kept"
 FROZEN = "test_frozen_parameters_belong_to_no_block"
 FORWARD = "test_own_forward_equals_the_modules"
 TANGENT = "test_own_forward_has_forward_mode_and_reads_parameters_by_name"
+OTHERS = "test_uses_are_told_while_others_stand_in_for_parameters"
 MANNERS = "test_the_module_is_left_as_it_was"
 
 MUTANTS: list[tuple[type[LayerSuite], type[Layer], str, str]] = [
@@ -401,6 +407,7 @@ MUTANTS: list[tuple[type[LayerSuite], type[Layer], str, str]] = [
     (AttentionSuite, CutGradients, FORWARD, "differs from the module's in its gradients"),
     (AttentionSuite, Undropped, FORWARD, r"differs from the module's in its outputs .* \(training mode\)"),
     (AttentionSuite, Kept, TANGENT, "J v through the layer type's forward is off"),
+    (LinearSuite, OwnParametersOnly, OTHERS, "told of no use"),
     (LinearSuite, Hooked, MANNERS, "a hook stays on the module"),
     (LinearSuite, Marking, MANNERS, "another attribute than before"),
     (LinearSuite, Moving, MANNERS, "'bias' of the module is not what a call of its own leaves"),

@@ -25,6 +25,7 @@ __all__ = [
     "is_unchanged",
     "part_of",
     "positions",
+    "present",
     "qualified",
     "trainable",
 ]
@@ -53,6 +54,13 @@ def trainable(module: nn.Module, name: str) -> nn.Parameter | None:
     holder, _, last = name.rpartition(".")
     parameter = module.get_submodule(holder)._parameters.get(last)
     return parameter if parameter is not None and not is_lazy(parameter) and parameter.requires_grad else None
+
+
+def present(module: nn.Module, name: str) -> Tensor:
+    """What has that name now: the parameter, or what stands in for it (`torch.func.functional_call`)."""
+    value = getattr(module, name)
+    assert isinstance(value, Tensor)
+    return value
 
 
 def qualified(name: str, local: str) -> str:
@@ -109,8 +117,7 @@ class OneMap(Layer):
 
     def split(self, block: Block, module: nn.Module, matrix: Tensor) -> list[Tensor]:
         """The matrix without its last column in the shape of the weight's view, and that column."""
-        weight = module.get_parameter("weight")
-        columns = self.arrange(module, weight).shape[2 if block.groups > 1 else 1 :]
+        columns = self.arrange(module, present(module, "weight")).shape[2 if block.groups > 1 else 1 :]
         if not block.bias:
             return [torch.unflatten(matrix, -1, columns)]
         return [torch.unflatten(matrix[..., :-1], -1, columns), matrix[..., -1]]

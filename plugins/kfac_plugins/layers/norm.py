@@ -22,7 +22,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from kfac_plugins.layers import NormConfig
 from kfac_plugins.layers._behaviour import computes
-from kfac_plugins.layers._maps import is_unchanged, qualified, trainable
+from kfac_plugins.layers._maps import is_unchanged, present, qualified, trainable
 from kfacore.roles import Block, Layer, Use
 
 __all__ = ["DENSE", "Norm"]
@@ -70,7 +70,7 @@ class Norm(Layer):
     def split(self, block: Block, module: nn.Module, matrix: Tensor) -> list[Tensor]:
         """Scales and shifts in the shape of the weight: halves of a dense block, columns of one a channel."""
         parts = matrix[:, 0].unbind(-1) if block.groups > 1 else matrix[0].chunk(1 + block.bias)
-        return [torch.unflatten(part, 0, module.get_parameter("weight").shape) for part in parts]
+        return [torch.unflatten(part, 0, present(module, "weight").shape) for part in parts]
 
     def uses(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> list[Use]:
         """With a batch norm's mean and variance, which belong to the whole batch: the same for every case."""
@@ -80,7 +80,7 @@ class Norm(Layer):
         x = use.inputs
         if module.training or module.running_mean is None or module.running_var is None:
             over = [dim for dim in range(x.dim()) if dim != 1]
-            weights = module.get_parameter("weight")  # under autocast the input may have fewer digits than these
+            weights = present(module, "weight")  # under autocast the input may have fewer digits than these
             variance, mean = torch.var_mean(x.to(weights.dtype), over, correction=0)
         else:
             mean, variance = module.running_mean.clone(), module.running_var.clone()
@@ -103,14 +103,14 @@ def _over_last(module: nn.Module) -> int | None:
     """How many of the last dimensions hold the channels; None if the dimension after the case does."""
     if isinstance(module, _BatchNorm | _InstanceNorm | nn.GroupNorm):
         return None
-    return module.get_parameter("weight").dim()
+    return present(module, "weight").dim()
 
 
 def _by_channels(module: nn.Module, x: Tensor) -> Tensor:
     """(n, R, channels)."""
     last = _over_last(module)
     if last is not None:
-        return x.reshape(x.shape[0] if x.dim() > last else 1, -1, module.get_parameter("weight").numel())
+        return x.reshape(x.shape[0] if x.dim() > last else 1, -1, present(module, "weight").numel())
     if x.dim() == 1 + _dims(module):  # an instance norm takes a single case without its axis
         x = x.unsqueeze(0)
     return x.flatten(2).mT if x.dim() > 2 else x.unsqueeze(1)
