@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -16,16 +15,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from kfacore.nest import map_nest, slice_cases, tensors_of
-from kfacore.roles.block import Block
 from kfacore.roles.layer import Use
 from kfacore.testing.base import ComponentSuite, devices, differs
-from kfacore.testing.layer_run import NAME, Run
+from kfacore.testing.layer_run import NAME, Run, parameters_of
 
 __all__ = ["LayerSuite"]
 
 Float = torch.float64
-_SLICE = re.compile(r"^(?P<name>[^\[]+)(?:\[(?P<start>\d+):(?P<stop>\d+)\])?$")
-
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -91,7 +87,7 @@ class LayerSuite(ComponentSuite):
         for block in blocks:
             right = block.name == NAME or block.name.startswith(f"{NAME}.")
             assert right, f"block '{block.name}' of a module '{NAME}' must be called that, or that with '.part'"
-            for local, rows in self._params(block):
+            for local, rows in parameters_of(block):
                 assert local in seen, f"block '{block.name}' names '{local}', which is no parameter of the module"
                 seen[local][rows] += 1
         twice = [name for name, count in seen.items() if bool((count > 1).any())]
@@ -110,7 +106,7 @@ class LayerSuite(ComponentSuite):
             assert shapes[0] == shapes[1], f"{block.name}: view has shapes {shapes[0]}, split {shapes[1]}"
             for view, part in zip(views, parts, strict=True):
                 view.add_(part)
-            named = {local for local, _ in self._params(block)}
+            named = {local for local, _ in parameters_of(block)}
             touched = {name for name, t in tensors.items() if bool(t.any())}
             assert touched == named, (
                 f"{block.name}: adding to its views changed {sorted(touched) or 'no parameter'}, params names "
@@ -158,7 +154,7 @@ class LayerSuite(ComponentSuite):
         if n == 1 and self.mixes_cases:
             n = 2
         run = self._run(n=n)
-        self._compare(run, lambda block: run.per_case(block).sum(0), self._wanted(run.module, run))
+        run.compare(self.tolerance, run.sums(), self._wanted(run.module, run))
 
     def test_rows_of_a_case_give_the_gradient_of_that_case(self) -> None:
         """Against the module run on each case alone."""
@@ -171,7 +167,8 @@ class LayerSuite(ComponentSuite):
             alone = Run(run.layer, run.module, self.results(run.module(*args, **kwargs)), [], [])
             alone.vectors = [v[i : i + 1] for v in run.vectors]
             wanted = self._wanted(run.module, alone)
-            self._compare(run, lambda block, i=i: sums[block.name][i], wanted, f"of case {i} alone")
+            cases = {name: each[i] for name, each in sums.items()}
+            run.compare(self.tolerance, cases, wanted, f"of case {i} alone")
 
     def test_a_use_can_be_cut_to_its_first_cases(self) -> None:
         """Rows, gradients and counts of the first cases are the first of all."""
@@ -213,14 +210,12 @@ class LayerSuite(ComponentSuite):
             module.get_parameter(frozen).requires_grad_(False)
             run = self._run(module=module)
             for block in run.blocks:
-                named = [local for local, _ in self._params(block)]
+                named = [local for local, _ in parameters_of(block)]
                 assert frozen not in named, f"block '{block.name}' names '{frozen}', which is frozen"
             strays = [use.part for use in run.uses if not any(use in run.of(block) for block in run.blocks)]
             whole = set(strays) <= {""} and not run.blocks
             assert whole or not strays, f"with '{frozen}' frozen there are uses of {strays}, which are no blocks"
-            self._compare(
-                run, lambda block, run=run: run.per_case(block).sum(0), self._wanted(module, run), f"{frozen} frozen"
-            )
+            run.compare(self.tolerance, run.sums(), self._wanted(module, run), f"{frozen} frozen")
         for p in module.parameters():
             p.requires_grad_(False)
         assert not self.build().blocks(NAME, module), "there are blocks although every parameter is frozen"
@@ -294,7 +289,7 @@ class LayerSuite(ComponentSuite):
             run.value(), list(there.values()), retain_graph=True, allow_unused=True, materialize_grads=True
         )
         wanted = dict(zip(there, gradients, strict=True))
-        self._compare(run, lambda block: run.per_case(block).sum(0), wanted, "at other parameters")
+        run.compare(self.tolerance, run.sums(), wanted, "at other parameters")
 
     # --- manners ---------------------------------------------------------------------------------------------------
 
@@ -387,34 +382,6 @@ class LayerSuite(ComponentSuite):
             run.value(), list(named.values()), retain_graph=True, allow_unused=True, materialize_grads=True
         )
         return dict(zip(named, grads, strict=True))
-
-    def _compare(self, run: Run, matrix: Any, wanted: Mapping[str, Tensor], what: str = "") -> None:
-        """The blocks' matrices against the parameters' gradients, seen through `split` and `view`."""
-        scale = max([float(g.abs().max()) for g in wanted.values()], default=0.0)
-        rest = {name: g.clone() for name, g in wanted.items()}
-        for block in run.blocks:
-            parts = run.layer.split(block, run.module, matrix(block))
-            for part, view in zip(parts, run.layer.view(block, run.module, wanted), strict=True):
-                error = float((part - view).abs().max()) / max(scale, 1e-30)
-                assert error < self.tolerance, (
-                    f"{block.name}: the sum over rows of g abar^T is not the gradient {what} "
-                    f"(off by {error:.1e} of the largest entry)"
-                )
-            for view in run.layer.view(block, run.module, rest):
-                view.zero_()
-            for local, rows in self._params(block):
-                left = float(rest[local][rows].abs().max())
-                assert left <= self.tolerance * scale, (
-                    f"{block.name}: entries of '{local}' with a gradient have no view"
-                )
-
-    def _params(self, block: Block) -> Iterator[tuple[str, slice]]:
-        """Local names and rows of a block's parameters."""
-        for name in block.params:
-            match = _SLICE.match(name)
-            assert match, f"block '{block.name}': '{name}' is neither a parameter's name nor one with [start:stop]"
-            local = match["name"].removeprefix(f"{NAME}.")
-            yield local, slice(*(None if match[k] is None else int(match[k]) for k in ("start", "stop")))
 
     @staticmethod
     def _random(shape: tuple[int, ...], seed: int) -> Tensor:
