@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kfacore.roles.estimator import Estimator
     from kfacore.roles.executor import Ended, Executor
     from kfacore.roles.inverse import Inverse, Notice
-    from kfacore.roles.layer import Layer, Use
+    from kfacore.roles.layer import Emit, Layer, Use
     from kfacore.roles.likelihood import Likelihood, Terms
     from kfacore.roles.moment import Moment, Moments
     from kfacore.roles.momentum import Momentum
@@ -27,6 +27,7 @@ __all__ = [
     "Approximation",
     "Block",
     "Damping",
+    "Emit",
     "Ended",
     "Estimator",
     "Executor",
@@ -56,6 +57,7 @@ _HOMES = {
     "Approximation": "approx",
     "Block": "block",
     "Damping": "damping",
+    "Emit": "layer",
     "Ended": "executor",
     "Estimator": "estimator",
     "Executor": "executor",

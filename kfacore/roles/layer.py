@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,21 +21,26 @@ from kfacore.schema.slots import LayerConfig
 __all__ = ["Emit", "Layer", "Use"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Use:
     """One use of a block's weights in a forward pass.
 
     Attributes:
         part: Which of the module's blocks, by the end of its name; empty where it has one.
-        inputs: What went in, detached.
+        inputs: What went in, detached, with the cases in its first dimension as far as the module knows them.
         output: What came out before anything else was done to it: its gradient is g. Attached to the graph.
-        extras: Anything else that `Layer.rows` needs, detached (statistics of a norm, for example).
+        extras: Any other tensors that `Layer.rows` and `Layer.counts` need, detached, each with the cases first too
+            (statistics of a norm, for example).
     """
 
     part: str
     inputs: Tensor
     output: Tensor
-    extras: Mapping[str, Any]
+    extras: Mapping[str, Tensor]
+
+    def first(self, cases: int) -> Use:
+        """The same use by the first cases alone; its output stays whole, because it is the graph's."""
+        return replace(self, inputs=self.inputs[:cases], extras={k: v[:cases] for k, v in self.extras.items()})
 
 
 Emit = Callable[[Use], None]
@@ -90,7 +95,8 @@ class Layer(Part):
     ) -> Tensor:  # (n, R, [groups,] d_in), or token numbers (n, R)
         """abar of one use, with the homogeneous 1 last if the block has a bias.
 
-        For a ``full`` block the derivatives of the output by its parameters, shaped as `gradients` wants them.
+        Every case by itself, so that a use can be cut with `Use.first`. For a ``full`` block whatever its `gradients`
+        are made of: nobody else asks.
         """
 
     @abstractmethod
@@ -101,7 +107,10 @@ class Layer(Part):
         use: Use,
         g: Tensor,  # the derivative by `Use.output`
     ) -> Tensor:  # (n, R, [groups,] d_out)
-        """g of every row; for a ``full`` block the gradient of every case, (n, [groups,] d_in)."""
+        """g of every row; for a ``full`` block the gradient of every case, (n, [groups,] d_in).
+
+        The sum over all uses and counted rows of g abar^T is the gradient by the block's matrix.
+        """
 
     def counts(self, block: Block, module: nn.Module, use: Use) -> Tensor | None:
         """Which rows count, (n, R) bool, if not all: the padding row of an embedding does not."""
@@ -115,6 +124,8 @@ class Layer(Part):
     def forward(self, module: nn.Module, emit: Emit) -> Callable[..., Any] | None:
         """A forward equal to the module's own that tells of its uses, for modules whose inside is not seen by hooks.
 
-        Recurrent nets, attention. None, the default, keeps the module's own; `uses` is then asked.
+        Recurrent nets, attention. None, the default, keeps the module's own; `uses` is then asked. It reads parameters
+        by their names at every call, since others may stand in for them (`torch.func.functional_call`), has forward
+        mode, and draws what the module's own draws.
         """
         return None

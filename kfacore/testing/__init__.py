@@ -23,6 +23,7 @@ from kfacore.testing.cases import ApproxCase
 from kfacore.testing.damping import DampingSuite
 from kfacore.testing.estimator import EstimatorSuite
 from kfacore.testing.executor import ExecutorSuite
+from kfacore.testing.layer import LayerSuite
 from kfacore.testing.likelihood import LikelihoodSuite
 from kfacore.testing.momentum import MomentumSuite
 from kfacore.testing.optimizer import OptimizerSuite
@@ -36,6 +37,7 @@ __all__ = [
     "DampingSuite",
     "EstimatorSuite",
     "ExecutorSuite",
+    "LayerSuite",
     "LikelihoodSuite",
     "MomentumSuite",
     "OptimizerSuite",

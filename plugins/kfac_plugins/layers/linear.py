@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from kfac_plugins.layers import LinearConfig
 from kfacore.roles.block import Block
@@ -24,8 +25,9 @@ class LinearLayer(Layer):
     config: LinearConfig
 
     def matches(self, module: nn.Module) -> bool:
-        """Linear and subclasses that keep its forward."""
-        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        """Linear and subclasses that keep its forward, but for the one in attention, which torch never calls."""
+        own = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        return own and not isinstance(module, NonDynamicallyQuantizableLinear)
 
     def blocks(self, name: str, module: nn.Module) -> Sequence[Block]:
         """One block; none if the weight is frozen or computed from others, as by a parametrisation."""

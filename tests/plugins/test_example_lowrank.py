@@ -1,0 +1,70 @@
+"""The example distribution with a layer type as a third party's: installed into a fresh environment, found, tested."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "plugins" / "examples" / "kfac-lowrank"
+VERSION = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]["version"]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built and installed by pip from its own pyproject.toml; no network, nothing added to this environment."""
+    site = tmp_path_factory.mktemp("environment")
+    pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [sys.executable, *pip, "--no-index", "--target", str(site), str(EXAMPLE)],
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return site
+
+
+def run(site: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=variables, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def test_it_is_listed_with_its_distribution(site: Path) -> None:
+    done = run(site, "-c", "from kfac_cli.main import main; main()", "list", "layer", "--json")
+    assert done.returncode == 0, done.stderr
+    listed = json.loads(done.stdout)
+    assert {"name": "lowrank", "plugin": "lowrank", "distribution": "kfac-lowrank"}.items() <= listed[-1].items()
+
+
+def test_its_manifest_keeps_the_commands_free_of_torch(site: Path) -> None:
+    code = (
+        "import sys\n"
+        "from kfacore.registry import get_registry\n"
+        "assert get_registry().find('layer', 'lowrank')\n"
+        "print('torch' in sys.modules)"
+    )
+    assert run(site, "-c", code).stdout.strip() == "False"
+
+
+def test_every_network_asks_it(site: Path) -> None:
+    code = (
+        "from kfacore.registry import get_registry\n"
+        "from kfac_lowrank.module import LowRank\n"
+        "print(*[layer.config.kind for layer in get_registry().layers() if layer.matches(LowRank(3, 2, 1))])"
+    )
+    assert run(site, "-c", code).stdout.strip() == "lowrank"
+
+
+def test_its_own_tests_pass(site: Path) -> None:
+    done = run(site, "-m", "pytest", "-p", "no:cacheprovider", cwd=EXAMPLE)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+    assert f"kfac_lowrank-{VERSION}.dist-info" in {path.name for path in site.iterdir()}
