@@ -24,6 +24,7 @@ from kfacore.curvature.faults import component, examine, named
 from kfacore.curvature.full import Full
 from kfacore.curvature.kron import Kron
 from kfacore.curvature.tied import Tied
+from kfacore.errors import ConfigError
 from kfacore.roles.approx import Approximation, Factorisation
 from kfacore.roles.block import Block
 from kfacore.roles.inverse import Inverse
@@ -132,7 +133,17 @@ class JoinedMoments(Moments):
         return {"updates": self.updates, "parts": [moments.state_dict() for moments in self.each]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """To all parts."""
+        """To all parts.
+
+        Raises:
+            ConfigError: The state is of other blocks, or of another approximation.
+        """
+        found = len(state.get("parts", ()))
+        if found != len(self.each):
+            raise ConfigError(
+                f"the saved statistics are of {found or 1} kinds of blocks, this model has {len(self.each)}: "
+                f"{', '.join(part.layers[0].name for part in self._parts)} are served apart"
+            )
         self.updates = state["updates"]
         for moments, saved in zip(self.each, state["parts"], strict=True):
             moments.load_state_dict(saved)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,12 +33,15 @@ __all__ = [
     "eigh_psd",
     "factor_again",
     "factor_spd",
+    "in_batches",
     "log_pi_of",
     "pi_of",
     "shifted",
     "together",
     "try_eigh",
 ]
+
+_T = TypeVar("_T")
 
 EIGENPROBLEM = 5
 """Cost of an eigenproblem in those of a Cholesky factor and inverse, as measured; only when and where something is done
@@ -194,19 +198,14 @@ def factor_spd(
         NumericalError: Some factor is not finite or could not be factorised with any jitter; names the layer.
     """
 
-    def one(i: int) -> list[tuple[Spd, Tensor, Tensor]]:
+    def one(i: int) -> tuple[Spd, Tensor, Tensor]:
         result, L, info = _cholesky(bases[i], shifts[i].to(bases[i].dtype), keep_lower)
-        return [(result, L, (info == 0) & torch.isfinite(result.inverse.diagonal().sum()))]
+        return result, L, (info == 0) & torch.isfinite(result.inverse.diagonal().sum())
 
     def several(batch: list[int]) -> list[tuple[Spd, Tensor, Tensor]]:
         return _cholesky_batch([bases[i] for i in batch], [shifts[i] for i in batch])
 
-    batches = together(bases)
-    jobs = [partial(one, batch[0]) if len(batch) == 1 else partial(several, batch) for batch in batches]
-    costs = [len(batch) * bases[batch[0]].shape[0] ** 3 for batch in batches]
-    found = share(jobs, costs, bases[0].device)
-    by_index = {i: x for batch, xs in zip(batches, found, strict=True) for i, x in zip(batch, xs, strict=True)}
-    done = [by_index[i] for i in range(len(bases))]
+    done = in_batches(one, several, bases, 1)
     results, lower = [result for result, _, _ in done], [L for _, L, _ in done if keep_lower]
     good = torch.stack([check for _, _, check in done]).tolist()
     notices: list[Notice] = []
@@ -227,6 +226,28 @@ def together(bases: Sequence[Tensor]) -> list[list[int]]:
     many = {d for d, same in by_size.items() if d <= _SMALL and len(same) >= _MANY}
     found = [by_size[d] if d in many else [i] for d, same in by_size.items() for i in (same[:1] if d in many else same)]
     return sorted(found)
+
+
+def in_batches(
+    one: Callable[[int], _T], several: Callable[[list[int]], list[_T]], bases: Sequence[Tensor], cost: float
+) -> list[_T]:
+    """What comes of each matrix, those that belong `together` at once; shared out over the cores.
+
+    Args:
+        one: Does it for the matrix of an index.
+        several: Does it for many.
+        bases: The matrices.
+        cost: Operations of one over d^3.
+    """
+    batches = together(bases)
+    jobs: list[Callable[[], list[_T]]] = [
+        partial(several, batch) if len(batch) > 1 else lambda i=batch[0]: [one(i)]  # type: ignore[misc]
+        for batch in batches
+    ]
+    costs = [len(batch) * cost * bases[batch[0]].shape[0] ** 3 for batch in batches]
+    found = share(jobs, costs, bases[0].device)
+    by_index = {i: x for batch, xs in zip(batches, found, strict=True) for i, x in zip(batch, xs, strict=True)}
+    return [by_index[i] for i in range(len(bases))]
 
 
 def _cholesky_batch(bases: Sequence[Tensor], shifts: Sequence[Tensor]) -> list[tuple[Spd, Tensor, Tensor]]:

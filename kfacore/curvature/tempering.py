@@ -13,14 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from kfacore.curvature.linalg import EIGENPROBLEM, Root, eigh_again, eigh_batch, shifted, together, try_eigh
+from kfacore.curvature.linalg import EIGENPROBLEM, Root, eigh_again, eigh_batch, in_batches, shifted, try_eigh
 from kfacore.errors import NumericalError
-from kfacore.parallel.cores import share
 from kfacore.roles.inverse import Notice
 
 __all__ = ["Tempered", "powers_of", "temper", "untempered"]
@@ -80,11 +78,11 @@ def temper(
         NumericalError: A factor is not finite, there is no damping, or an eigenproblem failed; names the layer.
     """
 
-    def one(i: int) -> list[tuple[Tempered, Tensor]]:
+    def one(i: int) -> tuple[Tempered, Tensor]:
         # Kept by nobody: what is alive here is alive once a core.
         values, vectors, count = try_eigh(shifted(bases[i], shifts[i]), bases[i].dtype)
         factor, fine = powers_of(values, vectors, shifts[i], power)
-        return [(factor, torch.stack([count >= 0, fine]))]
+        return factor, torch.stack([count >= 0, fine])
 
     def several(batch: list[int]) -> list[tuple[Tempered, Tensor]]:
         damped, adds = torch.stack([bases[i] for i in batch]), torch.stack([shifts[i] for i in batch])
@@ -94,12 +92,7 @@ def temper(
         parts = zip(*(x.unbind() for x in vars(factors).values()), strict=True)
         return [(Tempered(*x), check) for x, check in zip(parts, torch.stack([solved, fine], 1), strict=True)]
 
-    batches = together(bases)
-    jobs = [partial(one, batch[0]) if len(batch) == 1 else partial(several, batch) for batch in batches]
-    costs = [len(batch) * EIGENPROBLEM * bases[batch[0]].shape[0] ** 3 for batch in batches]
-    shared = share(jobs, costs, bases[0].device)
-    by_index = {i: x for batch, xs in zip(batches, shared, strict=True) for i, x in zip(batch, xs, strict=True)}
-    done = [by_index[i] for i in range(len(bases))]
+    done = in_batches(one, several, bases, EIGENPROBLEM)
     found = [factor for factor, _ in done]
     notices: list[Notice] = []
     for i, (solved, fine) in enumerate(torch.stack([check for _, check in done]).tolist()):
@@ -125,7 +118,7 @@ def powers_of(values: Tensor, vectors: Tensor, shift: Tensor, power: float) -> t
 
     One, or a batch: values (b, d), vectors (b, d, d) and shifts (b,) give a batch of everything.
     """
-    shift = shift.unsqueeze(-1)
+    shift = shift.to(values.dtype).unsqueeze(-1)
     ratio = (values / shift).clamp(min=1.0)  # rounding must not undercut the damping
     tempered = ratio**power * shift
     damped, tempered, inverted = torch.stack([ratio * shift, tempered, 1.0 / tempered]).to(vectors.dtype)

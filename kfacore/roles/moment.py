@@ -327,20 +327,35 @@ class Moments:
         """Take up averages of the same kinds and shapes.
 
         Raises:
-            ConfigError: The state was made by an approximation with other moments.
+            ConfigError: The state is of an approximation with other moments, of blocks of other shapes, or of an
+                earlier version.
         """
-        names = {kind.__name__ for kind in self._by_kind}
-        if set(state["values"]) != names:
-            raise ConfigError(
-                f"the saved statistics are {', '.join(sorted(state['values']))}; "
-                f"this approximation needs {', '.join(sorted(names))}"
-            )
+        self._check(state)
         self.updates = state["updates"]
         for kind, moment in self._by_kind.items():
             # New tensors, so that an inverse which shares one (an eigenbasis, say) is not written to.
             pairs = zip(moment.values, state["values"][kind.__name__], strict=True)
             moment.values = [torch.empty_like(value).copy_(saved) for value, saved in pairs]
             moment.updates = list(state["counts"][kind.__name__])
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Kinds, counts and shapes."""
+        names, saved = {kind.__name__ for kind in self._by_kind}, state.get("values", {})
+        if set(saved) != names:
+            raise ConfigError(
+                f"the saved statistics are {', '.join(sorted(saved)) or 'those of several kinds of blocks'}; "
+                f"this approximation needs {', '.join(sorted(names))}"
+            )
+        if "counts" not in state:
+            raise ConfigError("the saved statistics are of an earlier version, which kept no counts: start anew")
+        for kind, moment in self._by_kind.items():
+            here = [tuple(value.shape) for value in moment.values]
+            there = [tuple(value.shape) for value in saved[kind.__name__]]
+            if here != there:
+                raise ConfigError(
+                    f"the saved statistics {kind.__name__} have the shapes {there}, this model's have {here}: was it "
+                    "made with other options (approx.max_dim), or with other pairs?"
+                )
 
 
 def _number(k: Number) -> Number:

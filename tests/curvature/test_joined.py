@@ -20,7 +20,7 @@ from kfacore.curvature.cases import case_gradients
 from kfacore.curvature.joined import Joined, JoinedMoments
 from kfacore.curvature.moments import InputCross
 from kfacore.curvature.preconditioner import Preconditioner
-from kfacore.errors import NumericalError, PluginError, UnsupportedModelError
+from kfacore.errors import ConfigError, NumericalError, PluginError, UnsupportedModelError
 from kfacore.roles import Approximation
 from kfacore.roles.block import Block
 from kfacore.roles.inverse import Inverse
@@ -137,6 +137,24 @@ def test_exact_says_which_rows_belong_to_no_case() -> None:
     moments = Joined(Exact(), PLAIN).start(LIKE)
     with pytest.raises(UnsupportedModelError, match=r"^a: its rows do not belong to cases"):
         moments.update([replace(samples(block), positions=None, total=5) for block in PLAIN], 0.9)
+
+
+def test_a_state_of_other_blocks_is_refused() -> None:
+    mixed, alone = [PLAIN[0], BLOCKS["full"]], PLAIN[:1]
+    states = {}
+    for name, blocks in (("mixed", mixed), ("alone", alone), ("other", PLAIN[1:])):
+        moments = Joined(BlockDiagonal(), blocks).start(LIKE)
+        moments.update([samples(block) for block in blocks], 0.9)
+        states[name] = moments.state_dict()
+    with pytest.raises(ConfigError, match="are of 1 kinds of blocks, this model has 2: a, full are served apart"):
+        Joined(BlockDiagonal(), mixed).start(LIKE).load_state_dict(states["alone"])
+    with pytest.raises(ConfigError, match="those of several kinds of blocks; this approximation needs InputFactor"):
+        Joined(BlockDiagonal(), alone).start(LIKE).load_state_dict(states["mixed"])
+    with pytest.raises(ConfigError, match=r"OutputFactor have the shapes \[\(2, 2\)\], this model's have \[\(3, 3\)\]"):
+        Joined(BlockDiagonal(), alone).start(LIKE).load_state_dict(states["other"])
+    del states["alone"]["counts"]
+    with pytest.raises(ConfigError, match="earlier version"):
+        Joined(BlockDiagonal(), alone).start(LIKE).load_state_dict(states["alone"])
 
 
 # --- faults -------------------------------------------------------------------------------------------------------
