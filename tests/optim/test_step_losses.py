@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_step_sync import watch
 from torch import Tensor, nn
 
 from kfacore import KFAC
@@ -77,3 +78,21 @@ def test_training_lowers_the_users_own_loss(criterion: nn.Module) -> None:
         before = theirs(model)
         assert float(optimizer.step(inputs(), y).loss) == pytest.approx(before, rel=1e-6)
     assert theirs(model) < 0.7 * theirs(net())
+
+
+@pytest.mark.parametrize(
+    "likelihood",
+    [nn.CrossEntropyLoss(weight=torch.tensor([1.0, 4.0, 0.5]), label_smoothing=0.1), nn.CrossEntropyLoss()],
+    ids=["weighted", "plain"],
+)
+def test_masks_and_options_wait_for_nothing(likelihood: nn.Module) -> None:
+    """Sums over positions that count stay on the device."""
+    y = inputs()[:, :3].argmax(1)
+    y[::5] = -100
+    valid = torch.arange(64) % 2 == 0
+    optimizer = KFAC(net(), likelihood=likelihood, approx={"kind": "blockdiag", "refresh_growth": None})
+    for step in range(1, 10):
+        with watch() as seen:
+            optimizer.step(inputs(), y, valid)
+        if step > 3 and step % 5:
+            assert dict(seen) == {}, f"step {step} waits for the device: {dict(seen)}"
