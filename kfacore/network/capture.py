@@ -227,7 +227,7 @@ def _installed(blocks: Sequence[ModelBlock], emit: Callable[[nn.Module, Use], No
 
 
 def silenced(blocks: Sequence[ModelBlock]) -> AbstractContextManager[None]:
-    """The same forwards while a backward pass runs, which may compute a checkpointed part again; nobody listens."""
+    """The same forwards as in a capture, while nobody listens."""
     return _installed(blocks, lambda _module, _use: None)
 
 

@@ -166,7 +166,7 @@ class Linearization:
         edges = [call.edge for calls in chunk.calls for call in calls]
         passes = []
         for v in vectors.unbind(0):
-            with self._backward():
+            with self._same_forwards():
                 roots: list[Any] = [*edges, *loose]
                 passes.append(
                     torch.autograd.grad(
@@ -292,13 +292,14 @@ class Linearization:
         draws, state = self._before.draws, self._before.state
         with (
             as_written(self._model),
+            self._same_forwards(),
             nullcontext() if draws is None else self._linearizer.draws.replaying(draws),
             nullcontext() if state is None else state.replaying(),
         ):
             yield
 
-    def _backward(self) -> AbstractContextManager[None]:
-        """What holds while a backward pass runs."""
+    def _same_forwards(self) -> AbstractContextManager[None]:
+        """The forwards of the first pass: a backward pass may run a checkpointed part again; others draw otherwise."""
         return silenced(self.layers) if self._linearizer.tells else nullcontext()
 
     def _edges(self, chunk: Chunk, v: Tensor, *, retain: bool) -> Sequence[Tensor]:
@@ -320,7 +321,7 @@ class Linearization:
         for index, (chunk, v) in enumerate(zip(chunks, vectors, strict=True)):
             edges: list[Any] = [calls[0].edge for calls, fast in zip(chunk.calls, self._fast, strict=True) if fast]
             roots = [*edges, *loose.values()]
-            with self._backward():
+            with self._same_forwards():
                 found = torch.autograd.grad(chunk.z, roots, v.to(chunk.z.dtype), retain_graph=retain, allow_unused=True)
             by_parameter = dict(zip(loose, found[len(edges) :], strict=True))
             self._write(chunk, found, by_parameter, out, accumulate=index > 0)

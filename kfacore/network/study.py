@@ -19,7 +19,7 @@ from torch.func import functional_call
 from kfacore.errors import KfacError, UnsupportedModelError
 from kfacore.nest import map_nest, repeat_cases, slice_cases, tensors_of
 from kfacore.network.blocks import ModelBlock
-from kfacore.network.capture import Chunk, as_written, capture
+from kfacore.network.capture import Chunk, as_written, capture, silenced
 from kfacore.network.draws import Draws, Watch
 from kfacore.network.facts import Facts, Way, close, common_cases, equal
 from kfacore.network.jvp import double_backward, forward_mode, tangents_of, within
@@ -112,8 +112,8 @@ class Study:
 
     @contextmanager
     def _again(self) -> Iterator[None]:
-        """The draws and the buffers of the first pass."""
-        with self._draws.replaying(self._before), self._state.replaying():
+        """The draws, the buffers and the forwards of the first pass: others may draw in another order."""
+        with self._draws.replaying(self._before), self._state.replaying(), silenced(self._blocks):
             yield
 
     def _call(self, inputs: Any) -> Any:
@@ -168,7 +168,7 @@ class Study:
         """Whether a pass moves what the next one reads, or a buffer, which must move once a step."""
         if not keeps or self._buffers_move:
             return keeps
-        with torch.no_grad(), self._draws.replaying(self._before), self._after.replaying():
+        with torch.no_grad(), self._draws.replaying(self._before), self._after.replaying(), silenced(self._blocks):
             return not close(read_output(self._call(self._inputs), self._output), z)
 
     def _first_difference(self) -> str:

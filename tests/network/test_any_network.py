@@ -116,6 +116,9 @@ SILENT: dict[str, tuple[Any, Any, str]] = {
         net(lambda m, x: m.b(m.a(x + 0.1 * torch.randn(x.shape, generator=m.noise, dtype=x.dtype)).tanh()),
             **ab(noise=lambda: torch.Generator().manual_seed(3))), X, "noise"
     ),
+    "slopes drawn for negative entries alone": (
+        net(lambda m, x: m.b(m.act(m.a(x))), **ab(act=nn.RReLU)), X, "depend on other cases"
+    ),
     "centred cases": (net(lambda m, x: m.b((lambda h: h - h.mean(0))(m.a(x).tanh())), **ab()), X, "other cases"),
     "batch norm": (
         net(lambda m, x: m.b(m.norm(m.a(x)).tanh()), **ab(norm=lambda: nn.BatchNorm1d(5))), X, "depend on other cases"
@@ -350,3 +353,21 @@ def test_a_copy_works_on_its_own_model(copied: Any) -> None:
     vector, _ = any_network.direction(other)
     assert batch.jvp([vector.blocks]).abs().sum() > 0
     assert batch.gradient(batch.outputs(), vector).flat.abs().sum() > 0
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_attention_with_dropout_has_one_mask_in_every_pass(mode: str) -> None:
+    """Whatever a layer type puts in the place of torch's forward, further passes run the same."""
+    torch.manual_seed(3)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 8, dropout=0.3, batch_first=True), 2)
+    model = scattered(nn.Sequential(encoder, nn.Linear(6, 3))).train(mode == "train")
+    found = linearizer(model)
+    batch = found(dense.randn(CASES, 4, 6), 4)
+    z, v = torch.cat(batch.outputs()), dense.randn(CASES, 4, 3)
+    assert dense.relative(batch.again(), z) < 1e-12
+    vector, tensors = any_network.direction(found)
+    J = batch.jvp([vector.blocks])[0]
+    vectors = torch.split(v, [len(part) for part in batch.outputs()])
+    grad = any_network.by_name(found, batch.gradient(vectors, BlockVector.zeros(found.layers)))
+    inner = sum((grad[name] * step).sum() for name, step in tensors.items())
+    assert abs(float((v * J).sum() - inner)) < 1e-10 * float(v.norm() * J.norm())
