@@ -134,7 +134,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             layers=registry.layers(),
             max_dim=self.approx.config.max_dim,
             unsupported=chosen["unsupported"],
-            output=output,
+            output=self.loss.pack if output is None and isinstance(self.loss, Joint) else output,
             reduce=reduce,
             tangents=self.momentum.uses_model or self.damping.uses_model,
         )
@@ -351,7 +351,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
     def _measure(self, at: At) -> Tensor:
         """h of the mini-batch at the parameters as they are now."""
         with torch.no_grad():
-            loss, _ = at.bound.value([self.loss.pack(at.batch.again())])
+            loss, _ = at.bound.value([at.batch.again()])
         return loss + penalty(self._parameters(), self.weight_decay)
 
     @staticmethod
