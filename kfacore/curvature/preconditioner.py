@@ -102,16 +102,12 @@ class Preconditioner:
         """
         if self.inverse is None or self._hurried:
             return True
-        self._owed = self._owed or self._scheduled(step)
-        return self._owed and self._affordable()
-
-    def _affordable(self) -> bool:
-        """Whether one more refresh keeps all of them within their share of the work, in operations."""
         share, cost = self.approx.config.refresh_share, self._background.operations
         if share is None or cost is None:
-            return True
+            return self._scheduled(step)
+        self._owed = self._owed or self._scheduled(step)
         refreshes = self._refreshed + cost
-        return refreshes <= share * (self._worked + refreshes)
+        return self._owed and refreshes <= share * (self._worked + refreshes)
 
     def _scheduled(self, step: int) -> bool:
         if step <= _FIRST_REFRESHES:
