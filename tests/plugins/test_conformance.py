@@ -19,6 +19,7 @@ from kfacore.testing import (
     EstimatorSuite,
     LikelihoodSuite,
     MomentumSuite,
+    TrustSuite,
 )
 
 
