@@ -114,7 +114,7 @@ class Linearization:
         """
         z = self.statistics_outputs()
         vectors = estimator.output_vectors(z, y[: z.shape[0]], likelihood, generator)
-        if not self.plain:
+        if not (self.plain or estimator.draws):
             vectors = vectors * self.signs(z, generator)
         return self.backpropagate(vectors, valid=valid, total=total)
 

@@ -371,7 +371,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         vectors = bound.statistics(z, self.estimator, self.generator)
         if batch.plain and bound.valid is None and not isinstance(total, Tensor) and total == n:
             return batch.backpropagate(vectors)
-        if not batch.plain:
+        if not (batch.plain or self.estimator.draws):
             vectors = vectors * batch.signs(z, self.generator)
         valid = None if bound.valid is None else bound.valid[:n]
         return batch.backpropagate(vectors, valid=valid, total=total)
