@@ -1,4 +1,4 @@
-"""The optimizer's own rooms on any net: linearizer, loss, curvature and inverse, asked for one number after the other."""
+"""The optimizer's own rooms on any net: linearizer, loss, curvature, inverse, asked for one number after the other."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_factors_and_the_preconditioned_gradient(name: str, drawn: bool) -> None
 @pytest.mark.parametrize("name", NETS)
 def test_the_exact_block_of_the_fisher(name: str) -> None:
     """(1/S) sum of J^T F_R J, column by column with J v of the block's unit vectors."""
-    rooms, case = rooms_of(name), golden()[name]
+    rooms = rooms_of(name)
     for index, info in enumerate(rooms.infos):
         blocks = of(name, f"block/{info.name}/fisher")
         if not blocks:
