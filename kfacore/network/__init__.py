@@ -16,8 +16,9 @@ Files, from the ground up:
 
 from kfacore.network.blocks import ModelBlock, User
 from kfacore.network.facts import Facts
+from kfacore.network.finding import find_layers
 from kfacore.network.linearization import Linearization
-from kfacore.network.linearizer import Linearizer, find_layers
+from kfacore.network.linearizer import Linearizer
 from kfacore.network.outputs import read_output
 from kfacore.network.vectors import BlockVector
 

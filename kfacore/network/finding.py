@@ -15,7 +15,23 @@ from kfacore.network.blocks import ModelBlock, User, check_parameters, diagonal_
 from kfacore.roles.block import Block, Side
 from kfacore.roles.layer import Layer
 
-__all__ = ["strict_blocks", "whole_model"]
+__all__ = ["find_layers", "strict_blocks", "unwrapped", "whole_model"]
+
+
+def find_layers(model: nn.Module, layers: Sequence[Layer] = (), max_dim: int = 8192) -> list[ModelBlock]:
+    """The blocks of a model's trainable parameters, in order of registration, as a `Linearizer` begins with them."""
+    return whole_model(unwrapped(model), layers, max_dim)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Without what torch.compile, DataParallel and DistributedDataParallel put around it."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # what torch.compile keeps the module under
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def whole_model(model: nn.Module, types: Sequence[Layer], max_dim: int) -> list[ModelBlock]:

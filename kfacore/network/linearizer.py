@@ -17,7 +17,7 @@ from kfacore.network.capture import Chunk, capture
 from kfacore.network.checks import StrictChecks, require_outputs
 from kfacore.network.draws import Draws
 from kfacore.network.facts import Facts, Way, common_cases
-from kfacore.network.finding import strict_blocks, whole_model
+from kfacore.network.finding import strict_blocks, unwrapped, whole_model
 from kfacore.network.linearization import Before, Linearization
 from kfacore.network.outputs import Output
 from kfacore.network.pairs import following
@@ -25,7 +25,7 @@ from kfacore.network.state import ModelState
 from kfacore.network.study import Study
 from kfacore.roles.layer import Layer
 
-__all__ = ["Linearizer", "find_layers"]
+__all__ = ["Linearizer"]
 
 _TRIES = 3
 """Mini-batches that are looked at as long as their outputs are not finite."""
@@ -75,7 +75,7 @@ class Linearizer:
         reduce: Sequence[str] = (),
         tangents: bool = True,
     ) -> None:
-        self.model: nn.Module = _unwrapped(model)
+        self.model: nn.Module = unwrapped(model)
         self.structure = structure
         self.output = output
         self.facts: Facts | None = None
@@ -202,15 +202,24 @@ class Linearizer:
         self._require_same_parameters()
         if self._strict is not None:
             return self._strict_call(self._strict, inputs, statistics_cases, low, pulled_cases)
+        try:
+            return self._serve(inputs, statistics_cases, low, pulled_cases)
+        except (TypeError, AttributeError) as error:
+            if next(tensors_of(inputs), None) is not None:
+                raise
+            raise DataError(f"inputs: they hold no tensor, and the model does not run on them ({error})") from error
+
+    def _serve(self, inputs: Any, kept: int | None, low: torch.dtype | None, pulled: int) -> Linearization:
+        """Look at the model if that is due, and run it; once more if it has begun to draw."""
         self._look(inputs)
         least = not self.facts.draws  # type: ignore[union-attr]  # looked at above
         before = self.draws.state(least=least)
-        batch = self._linearize(inputs, statistics_cases, low, pulled_cases, before)
+        batch = self._linearize(inputs, kept, low, pulled, before)
         if least and self.draws.moved(before):  # the model has begun to draw
             self.draws.restore(before)
             self._modes = None
             self._look(inputs)
-            batch = self._linearize(inputs, statistics_cases, low, pulled_cases, self.draws.state())
+            batch = self._linearize(inputs, kept, low, pulled, self.draws.state())
         return batch
 
     def _linearize(
@@ -380,19 +389,3 @@ class Linearizer:
             chunk.calls = [chunk.calls[index] for index in chunk.order]
             self.ordered = True
         return chunk
-
-
-def find_layers(model: nn.Module, layers: Sequence[Layer] = (), max_dim: int = 8192) -> list[ModelBlock]:
-    """The blocks of a model's trainable parameters, in order of registration, as a `Linearizer` begins with them."""
-    return whole_model(_unwrapped(model), layers, max_dim)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Without what torch.compile, DataParallel and DistributedDataParallel put around it."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)  # what torch.compile keeps the module under
-        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner

@@ -371,3 +371,8 @@ def test_attention_with_dropout_has_one_mask_in_every_pass(mode: str) -> None:
     grad = any_network.by_name(found, batch.gradient(vectors, BlockVector.zeros(found.layers)))
     inner = sum((grad[name] * step).sum() for name, step in tensors.items())
     assert abs(float((v * J).sum() - inner)) < 1e-10 * float(v.norm() * J.norm())
+
+
+def test_inputs_without_a_tensor_that_the_model_does_not_take() -> None:
+    with pytest.raises(DataError, match="hold no tensor"):
+        linearizer(dense.net((4, 2)))([1.0, 2.0])
