@@ -68,7 +68,12 @@ class Preconditioner:
         self.counts: Counter[str] = Counter()
         self._background = BackgroundRefresh(like.device)
         self._walked = _FIRST_REFRESHES
-        self._hurried = False
+        self._hurried = self._owed = False
+        self._worked = self._refreshed = 0.0
+
+    def spent(self, operations: float) -> None:
+        """Told the operations of a step without its refresh, which the share of refreshes is measured against."""
+        self._worked += operations
 
     def update(self, samples: Samples) -> None:
         """Take in what the estimator saw in a mini-batch: `add` and `commit` in one."""
@@ -89,10 +94,23 @@ class Preconditioner:
     def due(self, step: int) -> bool:
         """Whether the inverse is refreshed in this step: the first three, and every T_3 or sooner.
 
+        With a share a refresh waits for the first step in which all of them, itself included, are no more than this
+        share of the work; one after a step undone does not wait.
+
         With a growth g the refresh after step s comes at s + min(T_3, max(1, floor(g s))): the parameters move most
         in the first steps, and the averages, whose weights are 1/k there, with them.
         """
-        if self.inverse is None or step <= _FIRST_REFRESHES or self._hurried:
+        if self.inverse is None or self._hurried:
+            return True
+        share, cost = self.approx.config.refresh_share, self._background.operations
+        if share is None or cost is None:
+            return self._scheduled(step)
+        self._owed = self._owed or self._scheduled(step)
+        refreshes = self._refreshed + cost
+        return self._owed and refreshes <= share * (self._worked + refreshes)
+
+    def _scheduled(self, step: int) -> bool:
+        if step <= _FIRST_REFRESHES:
             return True
         period, growth = self.approx.config.refresh_every, self.approx.config.refresh_growth
         if growth is None:
@@ -134,6 +152,8 @@ class Preconditioner:
             moments = self.moments.frozen()
             delay = config.refresh_delay
             self._background.start(lambda: self._make(moments, gammas, pi), step + delay, delay)
+            self._owed = False
+            self._refreshed += self._background.operations or 0.0
         return found
 
     def refresh(self, gammas: Sequence[Tensor], *, pi: PiRule) -> tuple[Sequence[tuple[Tensor, Inverse]], list[Notice]]:
@@ -149,6 +169,7 @@ class Preconditioner:
         with Pace() as pace:
             made = self._make(self.moments, gammas, pi)
         self._background.operations = pace.done
+        self._refreshed += pace.done
         if self.inverse is None:
             for _, inverse in made.pairs:  # once, before the first is used
                 self._joined.try_out(inverse, self._like)
@@ -205,7 +226,7 @@ class Preconditioner:
     def use(self, inverse: Inverse) -> None:
         """Take up one of the refreshed inverses."""
         self.inverse = inverse
-        self._hurried = False
+        self._hurried = self._owed = False
         self.moments.refreshed(inverse)
 
     @property
@@ -238,7 +259,7 @@ class Preconditioner:
             "moments": self.moments.state_dict(),
             "inverse": None if self.inverse is None else self.inverse.state_dict(),
             "background": self._background.state_dict(),
-            "hurried": self._hurried,
+            "schedule": [self._hurried, self._owed, self._worked, self._refreshed],
             "counts": dict(self.counts),
         }
 
@@ -248,5 +269,5 @@ class Preconditioner:
         saved = state["inverse"]
         self.inverse = None if saved is None else self._load(saved)
         self._background.load_state_dict(state["background"], self._load)
-        self._hurried = state.get("hurried", False)
+        self._hurried, self._owed, self._worked, self._refreshed = state.get("schedule", (False, False, 0.0, 0.0))
         self.counts = Counter(state["counts"])

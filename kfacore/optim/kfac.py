@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from kfacore.curvature.forest import forest
 from kfacore.curvature.preconditioner import Preconditioner
@@ -45,6 +46,13 @@ from kfacore.schema.slots import (
 )
 
 __all__ = ["KFAC"]
+
+_OPERATIONS = 10
+"""Operations of a step an example and a parameter: six of the gradient, the others of statistics and J v."""
+
+_AFFORDABLE = 1280, 5e4
+"""Widest side of which a whole factor is always kept, and parameters' worth of further work that one may cost: a side d
+costs about 5 d^3 operations a refresh, a step about 10 an example and a parameter."""
 
 
 class KFAC(torch.optim.Optimizer, Optimizer):
@@ -132,9 +140,9 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             model,
             self.approx.structure,
             layers=registry.layers(),
-            max_dim=self.approx.config.max_dim,
+            max_dim=_widest(model, self.approx.config.max_dim),
             unsupported=chosen["unsupported"],
-            output=output,
+            output=self.loss.pack if output is None and isinstance(self.loss, Joint) else output,
             reduce=reduce,
             tangents=self.momentum.uses_model or self.damping.uses_model,
         )
@@ -143,6 +151,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         device = parameters[0].device
         self.generator = torch.Generator(device).manual_seed(chosen["seed"])
         self._eta = float(eta)
+        self._size = sum(parameter.numel() for parameter in parameters if not is_lazy(parameter))
         self.damping.start(self._eta, device)
         self.steps = 0
         self.preconditioner: Preconditioner | None = None
@@ -232,6 +241,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             self._require_finite("objective", at.objective, at)
         samples = self._samples(at.batch, at.bound)
         preconditioner.update(samples)
+        preconditioner.spent(_OPERATIONS * at.batch.cases * self._size)
         if at.step == 1:
             self.damping.observe(mean_diagonal(samples, preconditioner.layers))
         grad = self._gradient(at.batch, at.bound, retain=at.iterations > 1)
@@ -351,7 +361,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
     def _measure(self, at: At) -> Tensor:
         """h of the mini-batch at the parameters as they are now."""
         with torch.no_grad():
-            loss, _ = at.bound.value([self.loss.pack(at.batch.again())])
+            loss, _ = at.bound.value([at.batch.again()])
         return loss + penalty(self._parameters(), self.weight_decay)
 
     @staticmethod
@@ -397,6 +407,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
     def _prepare(self) -> Preconditioner:
         """The preconditioner, made when the first forward pass has told the order of the layers."""
         if self.preconditioner is None:
+            self._size = sum(parameter.numel() for parameter in self.linearizer.parameters)
             layers = self.linearizer.layers
             infos = [layer.info for layer in layers]
             like, decay = layers[0].parameters[0], self.estimator.config.decay
@@ -543,3 +554,13 @@ def _copied(kind: type[KFAC], model: nn.Module, options: dict[str, Any], state: 
     copy = kind(model, **options)
     copy.load_state_dict(state)
     return copy
+
+
+def _widest(model: nn.Module, limit: int) -> int:
+    """Widest side of which a whole factor is kept: `approx.max_dim`, and what the rest of the net is worth.
+
+    A net 4-1500-3 would otherwise spend a hundred times as long on the factors of its wide layer as on its steps.
+    """
+    always, worth = _AFFORDABLE
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad and not is_lazy(p))
+    return min(limit, max(always, int((worth * size) ** (1 / 3)))) if size else limit

@@ -44,8 +44,8 @@ class KFACConfig(Model):
     """The momentum rule; the preset's if left out."""
     trust: str | dict[str, Any] | TrustConfig | None = None
     """Whether steps that raise the objective are undone; the preset's if left out."""
-    weight_decay: float = 1e-5
-    """eta of the objective h = loss + eta/2 ||theta||^2, biases included."""
+    weight_decay: float | None = None
+    """eta of the objective h = loss + eta/2 ||theta||^2, biases included; the preset's if left out, or none."""
     preset: str = "default"
     """Where slots that are left out come from: "default", "paper" or "heskes"."""
     seed: int = 0
@@ -77,6 +77,8 @@ def complete(registry: Registry, config: KFACConfig | None, given: Mapping[str, 
     if chosen["preset"] not in PRESETS:
         raise ConfigError(f"unknown preset '{chosen['preset']}': {nearest(chosen['preset'], PRESETS)}")
     preset = PRESETS[chosen["preset"]]
+    if chosen["weight_decay"] is None:
+        chosen["weight_decay"] = preset.get("weight_decay", 0.0)
     for slot in ("approx", *_STANDARD):
         table = preset.get(slot, {})
         value = chosen[slot] if chosen[slot] is not None else {"kind": table.get("kind", _STANDARD.get(slot))}

@@ -33,7 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # ten steps are the better ones; over a hundred they trail behind.
     "default": {
         "estimator": {"min_cases": 250},
-        "approx": {"refresh_growth": 0.4, "tolerance": 0.02, "power": 0.85},
+        "approx": {"refresh_growth": 0.4, "refresh_share": 0.33, "tolerance": 0.02, "power": 0.85},
         "damping": {
             "kind": "levenberg-marquardt",
             "lambda0": None,
@@ -50,7 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # so that a problem's suggestions cannot change it.
     "paper": {
         "estimator": {"kind": "monte-carlo", "tau1": 0.125, "min_cases": 1, "decay": 0.95},
-        "approx": {"refresh_every": 20, "refresh_growth": None, "tolerance": 0.0, "power": 1.0},
+        "approx": {"refresh_every": 20, "refresh_growth": None, "refresh_share": None, "tolerance": 0.0, "power": 1.0},
         "damping": {
             "kind": "levenberg-marquardt",
             "lambda0": 150.0,

@@ -137,7 +137,7 @@ class RunConfig(Model):
     """Number format of parameters and data."""
     threads: Count | None = None
     """Threads of the CPU computation; as many as torch chooses if left out."""
-    weight_decay: NonNegative = 1e-5
+    weight_decay: NonNegative = 0.0
     """Strength of the L2 term of the objective (eta), biases included."""
     batch: BatchConfig = BatchConfig()
     """Sizes of the mini-batches."""

@@ -34,6 +34,9 @@ __all__ = ["LevenbergMarquardt"]
 
 _DECAY = 19.0 / 20.0
 
+_LEAST = 1e-3
+"""Share of an automatic lambda_0 below which lambda does not fall: far below the mean curvature it bounds nothing."""
+
 _MEMORY = 0.9
 """Decay of the running mean of what new mini-batches confirm."""
 
@@ -56,7 +59,7 @@ class LevenbergMarquardt(Damping):
         first = _AUTOMATIC if c.lambda0 is None else c.lambda0
         self.lam = torch.tensor(first, dtype=torch.float64, device=device)
         self.gamma = torch.tensor(math.sqrt(first + weight_decay), dtype=torch.float64, device=device)
-        self._confirmed = torch.ones_like(self.lam)
+        self._confirmed, self._least = torch.ones_like(self.lam), torch.zeros_like(self.lam)
         self.follow(weight_decay)
 
     def follow(self, weight_decay: float) -> None:
@@ -68,6 +71,7 @@ class LevenbergMarquardt(Damping):
         """Set lambda by the mean diagonal of the Fisher, if automatic; a curvature of zero or NaN says nothing."""
         if self.config.lambda0 is None:
             self.lam = _AUTOMATIC * torch.where(curvature > 0, curvature, torch.ones_like(curvature))
+            self._least = _LEAST * self.lam
             self.gamma = (self.lam + self._eta).sqrt()
 
     def candidates(self, step: int) -> list[Tensor]:
@@ -93,7 +97,8 @@ class LevenbergMarquardt(Damping):
         if self.config.confirmed:
             bad, good = bad | (self._confirmed < _REFUTED), good & (self._confirmed > _CONFIRMED)
         # Chosen among tensors of lambda's dtype: between plain numbers torch.where answers in its default dtype.
-        self.lam = torch.where(bad, self.lam / w1, torch.where(good, self.lam * w1, self.lam))
+        lower = torch.maximum(self.lam * w1, torch.minimum(self.lam, self._least))
+        self.lam = torch.where(bad, self.lam / w1, torch.where(good, lower, self.lam))
 
     def strengthen(self, factor: float, where: Tensor) -> None:
         """lambda times the factor."""
@@ -105,10 +110,11 @@ class LevenbergMarquardt(Damping):
         self._confirmed = torch.where(torch.isfinite(ratio), mean, self._confirmed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Lambda, gamma, and what was confirmed."""
-        return {**super().state_dict(), "confirmed": self._confirmed}
+        """Lambda, gamma, what was confirmed, and the least lambda."""
+        return {**super().state_dict(), "confirmed": self._confirmed, "least": self._least}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up all three; a state from before there was the third has none."""
+        """Take up all of it; a state from before there was more than lambda and gamma has no more."""
         super().load_state_dict(state)
         self._confirmed = state.get("confirmed", torch.ones_like(self.lam)).to(self.lam)
+        self._least = state.get("least", torch.zeros_like(self.lam)).to(self.lam)
