@@ -11,10 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils import checkpoint
 
 from kfacore.network import linear
 from kfacore.network.blocks import ModelBlock, User
-from kfacore.network.outputs import Output, read_output
+from kfacore.network.outputs import Output, find_output
 from kfacore.roles.layer import Emit, Use
 
 __all__ = ["Call", "Chunk", "as_written", "autocast", "capture", "first_argument", "silenced"]
@@ -90,11 +91,13 @@ class Chunk:
         z: The outputs, attached to the graph.
         calls: The calls of each block.
         order: Positions of the blocks in the order in which they were first called.
+        bare: Whether the model returned outputs without an axis, (n,).
     """
 
     z: Tensor
     calls: list[list[Call]]
     order: list[int] = field(default_factory=list)
+    bare: bool = False
 
     @property
     def fast(self) -> list[bool]:
@@ -191,11 +194,35 @@ def capture(
                     if id(user.module) not in seen and not _tells(user):
                         handles += recorder.hooks(user)
                     seen.add(id(user.module))
-            z = read_output(call(), output)
+            z = find_output(call(), output)
     finally:
         for handle in handles:
             handle.remove()
-    return Chunk(z, recorder.calls, recorder.order)
+    return Chunk(z.unsqueeze(1) if z.dim() == 1 else z, recorder.calls, recorder.order, z.dim() == 1)
+
+
+class _InOtherForm:
+    """Stands for torch's function of reentrant checkpoints, which it looks up whenever it is called."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        """The same checkpoint, not reentrant; so are those inside it, which backward passes run again."""
+
+        def run(*inner: Any) -> Any:
+            with _without_reentrance():
+                return function(*inner)
+
+        return checkpoint.checkpoint(run, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+
+@contextmanager
+def _without_reentrance() -> Iterator[None]:
+    own = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = _InOtherForm  # type: ignore[misc,assignment]  # has all that is asked of it
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = own  # type: ignore[misc]
 
 
 def _tells(user: User) -> bool:
@@ -239,15 +266,17 @@ def autocast(device: str, low: torch.dtype | None) -> AbstractContextManager[Any
 
 @contextmanager
 def as_written(model: nn.Module) -> Iterator[None]:
-    """Run what is compiled inside the model uncompiled, and attention without the short cut that it has in eval mode.
+    """Run the model in forms that have all derivatives, with the same outputs.
 
-    That has no derivatives, and its outputs at padded positions are other ones, so that passes could not be compared.
+    What is compiled inside it runs uncompiled. Attention runs without the short cut that it has in eval mode, whose
+    outputs at padded positions are other ones, so that passes could not be compared. Torch's reentrant checkpoints,
+    which give no gradients by parameters, run in their other form.
     """
     inside = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.compiler.set_stance("force_eager") if inside else nullcontext():
+        with _without_reentrance(), torch.compiler.set_stance("force_eager") if inside else nullcontext():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

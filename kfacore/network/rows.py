@@ -122,9 +122,20 @@ def _kron(calls: list[Call], passes: Passes, counting: Counting, reduce: bool) -
     count = _count(inputs, masks)
     if reduce and belongs and positions is not None and all(mask is None for mask in masks):
         shape = (counting.kept, positions)
-        x, g = torch.unflatten(x, 0, shape).mean(1), torch.unflatten(g, 1, shape).sum(2)
+        x, g = torch.unflatten(x, 0, shape), torch.unflatten(g, 1, shape).sum(2)
+        x = x.mean(1) if x.is_floating_point() else _shares(x, calls[0].user.block.d_in, g)
         return LayerSamples(x, g, 1, None, counting.total)
     return LayerSamples(x, g, positions if belongs else None, count, counting.total)
+
+
+def _shares(
+    tokens: Tensor,  # (n, R)
+    size: int,
+    like: Tensor,
+) -> Tensor:  # (n, size)
+    """The mean over a case's rows of what token numbers stand for."""
+    share = like.new_full(tokens.shape, 1.0 / tokens.shape[1])
+    return like.new_zeros(len(tokens), size).scatter_add_(1, tokens, share)
 
 
 def _rows(call: Call) -> Tensor:

@@ -24,6 +24,7 @@ from kfacore.network.draws import Draws, Watch
 from kfacore.network.facts import Facts, Way, close, common_cases, equal
 from kfacore.network.jvp import double_backward, forward_mode, tangents_of, within
 from kfacore.network.outputs import Output, read_output
+from kfacore.network.pulling import pulled
 from kfacore.network.rows import explained
 from kfacore.network.state import ModelState
 
@@ -318,17 +319,17 @@ class Study:
         return tangents_of(self._blocks, self._names, matrices)
 
 
-def _grad(z: Tensor, roots: Sequence[Any], v: Tensor) -> tuple[Tensor | None, ...]:
+def _grad(z: Tensor, roots: Sequence[Any], v: Tensor) -> list[Tensor | None]:
     if _is_reentrant(z):  # it would give no gradients at all, without a word
         raise UnsupportedModelError(
-            "a part of the model is checkpointed in torch's reentrant form, which gives no gradients by parameters; "
-            "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            "a part of the model is checkpointed by a reentrant function that is not torch's, which gives no gradients "
+            "by parameters; use torch.utils.checkpoint.checkpoint"
         )
-    return torch.autograd.grad(z, roots, v, retain_graph=True, allow_unused=True)
+    return pulled(z, roots, v, retain=True)
 
 
 def _is_reentrant(z: Tensor) -> bool:
-    """Whether the graph has a node of torch's reentrant checkpoints."""
+    """Whether the graph has a node of reentrant checkpoints; torch's own run in their other form here."""
     stack, seen = [z.grad_fn], set()
     while stack:
         node = stack.pop()
@@ -356,10 +357,15 @@ def _vector(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _all_equal(calls: Sequence[Any], arrived: Sequence[Tensor | None], n: int) -> bool:
-    """Whether the only call has several rows a case, and all rows of a case get one g that is not zero."""
+    """Whether the only call has several rows a case, and all rows of a case get one g that is not zero.
+
+    Not asked of token numbers: their rows summed over a case are as wide as the vocabulary.
+    """
     if len(calls) != 1 or arrived[0] is None or calls[0].user.type is None:
         return False
     call, g = calls[0], arrived[0]
+    if not call.x.is_floating_point():
+        return False
     rows = call.user.type.gradients(call.user.block, call.user.module, call.typed, g.to(call.dtype))
     if rows.shape[0] != n or rows.shape[1] < 2 or not bool(rows.any()):
         return False

@@ -265,6 +265,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         batch = self.linearizer(
             inputs, self.estimator.cases(m), None if adapts or asks or iterations > 1 else low, pulled
         )
+        if batch.bare and isinstance(targets, Tensor) and targets.dim() == 1:
+            targets = targets.unsqueeze(1)  # one number a case, as the model's outputs
         bound = self.loss.bind(batch.outputs(), targets, valid, step=k)
         loss, objective, error = self._objective(batch, bound)
         return At(k, inputs, targets, valid, batch, bound, loss, objective, error, adapts, asks, iterations)
