@@ -33,6 +33,7 @@ class Call:
         edge: Where g arrives.
         version: The output's, to see whether it was overwritten since.
         dtype: That of the parameters.
+        axis: Which dimension of inputs and output has the cases: the first, the second, or none.
     """
 
     block: ModelBlock
@@ -42,6 +43,7 @@ class Call:
     edge: GradientEdge
     version: int
     dtype: torch.dtype
+    axis: int | None = 0
 
     @property
     def x(self) -> Tensor:
@@ -78,9 +80,14 @@ class Call:
 
     @cached_property
     def typed(self) -> Use:
-        """The use in the parameters' dtype, as layer types are asked with it."""
+        """The use in the parameters' dtype and with the cases first, as layer types are asked with it."""
         x = self.x.to(self.dtype) if self.x.is_floating_point() else self.x
-        return replace(self.use, inputs=x, output=self.s)
+        extras = {key: self.cases_first(value) for key, value in self.use.extras.items()}
+        return replace(self.use, inputs=self.cases_first(x), output=self.cases_first(self.s), extras=extras)
+
+    def cases_first(self, values: Tensor) -> Tensor:
+        """A tensor of the use with the cases in its first dimension."""
+        return values.transpose(0, 1) if self.axis == 1 and values.dim() > 1 else values
 
 
 @dataclass
@@ -103,7 +110,10 @@ class Chunk:
     def fast(self) -> list[bool]:
         """Which blocks the fast path can serve in this chunk: called once, one row a case."""
         n = self.z.shape[0]
-        return [len(calls) == 1 and calls[0].fast and calls[0].x.shape[0] == n for calls in self.calls]
+        return [
+            len(calls) == 1 and calls[0].fast and calls[0].axis == 0 and calls[0].x.shape[0] == n
+            for calls in self.calls
+        ]
 
 
 class _Recorder:
