@@ -11,10 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils import checkpoint
 
 from kfacore.network import linear
 from kfacore.network.blocks import ModelBlock, User
-from kfacore.network.outputs import Output, read_output
+from kfacore.network.outputs import Output, find_output
 from kfacore.roles.layer import Emit, Use
 
 __all__ = ["Call", "Chunk", "as_written", "autocast", "capture", "first_argument", "silenced"]
@@ -32,6 +33,7 @@ class Call:
         edge: Where g arrives.
         version: The output's, to see whether it was overwritten since.
         dtype: That of the parameters.
+        axis: Which dimension of inputs and output has the cases: the first, the second, or none.
     """
 
     block: ModelBlock
@@ -41,6 +43,7 @@ class Call:
     edge: GradientEdge
     version: int
     dtype: torch.dtype
+    axis: int | None = 0
 
     @property
     def x(self) -> Tensor:
@@ -77,9 +80,14 @@ class Call:
 
     @cached_property
     def typed(self) -> Use:
-        """The use in the parameters' dtype, as layer types are asked with it."""
+        """The use in the parameters' dtype and with the cases first, as layer types are asked with it."""
         x = self.x.to(self.dtype) if self.x.is_floating_point() else self.x
-        return replace(self.use, inputs=x, output=self.s)
+        extras = {key: self.cases_first(value) for key, value in self.use.extras.items()}
+        return replace(self.use, inputs=self.cases_first(x), output=self.cases_first(self.s), extras=extras)
+
+    def cases_first(self, values: Tensor) -> Tensor:
+        """A tensor of the use with the cases in its first dimension."""
+        return values.transpose(0, 1) if self.axis == 1 and values.dim() > 1 else values
 
 
 @dataclass
@@ -90,17 +98,22 @@ class Chunk:
         z: The outputs, attached to the graph.
         calls: The calls of each block.
         order: Positions of the blocks in the order in which they were first called.
+        bare: Whether the model returned outputs without an axis, (n,).
     """
 
     z: Tensor
     calls: list[list[Call]]
     order: list[int] = field(default_factory=list)
+    bare: bool = False
 
     @property
     def fast(self) -> list[bool]:
         """Which blocks the fast path can serve in this chunk: called once, one row a case."""
         n = self.z.shape[0]
-        return [len(calls) == 1 and calls[0].fast and calls[0].x.shape[0] == n for calls in self.calls]
+        return [
+            len(calls) == 1 and calls[0].fast and calls[0].axis == 0 and calls[0].x.shape[0] == n
+            for calls in self.calls
+        ]
 
 
 class _Recorder:
@@ -191,11 +204,35 @@ def capture(
                     if id(user.module) not in seen and not _tells(user):
                         handles += recorder.hooks(user)
                     seen.add(id(user.module))
-            z = read_output(call(), output)
+            z = find_output(call(), output)
     finally:
         for handle in handles:
             handle.remove()
-    return Chunk(z, recorder.calls, recorder.order)
+    return Chunk(z.unsqueeze(1) if z.dim() == 1 else z, recorder.calls, recorder.order, z.dim() == 1)
+
+
+class _InOtherForm:
+    """Stands for torch's function of reentrant checkpoints, which it looks up whenever it is called."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        """The same checkpoint, not reentrant; so are those inside it, which backward passes run again."""
+
+        def run(*inner: Any) -> Any:
+            with _without_reentrance():
+                return function(*inner)
+
+        return checkpoint.checkpoint(run, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+
+@contextmanager
+def _without_reentrance() -> Iterator[None]:
+    own = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = _InOtherForm  # type: ignore[misc,assignment]  # has all that is asked of it
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = own  # type: ignore[misc]
 
 
 def _tells(user: User) -> bool:
@@ -239,15 +276,17 @@ def autocast(device: str, low: torch.dtype | None) -> AbstractContextManager[Any
 
 @contextmanager
 def as_written(model: nn.Module) -> Iterator[None]:
-    """Run what is compiled inside the model uncompiled, and attention without the short cut that it has in eval mode.
+    """Run the model in forms that have all derivatives, with the same outputs.
 
-    That has no derivatives, and its outputs at padded positions are other ones, so that passes could not be compared.
+    What is compiled inside it runs uncompiled. Attention runs without the short cut that it has in eval mode, whose
+    outputs at padded positions are other ones, so that passes could not be compared. Torch's reentrant checkpoints,
+    which give no gradients by parameters, run in their other form.
     """
     inside = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.compiler.set_stance("force_eager") if inside else nullcontext():
+        with _without_reentrance(), torch.compiler.set_stance("force_eager") if inside else nullcontext():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

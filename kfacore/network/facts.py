@@ -33,6 +33,8 @@ class Facts:
         settled: Whether the numbers of this mini-batch could show it.
         outside: Positions of the blocks whose rows do not account for the whole gradient.
         pooled: Positions of the blocks where all rows of a case get the same g.
+        axes: Positions of the blocks whose outputs do not have the cases first, with the dimension that has them (1 for
+            positions first), or None where rows do not belong to cases.
     """
 
     cut: bool
@@ -46,6 +48,7 @@ class Facts:
     overwrites: bool = False
     outside: frozenset[int] = frozenset()
     pooled: frozenset[int] = frozenset()
+    axes: tuple[tuple[int, int | None], ...] = ()
 
 
 def common_cases(nest: Any) -> int | None:

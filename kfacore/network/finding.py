@@ -24,14 +24,25 @@ def find_layers(model: nn.Module, layers: Sequence[Layer] = (), max_dim: int = 8
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Without what torch.compile, DataParallel and DistributedDataParallel put around it."""
+    """Without what torch.compile, DataParallel and DistributedDataParallel put around it.
+
+    Raises:
+        UnsupportedModelError: A part of it is a TorchScript module.
+    """
     while True:
         inner = getattr(model, "_orig_mod", None)  # what torch.compile keeps the module under
         if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inner = model.module
         if not isinstance(inner, nn.Module):
-            return model
+            break
         model = inner
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModelError(
+                f"{name or '(the model itself)'} is a TorchScript module, into which neither hooks nor other "
+                "parameters reach; train the module that it was made of, and script that afterwards"
+            )
+    return model
 
 
 def whole_model(model: nn.Module, types: Sequence[Layer], max_dim: int) -> list[ModelBlock]:

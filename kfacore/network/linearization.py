@@ -25,6 +25,7 @@ from kfacore.network import jvp, linear
 from kfacore.network.blocks import ModelBlock
 from kfacore.network.capture import Chunk, as_written, silenced
 from kfacore.network.outputs import read_output
+from kfacore.network.pulling import pulled
 from kfacore.network.rows import Counting, samples_of
 from kfacore.network.state import ModelState
 from kfacore.network.vectors import BlockVector
@@ -60,6 +61,7 @@ class Linearization:
         layers: The blocks, in execution order.
         cases: Number of cases.
         plain: Whether the fast path serves all of it.
+        bare: Whether the model returned one number a case, without an axis of outputs.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Linearization:
         self._before = before or Before()
         self._dtype = self.layers[0].parameters[0].dtype
         self._fast = [all(each) for each in zip(*(chunk.fast for chunk in chunks), strict=True)]
+        self.bare = chunks[0].bare
         self.cases = sum(chunk.z.shape[0] for chunk in chunks)
         self.plain = all(self._fast) and linearizer.cut and chunks[0].z.dim() == 2
 
@@ -114,7 +117,7 @@ class Linearization:
         """
         z = self.statistics_outputs()
         vectors = estimator.output_vectors(z, y[: z.shape[0]], likelihood, generator)
-        if not self.plain:
+        if not (self.plain or estimator.draws):
             vectors = vectors * self.signs(z, generator)
         return self.backpropagate(vectors, valid=valid, total=total)
 
@@ -168,11 +171,7 @@ class Linearization:
         for v in vectors.unbind(0):
             with self._same_forwards():
                 roots: list[Any] = [*edges, *loose]
-                passes.append(
-                    torch.autograd.grad(
-                        chunk.z, roots, _padded(v, n).to(chunk.z.dtype), retain_graph=True, allow_unused=True
-                    )
-                )
+                passes.append(pulled(chunk.z, roots, _padded(v, n), retain=True))
         kept = n if self._linearizer.mixes else self._kept
         mask = None if valid is None else _padded(valid.reshape(valid.shape[0], -1), n)
         counting = Counting(n, kept, mask, vectors.shape[1] if total is None else total)
@@ -305,7 +304,7 @@ class Linearization:
     def _edges(self, chunk: Chunk, v: Tensor, *, retain: bool) -> Sequence[Tensor]:
         """g of each layer of a chunk that the fast path serves; zero where nothing depends on it."""
         edges = [calls[0].edge for calls in chunk.calls]
-        found = torch.autograd.grad(chunk.z, edges, v.to(chunk.z.dtype), retain_graph=retain, allow_unused=True)
+        found = pulled(chunk.z, edges, v, retain=retain)
         return [torch.zeros_like(calls[0].s) if g is None else g for g, calls in zip(found, chunk.calls, strict=True)]
 
     def _accumulate(
@@ -322,7 +321,7 @@ class Linearization:
             edges: list[Any] = [calls[0].edge for calls, fast in zip(chunk.calls, self._fast, strict=True) if fast]
             roots = [*edges, *loose.values()]
             with self._same_forwards():
-                found = torch.autograd.grad(chunk.z, roots, v.to(chunk.z.dtype), retain_graph=retain, allow_unused=True)
+                found = pulled(chunk.z, roots, v, retain=retain)
             by_parameter = dict(zip(loose, found[len(edges) :], strict=True))
             self._write(chunk, found, by_parameter, out, accumulate=index > 0)
         return out

@@ -89,6 +89,7 @@ class Linearizer:
         self._several = False
         self._tries = 0
         self._pooled: set[str] = set()
+        self._axes: dict[str, int | None] = {}
         self.layers: list[ModelBlock] = []
         self._lazy = any(is_lazy(each) for each in (*self.model.parameters(), *self.model.buffers()))
         self._remember()
@@ -237,6 +238,10 @@ class Linearizer:
             chunks = [self._forward(inputs, low)]
             n = chunks[0].z.shape[0] if kept is None else min(kept, chunks[0].z.shape[0])
         self._order(chunks)
+        for chunk in chunks if self._axes else ():
+            for layer, calls in zip(self.layers, chunk.calls, strict=True):
+                for call in calls:
+                    call.axis = self._axes.get(layer.info.name, 0)
         return Linearization(self, inputs, chunks, n, start)
 
     def _forward(self, inputs: Any, low: torch.dtype | None, output: Output = None) -> Chunk:
@@ -260,6 +265,7 @@ class Linearizer:
         facts = study.facts()
         first = self.facts is None
         self.facts, self._modes, self._several = facts, modes, several
+        self._axes = {self.layers[index].info.name: axis for index, axis in facts.axes}
         self._tries = 0 if facts.settled else (self._tries or _TRIES) - 1
         if first or not self.ordered:
             self._take(facts)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfacore.errors import UnsupportedModelError
 
-__all__ = ["Output", "read_output"]
+__all__ = ["Output", "find_output", "read_output"]
 
 Output = str | Callable[[Any], Tensor] | None
 """How z is found in what a model returns: a name, a function, or by itself."""
@@ -18,6 +18,12 @@ _NAMES = ("logits", "output", "out")
 
 
 def read_output(found: Any, output: Output = None) -> Tensor:
+    """Z with an axis of outputs: (n, ..., o); outputs (n,) are read as (n, 1). See `find_output`."""
+    z = find_output(found, output)
+    return z.unsqueeze(1) if z.dim() == 1 else z
+
+
+def find_output(found: Any, output: Output = None) -> Tensor:
     """Z out of a tensor, a tuple, a dict, or an object with ``logits``.
 
     Args:
@@ -26,7 +32,7 @@ def read_output(found: Any, output: Output = None) -> Tensor:
             dict ``logits``, ``output`` or ``out``; an attribute ``logits``; else the first tensor.
 
     Returns:
-        (n, ..., o); outputs (n,) are read as (n, 1).
+        (n, ..., o), or (n,).
 
     Raises:
         UnsupportedModelError: There is no such tensor, it is a single number, or not of floating point.
@@ -45,7 +51,7 @@ def read_output(found: Any, output: Output = None) -> Tensor:
         )
     if not z.is_floating_point():
         raise UnsupportedModelError(f"the model's outputs must be floating-point numbers, found {z.dtype}")
-    return z.unsqueeze(1) if z.dim() == 1 else z
+    return z
 
 
 def _named(found: Any, name: str) -> Any:

@@ -83,8 +83,8 @@ def _tied(
 
 
 def _gradient(call: Call, g: Tensor | None) -> Tensor:
-    """What arrived at the call, in the parameters' dtype; zero where nothing depends on it."""
-    return torch.zeros_like(call.s, dtype=call.dtype) if g is None else g.to(call.dtype)
+    """What arrived at the call, in the parameters' dtype, cases first; zero where nothing depends on it."""
+    return call.cases_first(torch.zeros_like(call.s, dtype=call.dtype) if g is None else g.to(call.dtype))
 
 
 def _full(calls: list[Call], passes: Passes, counting: Counting) -> LayerSamples:
@@ -98,7 +98,7 @@ def _full(calls: list[Call], passes: Passes, counting: Counting) -> LayerSamples
         ]
         found.append(sum(parts[1:], parts[0]))
     gradients = torch.stack(found)
-    if gradients.shape[1] == counting.cases:
+    if all(_cases(call, counting) for call in calls):
         gradients = gradients[:, : counting.kept]
     return LayerSamples(gradients.new_empty(0), gradients, 1, None, counting.total)
 
@@ -108,29 +108,46 @@ def _kron(calls: list[Call], passes: Passes, counting: Counting, reduce: bool) -
     gradients: list[list[Tensor]] = [[] for _ in passes]
     masks: list[Tensor | None] = []
     for index, call in enumerate(calls):
-        x = _rows(call)  # (n, R, ...)
-        keep = counting.kept if x.shape[0] == counting.cases else x.shape[0]
-        mask = _counts(call, x, counting)
-        inputs.append(_masked(x[:keep], None if mask is None else mask[:keep]))
-        masks.append(None if mask is None else mask[:keep])
+        cases = _cases(call, counting)
+        x = _rows(call, counting.kept if cases else None)  # (n, R, ...)
+        masks.append(_counts(call, x, counting if cases else None))
+        inputs.append(_masked(x, masks[-1]))
         for found, one in zip(gradients, passes, strict=True):
-            found.append(_masked(_outputs(call, _gradient(call, one[index]))[:keep], masks[-1]))
+            found.append(_masked(_outputs(call, _gradient(call, one[index]))[: len(x)], masks[-1]))
     together = len({x.shape[0] for x in inputs}) == 1
-    belongs = together and inputs[0].shape[0] == counting.kept
+    belongs = together and all(_cases(call, counting) for call in calls)
     x, positions = _flat(inputs, together)
     g = torch.stack([_flat(parts, together)[0] for parts in gradients])
     count = _count(inputs, masks)
     if reduce and belongs and positions is not None and all(mask is None for mask in masks):
         shape = (counting.kept, positions)
-        x, g = torch.unflatten(x, 0, shape).mean(1), torch.unflatten(g, 1, shape).sum(2)
+        x, g = torch.unflatten(x, 0, shape), torch.unflatten(g, 1, shape).sum(2)
+        x = x.mean(1) if x.is_floating_point() else _shares(x, calls[0].user.block.d_in, g)
         return LayerSamples(x, g, 1, None, counting.total)
     return LayerSamples(x, g, positions if belongs else None, count, counting.total)
 
 
-def _rows(call: Call) -> Tensor:
+def _shares(
+    tokens: Tensor,  # (n, R)
+    size: int,
+    like: Tensor,
+) -> Tensor:  # (n, size)
+    """The mean over a case's rows of what token numbers stand for."""
+    share = like.new_full(tokens.shape, 1.0 / tokens.shape[1])
+    return like.new_zeros(len(tokens), size).scatter_add_(1, tokens, share)
+
+
+def _cases(call: Call, counting: Counting) -> bool:
+    """Whether the call's rows belong to the cases of the forward pass."""
+    return call.axis is not None and call.typed.inputs.dim() > 0 and len(call.typed.inputs) == counting.cases
+
+
+def _rows(call: Call, cases: int | None = None) -> Tensor:
+    """Of all cases, or of the first ones: rows of the others are never formed."""
     if call.user.type is None:
-        return call.rows.unsqueeze(1)
-    return call.user.type.rows(call.user.block, call.user.module, call.typed)
+        return call.rows[:cases].unsqueeze(1)
+    use = call.typed if cases is None else call.typed.first(cases)
+    return call.user.type.rows(call.user.block, call.user.module, use)
 
 
 def _outputs(call: Call, g: Tensor) -> Tensor:
@@ -139,12 +156,13 @@ def _outputs(call: Call, g: Tensor) -> Tensor:
     return call.user.type.gradients(call.user.block, call.user.module, call.typed, g)
 
 
-def _counts(call: Call, x: Tensor, counting: Counting) -> Tensor | None:
-    """Which rows count, (n, R), or None for all."""
+def _counts(call: Call, x: Tensor, counting: Counting | None) -> Tensor | None:
+    """Which of the rows x count, (n, R), or None for all; without a counting the rows do not belong to cases."""
     mask = None
     if call.user.type is not None:
-        mask = call.user.type.counts(call.user.block, call.user.module, call.typed)
-    valid = counting.valid
+        use = call.typed if counting is None else call.typed.first(counting.kept)
+        mask = call.user.type.counts(call.user.block, call.user.module, use)
+    valid = None if counting is None or counting.valid is None else counting.valid[: len(x)]
     if valid is not None and valid.shape == x.shape[:2] and valid.shape[1] > 1:
         mask = valid if mask is None else mask & valid
     return mask

@@ -24,6 +24,7 @@ from kfacore.network.draws import Draws, Watch
 from kfacore.network.facts import Facts, Way, close, common_cases, equal
 from kfacore.network.jvp import double_backward, forward_mode, tangents_of, within
 from kfacore.network.outputs import Output, read_output
+from kfacore.network.pulling import pulled
 from kfacore.network.rows import explained
 from kfacore.network.state import ModelState
 
@@ -80,6 +81,10 @@ class Study:
             stays = not self._state_matters(keeps, chunk.z.detach())
             mixes, whole = self._mixing(chunk.z.detach(), drawn, stays)
             v = self._vector(chunk.z)
+            axes = {} if mixes else self._axes(chunk, v)
+            for calls, axis in ((chunk.calls[index], axis) for index, axis in axes.items()):
+                for call in calls:
+                    call.axis = axis
             gradients, outside, pooled = self._gradients(chunk, v)
             way, reason = self._way(chunk.z.detach(), v, gradients, foreign) if self._tangents else ("forward", "")
         return Facts(
@@ -94,6 +99,7 @@ class Study:
             overwrites=self._overwrites,
             outside=outside,
             pooled=pooled,
+            axes=tuple(axes.items()),
         )
 
     # --- passes -----------------------------------------------------------------------------------------------------
@@ -273,6 +279,22 @@ class Study:
                 pooled.add(index)
         return whole, frozenset(outside), frozenset(pooled)
 
+    def _axes(self, chunk: Chunk, v: Tensor) -> dict[int, int | None]:
+        """Blocks whose outputs do not have the cases first: what is not zero tells where g of half of the cases is."""
+        n, edges = chunk.z.shape[0], [call.edge for calls in chunk.calls for call in calls]
+        if n == 1 or not chunk.z.requires_grad or not edges:
+            return {}
+        half = n // 2
+        first = torch.cat([v[:half], torch.zeros_like(v[half:])])
+        with self._again():
+            found = iter(within(self._model, self._probe, lambda: _grad(chunk.z, edges, first)))
+        axes: dict[int, int | None] = {}
+        for index, calls in enumerate(chunk.calls):
+            own = {_axis(next(found), n, half) for _ in calls}
+            if own - {0}:
+                axes[index] = own.pop() if len(own) == 1 else None
+        return axes
+
     def _way(self, z: Tensor, v: Tensor, gradients: Mapping[str, Tensor], foreign: list[str]) -> tuple[Way, str]:
         """Forward mode if it is right, else double backward if that is: <v, J w> must be <J^T v, w>."""
         w = self._direction()
@@ -318,17 +340,17 @@ class Study:
         return tangents_of(self._blocks, self._names, matrices)
 
 
-def _grad(z: Tensor, roots: Sequence[Any], v: Tensor) -> tuple[Tensor | None, ...]:
+def _grad(z: Tensor, roots: Sequence[Any], v: Tensor) -> list[Tensor | None]:
     if _is_reentrant(z):  # it would give no gradients at all, without a word
         raise UnsupportedModelError(
-            "a part of the model is checkpointed in torch's reentrant form, which gives no gradients by parameters; "
-            "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            "a part of the model is checkpointed by a reentrant function that is not torch's, which gives no gradients "
+            "by parameters; use torch.utils.checkpoint.checkpoint"
         )
-    return torch.autograd.grad(z, roots, v, retain_graph=True, allow_unused=True)
+    return pulled(z, roots, v, retain=True)
 
 
 def _is_reentrant(z: Tensor) -> bool:
-    """Whether the graph has a node of torch's reentrant checkpoints."""
+    """Whether the graph has a node of reentrant checkpoints; torch's own run in their other form here."""
     stack, seen = [z.grad_fn], set()
     while stack:
         node = stack.pop()
@@ -339,6 +361,16 @@ def _is_reentrant(z: Tensor) -> bool:
             return True
         stack += [following for following, _ in node.next_functions]
     return False
+
+
+def _axis(g: Tensor | None, n: int, half: int) -> int | None:
+    """Which dimension has the cases, if g is that of the first half of them: the first unless the numbers deny it."""
+    if g is None or not bool(g.any()):
+        return 0
+    sizes = [dim for dim in (0, 1) if dim < g.dim() - (dim > 0) and g.shape[dim] == n]
+    if not sizes:
+        return 0  # its length says it
+    return next((dim for dim in sizes if not bool(g.narrow(dim, half, n - half).any())), None)
 
 
 def _beside_copies(x: Tensor, kept: slice, half: int) -> Tensor:
@@ -356,10 +388,15 @@ def _vector(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _all_equal(calls: Sequence[Any], arrived: Sequence[Tensor | None], n: int) -> bool:
-    """Whether the only call has several rows a case, and all rows of a case get one g that is not zero."""
+    """Whether the only call has several rows a case, and all rows of a case get one g that is not zero.
+
+    Not asked of token numbers: their rows summed over a case are as wide as the vocabulary.
+    """
     if len(calls) != 1 or arrived[0] is None or calls[0].user.type is None:
         return False
     call, g = calls[0], arrived[0]
+    if not call.x.is_floating_point():
+        return False
     rows = call.user.type.gradients(call.user.block, call.user.module, call.typed, g.to(call.dtype))
     if rows.shape[0] != n or rows.shape[1] < 2 or not bool(rows.any()):
         return False

@@ -265,6 +265,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         batch = self.linearizer(
             inputs, self.estimator.cases(m), None if adapts or asks or iterations > 1 else low, pulled
         )
+        if batch.bare and isinstance(targets, Tensor) and targets.dim() == 1:
+            targets = targets.unsqueeze(1)  # one number a case, as the model's outputs
         bound = self.loss.bind(batch.outputs(), targets, valid, step=k)
         loss, objective, error = self._objective(batch, bound)
         return At(k, inputs, targets, valid, batch, bound, loss, objective, error, adapts, asks, iterations)
@@ -381,7 +383,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         vectors = bound.statistics(z, self.estimator, self.generator)
         if batch.plain and bound.valid is None and not isinstance(total, Tensor) and total == n:
             return batch.backpropagate(vectors)
-        if not batch.plain:
+        if not (batch.plain or self.estimator.draws):
             vectors = vectors * batch.signs(z, self.generator)
         valid = None if bound.valid is None else bound.valid[:n]
         return batch.backpropagate(vectors, valid=valid, total=total)

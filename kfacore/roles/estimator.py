@@ -26,10 +26,13 @@ class Estimator(Part):
         shares_passes: Whether vectors of several positions of a case, and of several heads of a model, may share a
             pass: their products vanish in expectation (targets are drawn for each), or belong to the metric. Otherwise
             each has passes of its own.
+        draws: Whether vectors are drawn, each by itself and with mean zero, as those of sampled targets are. What sums
+            them over cases or positions before it squares is then right in the mean; the others get random signs.
     """
 
     config: EstimatorConfig
     shares_passes: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
 
     def cases(self, batch_size: int) -> int:
         """Number of cases used, ceil(tau_1 m), or ``min_cases`` if that is more."""

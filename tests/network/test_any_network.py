@@ -317,10 +317,54 @@ def test_a_single_number_is_no_output() -> None:
         linearizer(net(lambda m, x: m.b(m.a(x)).sum(), **ab())())(X)
 
 
-def test_reentrant_checkpointing_is_refused_with_the_way_out() -> None:
-    model = net(lambda m, x: m.b(checkpoint(lambda h: m.a(h).tanh(), x.requires_grad_(), use_reentrant=True)), **ab())()
-    with pytest.raises(UnsupportedModelError, match="use_reentrant=False"):
-        linearizer(model)(X.clone())
+def test_reentrant_checkpoints_run_in_their_other_form() -> None:
+    """Dropout inside, and a checkpoint inside a checkpoint; torch's own function is back afterwards."""
+
+    def inner(m: Any, h: Tensor) -> Tensor:
+        return checkpoint(lambda u: m.drop(m.a(u)).tanh(), h, use_reentrant=True)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.b(checkpoint(lambda h: inner(m, h) + 1.0, m.first(x), use_reentrant=True))
+
+    model = net(forward, **ab(first=lambda: nn.Linear(6, 6), drop=lambda: nn.Dropout(0.3)))()
+    own = torch.utils.checkpoint.CheckpointFunction
+    made = linearizer(model)
+    seed()
+    batch = made(X)
+    vectors = [dense.randn(*z.shape, seed=3) for z in batch.outputs()]
+    found = any_network.by_name(made, batch.gradient(vectors, BlockVector.zeros(made.layers), retain=True))
+    assert torch.utils.checkpoint.CheckpointFunction is own
+    seed()
+    z = model(X)
+    assert dense.relative(torch.cat(batch.outputs()), z.detach()) < 1e-12
+    z.backward(torch.cat(vectors))
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert dense.relative(found[name], parameter.grad) < 1e-10
+    vector, tensors = any_network.direction(made)
+    Jv = batch.jvp([vector.blocks])[0]
+    left, right = (torch.cat(vectors) * Jv).sum(), sum((found[name] * step).sum() for name, step in tensors.items())
+    assert abs(float(left - right)) < 1e-9 * float(Jv.norm())
+
+
+def test_scripts_are_refused_by_name() -> None:
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+        inner = torch.jit.script(nn.Linear(6, 5))
+    with pytest.raises(UnsupportedModelError, match=r"0 is a TorchScript module, .* train the module that it was made"):
+        linearizer(nn.Sequential(inner, nn.Tanh(), nn.Linear(5, 3)))
+
+
+def test_sparse_gradients_are_made_dense() -> None:
+    tokens = torch.tensor([[1, 2, 2], [0, 3, 1], [4, 4, 4], [2, 0, 1]])
+    found = []
+    for sparse in (True, False):
+        parts: dict[str, Any] = {"a": nn.Embedding(6, 5, sparse=sparse), "b": lambda: nn.Linear(5, 3)}
+        with torch.no_grad():
+            parts["a"].weight.copy_(dense.randn(6, 5))
+        batch = linearizer(net(lambda m, i: m.b(m.a(i).tanh().mean(1)), **parts)())(tokens)
+        v = [dense.randn(*z.shape, seed=3) for z in batch.outputs()]
+        found.append(batch.gradient(v, BlockVector.zeros(batch.layers)).flat)
+    torch.testing.assert_close(*found, rtol=1e-13, atol=1e-14)
 
 
 def test_the_step_is_that_of_the_plain_path_where_a_general_block_is_frozen() -> None:

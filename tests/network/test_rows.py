@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import any_network
 import dense
 import pytest
@@ -159,3 +161,68 @@ def test_a_model_that_draws_but_does_not_mix_keeps_the_estimators_rows() -> None
     model = any_network.scattered(nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.5), nn.Linear(5, 2)))
     a, _ = seen(model, dense.randn(N, 3), 2, dense.randn(1, 2, 2))
     assert (len(a.inputs), a.divisor) == (2, 2)
+
+
+class Positioned(nn.Module):
+    """Positions first inside, dropout, and as many positions as cases; an embedding of positions, a net of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.bias = nn.Embedding(N, 4), nn.Linear(2, 4)
+        self.a, self.norm, self.drop, self.b = nn.Linear(3, 4), nn.LayerNorm(4), nn.Dropout(0.2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = torch.linspace(0.0, 1.0, N, dtype=x.dtype)
+        x = self.a(x.transpose(0, 1)) + self.places(torch.arange(N)).unsqueeze(1)
+        x = self.norm(x + self.bias(torch.stack([t, t.square()], 1)).unsqueeze(1))
+        return self.b(self.drop(x.tanh())).transpose(0, 1)
+
+
+def test_where_the_cases_are_is_found_out_where_shapes_do_not_say_it() -> None:
+    model, x, kept = any_network.scattered(Positioned()), dense.randn(N, N, 3), 2
+    found = any_network.linearizer(model)
+    any_network.seed()
+    batch = found(x, kept)
+    assert not found.cut
+    v, valid = dense.randn(1, kept, N, 2), torch.ones(kept, N, dtype=torch.bool)
+    valid[0, 1] = False
+    v = v * valid[..., None]
+    seen = dict(zip((b.info.name for b in found.layers), batch.backpropagate(v, valid=valid), strict=True))
+    any_network.seed()
+    z = model(x)
+    parameters = dict(model.named_parameters())
+    wanted = dict(zip(parameters, torch.autograd.grad(z[:kept], list(parameters.values()), v[0]), strict=True))
+    for name in ("a", "b"):  # rows of the estimator's cases, in their order
+        s = seen[name]
+        assert s is not None
+        assert (len(s.inputs), s.positions, int(s.rows)) == (kept * N, N, kept * N - 1)
+        assert dense.relative((s.gradients[0].T @ s.inputs)[:, :-1], wanted[f"{name}.weight"]) < 1e-10
+    assert dense.relative(seen["a"].inputs[:, :-1], (x[:kept] * valid[..., None]).flatten(0, 1)) < 1e-12  # type: ignore[union-attr]
+    norm = seen["norm"]
+    assert norm is not None
+    assert norm.gradients.shape == (1, kept, 8)
+    assert dense.relative(norm.gradients.sum((0, 1))[:4], wanted["norm.weight"]) < 1e-10
+    for name in ("places", "bias"):  # of no case: all of them
+        s = seen[name]
+        assert s is not None
+        assert (len(s.inputs), s.positions) == (N, None)
+    total = torch.zeros(4, N, dtype=torch.float64).index_add_(1, seen["places"].inputs, seen["places"].gradients[0].T)  # type: ignore[union-attr]
+    assert dense.relative(total.T, wanted["places.weight"]) < 1e-10
+
+
+def test_rows_of_other_cases_are_never_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A convolution's patches take a kernel's size of the memory of its inputs."""
+    from kfac_plugins.layers.convolution import Convolution
+
+    sizes: list[int] = []
+    own = Convolution.rows
+
+    def rows(self: Any, block: Any, module: Any, use: Any) -> Tensor:
+        sizes.append(len(use.inputs))
+        return own(self, block, module, use)
+
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Dropout(0.2), nn.Flatten(), nn.Linear(8, 2)).double()
+    batch = any_network.linearizer(model)(dense.randn(6, 1, 3, 3), 2)
+    monkeypatch.setattr(Convolution, "rows", rows)
+    batch.backpropagate(dense.randn(1, 2, 2))
+    assert sizes == [2]

@@ -160,6 +160,58 @@ class TestEmbeddingWithPaddingLast(TestEmbedding):
     padding = -1
 
 
+BAGS: dict[str, dict[str, Any]] = {
+    "mean": {"padding_idx": 1},
+    "sum": {"mode": "sum"},
+    "max": {"mode": "max", "padding_idx": 0},
+}
+
+
+@pytest.mark.parametrize("bag", BAGS)
+class TestEmbeddingBag(LayerSuite):
+    name = "embedding_bag"
+
+    @pytest.fixture(autouse=True)
+    def _choose(self, bag: str) -> None:
+        self.chosen = BAGS[bag]
+
+    def module(self) -> nn.Module:
+        return nn.EmbeddingBag(6, 3, **self.chosen)
+
+    def arguments(self, n: int, generator: torch.Generator) -> Arguments:
+        tokens = torch.randint(6, (n, 4), generator=generator)
+        if self.chosen.get("mode") != "sum":
+            return (tokens,), {}
+        return (tokens,), {"per_sample_weights": torch.randn(n, 4, generator=generator, dtype=torch.float64)}
+
+
+@pytest.mark.parametrize("last", [False, True])
+class TestEmbeddingBagWithOffsets(LayerSuite):
+    """Bags of several sizes, one of them empty."""
+
+    name = "embedding_bag"
+
+    @pytest.fixture(autouse=True)
+    def _choose(self, last: bool) -> None:
+        self.last = last
+
+    def module(self) -> nn.Module:
+        return nn.EmbeddingBag(6, 3, include_last_offset=self.last, padding_idx=2)
+
+    def arguments(self, n: int, generator: torch.Generator) -> Arguments:
+        ends = (torch.arange(n) % 3).cumsum(0)
+        starts = torch.cat([ends.new_zeros(1), ends])
+        tokens = torch.randint(6, (int(ends[-1]),), generator=generator)
+        return (tokens, starts if self.last else starts[:-1]), {}
+
+    def case(self, arguments: Arguments, i: int) -> Arguments:
+        tokens, starts = arguments[0]
+        ends = [*starts[1:].tolist(), len(tokens)]
+        own = tokens[int(starts[i]) : ends[i]]
+        offsets = torch.tensor([0, len(own)]) if self.last else torch.tensor([0])
+        return (own, offsets), {}
+
+
 NORMS = {
     "layer": Net(lambda: nn.LayerNorm(4), (4,)),
     "layer, positions": Net(lambda: nn.LayerNorm(4), (2, 3, 4)),

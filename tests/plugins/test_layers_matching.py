@@ -330,6 +330,7 @@ def test_attention_draws_what_torch_draws(need_weights: bool, batch_first: bool)
         torch.manual_seed(3)
         found, _ = told(Attention(), module, x, x, x, need_weights=need_weights)
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-12, atol=1e-12)
+    assert found[0].stride() == wanted[0].stride()  # dropout behind it draws in the order of memory
     if need_weights:
         torch.testing.assert_close(found[1], wanted[1], rtol=1e-12, atol=1e-12)
 

@@ -22,6 +22,7 @@ class MonteCarlo(Estimator):
     Config = MonteCarloConfig
     config: MonteCarloConfig
     shares_passes = True
+    draws = True
 
     def output_vectors(self, z: Tensor, y: Tensor, likelihood: Likelihood, generator: torch.Generator) -> Tensor:
         """(1, n, o)."""

@@ -14,6 +14,7 @@ __all__ = [
     "AttentionConfig",
     "BilinearConfig",
     "ConvolutionConfig",
+    "EmbeddingBagConfig",
     "EmbeddingConfig",
     "HfConv1dConfig",
     "LinearConfig",
@@ -48,6 +49,13 @@ class EmbeddingConfig(LayerConfig):
     """Options of embeddings."""
 
     kind: Literal["embedding"] = "embedding"
+    """Name of the implementation."""
+
+
+class EmbeddingBagConfig(LayerConfig):
+    """Options of sums of embeddings."""
+
+    kind: Literal["embedding_bag"] = "embedding_bag"
     """Name of the implementation."""
 
 
@@ -128,6 +136,13 @@ COMPONENTS: tuple[Component, ...] = (
         EmbeddingConfig,
         "kfac_plugins.layers.embedding:Embedding",
         "torch.nn.Embedding: rows are token numbers, the input side is diagonal.",
+    ),
+    Component(
+        "layer",
+        "embedding_bag",
+        EmbeddingBagConfig,
+        "kfac_plugins.layers.embedding_bag:EmbeddingBag",
+        "torch.nn.EmbeddingBag: sums, means and maxima of embeddings, with offsets and weights.",
     ),
     Component(
         "layer",

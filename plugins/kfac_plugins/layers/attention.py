@@ -93,7 +93,8 @@ def _attend(
     else:
         context = _without_weights(q, k, v, mask, p)
     y = tell(maps["out_proj"], context.transpose(1, 2).flatten(2))
-    y = y.squeeze(0) if single else y if module.batch_first else y.transpose(0, 1)
+    y = y.transpose(0, 1).contiguous()  # as torch has it in memory, which dropout behind it draws by
+    y = y.squeeze(1) if single else y.transpose(0, 1) if module.batch_first else y
     if not need_weights:
         return y, None
     shown = weights.mean(1) if average_attn_weights else weights

@@ -69,7 +69,7 @@ def _tokens(use: Use) -> Tensor:
 
 
 def _padding(module: nn.Module) -> int | None:
-    assert isinstance(module, nn.Embedding)
+    assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
     return module.padding_idx
 
 

@@ -122,9 +122,10 @@ def _unrolled(module: nn.RNNBase, tell: Tell, maps: dict[str, LinearMap], input:
         hx = hx if lstm or hx is None else hx[0]
     x = input.unsqueeze(0) if single else input if module.batch_first else input.transpose(0, 1)
     x, states = _layers(module, tell, maps, x, _starts(module, x, hx))
+    x = x.transpose(0, 1).contiguous()  # as torch has it in memory, which dropout behind it draws by
     if single:
-        x, states = x.squeeze(0), tuple(s.squeeze(1) for s in states)
-    elif not module.batch_first:
+        x, states = x.squeeze(1), tuple(s.squeeze(1) for s in states)
+    elif module.batch_first:
         x = x.transpose(0, 1)
     return x, states if lstm else states[0]
 
