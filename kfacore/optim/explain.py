@@ -236,7 +236,7 @@ def _coupled(optimizer: KFAC, joined: Joined, index: int) -> tuple[tuple[str, ..
     linearizer, names = optimizer.linearizer, [block.info.name for block in optimizer.linearizer.layers]
     if joined.server(index) == "built-in":
         return (), "its curvature is built in, which couples nothing"
-    if optimizer.preconditioner is None:
+    if not linearizer.ordered:
         return (), _LATER
     partners = tuple(names[i if j == index else j] for i, j in joined.coupled if index in (i, j))
     if partners:

@@ -6,23 +6,23 @@ averages, so before there is one it counts as twice them; afterwards it is measu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfacore.nest import tensors_of
 from kfacore.network.vectors import entries_of
-from kfacore.roles.block import Block
 from kfacore.roles.moment import Moment
 
 if TYPE_CHECKING:
-    from kfacore.curvature.joined import Joined, Part
+    from kfacore.curvature.joined import Joined
     from kfacore.optim.kfac import KFAC
 
-__all__ = ["Memory", "amount", "block_memory"]
+__all__ = ["Average", "Memory", "amount", "averages", "block_memory"]
 
 _INVERSE = 2
 """Numbers of an inverse for each of the averages that it is made of: a damped factor and its inverse."""
@@ -74,12 +74,11 @@ def block_memory(optimizer: KFAC, joined: Joined) -> tuple[list[Memory], Memory]
     infos = [block.info for block in optimizer.linearizer.layers]
     size = optimizer.linearizer.layers[0].parameters[0].element_size()
     moments, together = [0] * len(infos), 0
-    for part in joined.parts:
-        own, shared = _moment_entries(part, joined.coupled)
-        together += shared
-        for index, entries in zip(part.indices, own, strict=True):
-            moments[index] += entries * size
-    together *= size
+    for average in averages(joined):
+        if average.block is None:
+            together += average.entries * size
+        else:
+            moments[average.block] += average.entries * size
     scale = _factor_scale(optimizer, sum(moments) + together)
     vectors = _vectors(optimizer)
     each = [
@@ -89,25 +88,40 @@ def block_memory(optimizer: KFAC, joined: Joined) -> tuple[list[Memory], Memory]
     return each, Memory(together, round(together * scale))
 
 
-def _moment_entries(part: Part, coupled: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
-    """Entries of the averages of a part's blocks, those of a pair with its first; and of what is no block's."""
-    local = {index: i for i, index in enumerate(part.indices)}
-    pairs = [(local[i], local[j]) for i, j in coupled if i in local and j in local]
-    nothing = torch.empty(0, device="meta")  # shapes without memory
-    found, together = [0] * len(part.layers), 0
-    for kind in part.curvature.moments:
-        alone, whole = (_sizes(kind, part.layers, nothing, which) for which in ([], pairs))
-        owners = list(range(len(part.layers))) if len(alone) == len(whole) else [i for i, _ in pairs]
-        if not owners or len(whole) % len(owners):
-            together += sum(whole)
-            continue
-        for i, entries in enumerate(whole):
-            found[owners[i % len(owners)]] += entries
-    return found, together
+class Average(NamedTuple):
+    """One running average.
+
+    Attributes:
+        block: Position of its block, of a pair's first; None where it is of all blocks together.
+        kind: Its class.
+        which: The how many-th value of its kind that this block has, from 0.
+        shape: Its shape.
+    """
+
+    block: int | None
+    kind: type[Moment]
+    which: int
+    shape: tuple[int, ...]
+
+    @property
+    def entries(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
 
 
-def _sizes(kind: type[Moment], layers: Sequence[Block], like: Tensor, pairs: Sequence[tuple[int, int]]) -> list[int]:
-    return [value.numel() for value in kind(layers, like, pairs).values]
+def averages(joined: Joined) -> Iterator[Average]:
+    """All running averages of a net, without their memory."""
+    nothing = torch.empty(0, device="meta")
+    for part in joined.parts:
+        local = {index: i for i, index in enumerate(part.indices)}
+        pairs = [(local[i], local[j]) for i, j in joined.pairs if i in local and j in local]
+        for kind in part.curvature.moments:
+            alone, whole = (kind(part.layers, nothing, which).values for which in ([], pairs))
+            owners = part.indices if len(alone) == len(whole) else [part.indices[i] for i, _ in pairs]
+            shared = not owners or len(whole) % len(owners)
+            for k, value in enumerate(whole):
+                block, which = (None, k) if shared else (owners[k % len(owners)], k // len(owners))
+                yield Average(block, kind, which, tuple(value.shape))
 
 
 def _factor_scale(optimizer: KFAC, moments: int) -> float:
