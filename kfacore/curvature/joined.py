@@ -247,8 +247,18 @@ class Joined:
         self.parts = [Part(c, indices, [self.layers[i] for i in indices]) for c, indices in served if indices]
         self._own = [self.layers[i] for i in sorted(own)]
         self._alone = len(own) == len(self.layers)
+        self._indices = own
         if own:
             approx.check_layers(self._own)
+
+    @property
+    def coupled(self) -> list[tuple[int, int]]:
+        """The pairs whose two blocks the approximation serves: an approximation of pairs couples these."""
+        return [(i, j) for i, j in self.pairs if i in self._indices and j in self._indices]
+
+    def server(self, index: int) -> str:
+        """Who serves a block: the approximation by name, or ``"built-in"``."""
+        return str(self._approx.config.kind) if index in self._indices else "built-in"
 
     def _served(self, block: Block) -> bool:
         """By the approximation: it says so, and its moments can be made of such samples."""

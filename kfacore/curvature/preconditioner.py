@@ -50,6 +50,7 @@ class Preconditioner:
 
     Attributes:
         moments: The running averages.
+        joined: Who serves which blocks.
         inverse: The inverse in use, or None before the first refresh.
         counts: How often each notice was given, by its text.
     """
@@ -65,8 +66,8 @@ class Preconditioner:
         self.approx = approx
         self.layers = list(layers)
         self.decay = decay
-        self._joined = Joined(approx, self.layers, pairs)  # moments may be large: this asks first whether all fits
-        self.moments = self._joined.start(like)
+        self.joined = Joined(approx, self.layers, pairs)  # moments may be large: this asks first whether all fits
+        self.moments = self.joined.start(like)
         self._like = like
         self.inverse: Inverse | None = None
         self.counts: Counter[str] = Counter()
@@ -176,7 +177,7 @@ class Preconditioner:
         self._refreshed += pace.done
         if self.inverse is None:
             for _, inverse in made.pairs:  # once, before the first is used
-                self._joined.try_out(inverse, self._like)
+                self.joined.try_out(inverse, self._like)
         return self._report(made)
 
     def examine(self, solved: Sequence[Tensor], gradient: Sequence[Tensor]) -> None:
@@ -192,7 +193,7 @@ class Preconditioner:
             PluginError: The approximation returned another number of tensors, or other shapes or dtypes.
             NumericalError: A block is not finite although its gradient is.
         """
-        self._joined.examine(solved, gradient)
+        self.joined.examine(solved, gradient)
 
     def _wanted(self, step: int, gammas: Sequence[Tensor]) -> bool:
         return self.due(step) or len(gammas) > 1
@@ -202,12 +203,12 @@ class Preconditioner:
         pairs: list[tuple[Tensor, Inverse]] = []
         failure: str | None = None
         try:
-            factorisation = self._joined.factorise(moments)
+            factorisation = self.joined.factorise(moments)
         except NumericalError as error:  # what does not depend on gamma failed: no gamma will do
             return Made([], [], str(error))
         for gamma in gammas:
             try:
-                pairs.append((gamma, self._joined.damped(factorisation, gamma, pi)))
+                pairs.append((gamma, self.joined.damped(factorisation, gamma, pi)))
             except NumericalError as error:
                 failure = str(error)
         return Made(pairs, [notice for _, inverse in pairs for notice in inverse.notices], failure)
@@ -225,7 +226,7 @@ class Preconditioner:
         return made.pairs, notices
 
     def _load(self, state: Any) -> Inverse:
-        return self._joined.load_inverse(state)
+        return self.joined.load_inverse(state)
 
     def use(self, inverse: Inverse) -> None:
         """Take up one of the refreshed inverses."""

@@ -206,7 +206,7 @@ def _joined(
         if len({id(each.user.module) for each in sharing}) == 1:
             blocks += [_block([each], names, max_dim, "") for each in sharing if id(each) not in why]
             continue
-        joined = _tied(sharing, names) or _merged(sharing, names, max_dim)
+        joined = _tied(sharing, names, max_dim) or _merged(sharing, names, max_dim)
         if joined is not None:
             blocks.append(joined)
             continue
@@ -283,8 +283,8 @@ def _without_bias(reading: _Reading) -> _Reading | None:
     return _Reading(bare, parameters_of(bare))
 
 
-def _tied(sharing: Sequence[_Reading], names: Mapping[int, str]) -> ModelBlock | None:
-    """Embeddings and heads that share one weight (V, d)."""
+def _tied(sharing: Sequence[_Reading], names: Mapping[int, str], max_dim: int) -> ModelBlock | None:
+    """Embeddings and heads that share one weight (V, d); of more words than max_dim the head's diagonal is kept."""
     embeddings = [each for each in sharing if isinstance(each.user.module, nn.Embedding)]
     heads = [_without_bias(each) for each in sharing if linear.is_linear(each.user.module)]
     if not embeddings or not heads or len(embeddings) + len(heads) != len(sharing):
@@ -300,7 +300,10 @@ def _tied(sharing: Sequence[_Reading], names: Mapping[int, str]) -> ModelBlock |
         return None
     name = embeddings[0].user.name
     why = f"one weight is used by {' and '.join(user.name for user in users)}"
-    info = Block(name, width, tokens, False, kind="tied", params=(names[id(weight)],), why=why)
+    side = Side.FULL
+    if tokens > max_dim:
+        side, why = Side.DIAGONAL, f"{why}; {tokens} words are more than max_dim = {max_dim}: G is diagonal"
+    info = Block(name, width, tokens, False, kind="tied", output_side=side, params=(names[id(weight)],), why=why)
     return ModelBlock(info, (weight,), users, heads=len(found))
 
 

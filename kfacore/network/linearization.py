@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,10 @@ from kfacore.roles.samples import LayerSamples
 if TYPE_CHECKING:
     from kfacore.network.linearizer import Linearizer
 
-__all__ = ["Before", "Linearization"]
+__all__ = ["Before", "Linearization", "Path"]
+
+Path = Literal["fast", "general", "not used"]
+"""How a mini-batch serves a block: products straight into it, or by its parameters."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,15 @@ class Linearization:
         self.bare = chunks[0].bare
         self.cases = sum(chunk.z.shape[0] for chunk in chunks)
         self.plain = all(self._fast) and linearizer.cut and chunks[0].z.dim() == 2
+
+    @property
+    def paths(self) -> list[Path]:
+        """How each block is served: ``"not used"`` if no chunk has a call of it and it is no raw parameter."""
+        calls = [any(each) for each in zip(*(chunk.calls for chunk in self._chunks), strict=True)]
+        return [
+            "fast" if fast else "general" if used or not block.users else "not used"
+            for block, fast, used in zip(self.layers, self._fast, calls, strict=True)
+        ]
 
     def model_cases(self, cases: int) -> int:
         """How many cases J v is really of when it is asked for so many: all where a mini-batch is not cut."""

@@ -18,7 +18,7 @@ from kfacore.network.checks import StrictChecks, require_outputs
 from kfacore.network.draws import Draws
 from kfacore.network.facts import Facts, Way, common_cases
 from kfacore.network.finding import strict_blocks, unwrapped, whole_model
-from kfacore.network.linearization import Before, Linearization
+from kfacore.network.linearization import Before, Linearization, Path
 from kfacore.network.outputs import Output
 from kfacore.network.pairs import following
 from kfacore.network.state import ModelState
@@ -44,6 +44,8 @@ class Linearizer:
         output: Where z is in what it returns.
         facts: What its last look at a mini-batch showed; None before the first.
         notes: What was found out about its blocks, one line each.
+        paths: How the last mini-batch served each block; None before the first.
+        plain: Whether the fast path served all of the last mini-batch.
         following: Pairs of blocks that follow each other and could be coupled; None before the first mini-batch, and
             where all blocks are a chain.
 
@@ -82,6 +84,8 @@ class Linearizer:
         self.notes: list[str] = []
         self.reduced: frozenset[int] = frozenset()
         self.ordered = False
+        self.paths: list[Path] | None = None
+        self.plain = False
         self.following: list[tuple[int, int]] | None = None
         self._types, self._max_dim, self._reduce, self._tangents = tuple(layers), max_dim, tuple(reduce), tangents
         self._strict = StrictChecks(self.model) if unsupported == "error" else None
@@ -202,9 +206,9 @@ class Linearizer:
             self._materialise(inputs)
         self._require_same_parameters()
         if self._strict is not None:
-            return self._strict_call(self._strict, inputs, statistics_cases, low, pulled_cases)
+            return self._note(self._strict_call(self._strict, inputs, statistics_cases, low, pulled_cases))
         try:
-            return self._serve(inputs, statistics_cases, low, pulled_cases)
+            return self._note(self._serve(inputs, statistics_cases, low, pulled_cases))
         except (TypeError, AttributeError) as error:
             if next(tensors_of(inputs), None) is not None:
                 raise
@@ -221,6 +225,11 @@ class Linearizer:
             self._modes = None
             self._look(inputs)
             batch = self._linearize(inputs, kept, low, pulled, self.draws.state())
+        return batch
+
+    def _note(self, batch: Linearization) -> Linearization:
+        """Keep how it was served, for whoever asks."""
+        self.paths, self.plain = batch.paths, batch.plain
         return batch
 
     def _linearize(

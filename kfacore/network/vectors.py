@@ -10,7 +10,7 @@ from torch import Tensor
 from kfacore.network.blocks import ModelBlock
 from kfacore.roles.block import Block
 
-__all__ = ["BlockVector"]
+__all__ = ["BlockVector", "entries_of"]
 
 
 _ALIGNMENT = 16
@@ -36,14 +36,14 @@ class BlockVector:
             stride = _stride(info)
             rows = flat[start : start + _rows(info) * stride].view(*info.shape[:-1], stride)
             self.blocks.append(rows[..., : info.d_in])
-            start += _rows(info) * stride
+            start += entries_of(info)
         self.parts = [part for layer, block in zip(layers, self.blocks, strict=True) for part in layer.split(block)]
 
     @classmethod
     def zeros(cls, layers: Sequence[ModelBlock]) -> BlockVector:
         """The zero vector, on the parameters' device and in their dtype."""
         like = layers[0].parameters[0]
-        total = sum(_rows(layer.info) * _stride(layer.info) for layer in layers)
+        total = sum(entries_of(layer.info) for layer in layers)
         return cls(layers, torch.zeros(total, dtype=like.dtype, device=like.device))
 
     def copy_blocks(self, blocks: Sequence[Tensor]) -> BlockVector:
@@ -55,6 +55,11 @@ class BlockVector:
         """Mu times itself plus alpha times another vector, in place, for scalars on the device; returns self."""
         self.flat.mul_(mu.to(self.flat.dtype)).addcmul_(other.flat, alpha.to(self.flat.dtype))
         return self
+
+
+def entries_of(info: Block) -> int:
+    """Entries that a block takes in a vector, those between its rows included."""
+    return _rows(info) * _stride(info)
 
 
 def _rows(info: Block) -> int:

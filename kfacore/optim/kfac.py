@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from kfacore.curvature.forest import forest
+from kfacore.curvature.joined import Joined
 from kfacore.curvature.preconditioner import Preconditioner
 from kfacore.errors import ConfigError
 from kfacore.network import BlockVector, Linearization, Linearizer
+from kfacore.optim.explain import Explanation, explain
 from kfacore.optim.guards import as_parameters, require_finite, require_state
 from kfacore.optim.joint import BoundJoint, Joint, joint_or_loss
 from kfacore.optim.keeper import Keeper
@@ -405,6 +407,22 @@ class KFAC(torch.optim.Optimizer, Optimizer):
 
     def _vector(self) -> BlockVector:
         return BlockVector.zeros(self.linearizer.layers)
+
+    def explain(self) -> Explanation:
+        """What is done with every parameter, and why: its block, who serves it, path, coupling, memory.
+
+        Returns:
+            A table to print, whose rows are records. Before the first step it has what modules and sizes tell; a
+            model with uninitialised parameters has its blocks after the first step only.
+        """
+        return explain(self)
+
+    def curvature(self) -> Joined | None:
+        """Who serves which blocks; None while the model's parameters are not initialised."""
+        if self.preconditioner is not None:
+            return self.preconditioner.joined
+        infos = [layer.info for layer in self.linearizer.layers]
+        return Joined(self.approx, infos, self._pairs()) if infos else None
 
     def _prepare(self) -> Preconditioner:
         """The preconditioner, made when the first forward pass has told the order of the layers."""

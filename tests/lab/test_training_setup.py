@@ -13,7 +13,7 @@ from torch import nn
 
 from kfacore.errors import ConfigError, DataError
 from kfacore.lab.config.resolve import resolve
-from kfacore.lab.training.setup import _outputs, _place, build_model, build_parts, manifest, method_of, resolve_device
+from kfacore.lab.training.setup import _outputs, build_model, build_parts, manifest, method_of, place, resolve_device
 from kfacore.registry import get_registry
 from kfacore.roles import Split
 
@@ -74,7 +74,7 @@ def test_a_test_set_is_not_needed(tmp_path: Path) -> None:
 
 def test_labels_stay_integers() -> None:
     x, y = torch.rand(3, 2), torch.tensor([0, 1, 2])
-    placed = _place(Split(x, y), torch.device("cpu"), torch.float64)
+    placed = place(Split(x, y), torch.device("cpu"), torch.float64)
     assert (placed.inputs.dtype, placed.targets.dtype) == (torch.float64, torch.int64)
 
 

@@ -225,6 +225,21 @@ def _toml(value: Any) -> str:
 
 
 def _table_text(table: ModelTable) -> str:
+    """What is done with every parameter, or the layers where the optimizer does not tell; and memory."""
+    if table.explanation is None:
+        return _layers_text(table)
+    lines = [str(table.explanation)]
+    if table.step is None:
+        lines.append("memory of a step: not known without data")
+    else:
+        lines.append(
+            f"memory of a step on {table.step.examples} examples, beside parameters and data: "
+            f"{table.step.peak / 1e6:.1f} MB (from steps on {table.step.measured})"
+        )
+    return "\n".join(lines)
+
+
+def _layers_text(table: ModelTable) -> str:
     """Layers with their factors and memory, aligned."""
     symbols = list(dict.fromkeys(factor.symbol for row in table.rows for factor in row.factors))
     lines = [["layer", "d_in", "d_out", "parameters", *symbols, *(["factors MB"] if symbols else [])]]
@@ -256,7 +271,12 @@ def _table_text(table: ModelTable) -> str:
 
 
 def _table_json(table: ModelTable) -> dict[str, Any]:
+    explained = {} if table.explanation is None else {"explain": table.explanation.as_dict()}
+    if table.step is not None:
+        step = table.step
+        explained["step"] = {"examples": step.examples, "peak_mb": step.peak / 1e6, "measured": step.measured}
     return {
+        **explained,
         "layers": [
             {
                 "name": row.name,

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from kfacore.curvature.joined import Joined
+from kfacore.errors import NumericalError
 from kfacore.lab.data.status import ReportsData
-from kfacore.lab.training.setup import build_model, build_optimizer, check_data, resolve_device
+from kfacore.lab.training.batches import BatchSchedule
+from kfacore.lab.training.init import load_parameters
+from kfacore.lab.training.setup import build_model, build_optimizer, check_data, place, resolve_device
+from kfacore.lab.training.trial import StepMemory, step_memory
 from kfacore.network import find_layers
-from kfacore.roles.block import Block
+from kfacore.optim.explain import Explanation
+from kfacore.optim.footprint import averages
+from kfacore.optim.kfac import KFAC
+from kfacore.roles import Split
+from kfacore.roles.block import share_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from kfacore.lab.config.run import RunConfig
     from kfacore.registry import Registry
-    from kfacore.roles import Approximation, Problem
+    from kfacore.roles import Likelihood, Problem
 
 __all__ = ["FactorInfo", "LayerRow", "ModelTable", "describe"]
+
+_FEW = 16
+"""Examples that the model is tried on."""
 
 _SYMBOLS = {"InputFactor": "A", "OutputFactor": "G", "InputCross": "Ax", "OutputCross": "Gx"}
 """What the built-in moments are called in method.md; others go by the name of their class."""
@@ -71,10 +83,14 @@ class ModelTable:
     Attributes:
         rows: The layers in the order of the model.
         bytes_per_number: Size of a number in the run's dtype.
+        explanation: What K-FAC does with every parameter; None for other optimizers.
+        step: Memory of the run's largest step; None for other optimizers, and where there is no data to try it on.
     """
 
     rows: tuple[LayerRow, ...]
     bytes_per_number: int
+    explanation: Explanation | None = None
+    step: StepMemory | None = None
 
     @property
     def parameters(self) -> int:
@@ -106,29 +122,74 @@ def describe(config: RunConfig, registry: Registry, init: Path | None = None) ->
     Raises:
         KfacError: The device, the problem, its data, the model, the optimizer or the parameters are not usable.
     """
-    resolve_device(config.device)
+    device = resolve_device(config.device)
+    dtype = torch.float64 if config.dtype == "float64" else torch.float32
     problem: Problem = registry.build("problem", config.problem)
     likelihood = registry.build("likelihood", config.likelihood)
     model = build_model(config, problem)
-    if _data_is_there(config.problem):
-        check_data(model, likelihood, problem.load())
-    build_optimizer(config, registry, model, likelihood)
+    data = problem.load() if _data_is_there(config.problem) else None
+    if data is not None:
+        check_data(model, likelihood, data)
     if init is not None:
-        from kfacore.lab.training.init import load_parameters
-
         load_parameters(model, init)
-    size = 8 if config.dtype == "float64" else 4
+    model = model.to(device=device, dtype=dtype)
+    optimizer = build_optimizer(config, registry, model, likelihood)
+    size = dtype.itemsize
     if config.approx is None:
         return ModelTable(tuple(_plain_rows(model)), size)
-    approx = registry.build("approx", config.approx)
-    layers = [layer.info for layer in find_layers(model, registry.layers())]
-    approx.check_layers(layers)
-    factors = _factors(approx, layers)
-    rows = [
+    layers = [layer.info for layer in find_layers(model, registry.layers(), config.approx.max_dim)]
+    joined = Joined(registry.build("approx", config.approx), layers)
+    factors = _factors(joined)
+    rows = tuple(
         LayerRow(layer.name, layer.d_in, layer.d_out, layer.size, tuple(factors[index]))
         for index, layer in enumerate(layers)
-    ]
-    return ModelTable(tuple(rows), size)
+    )
+    if not isinstance(optimizer, KFAC):
+        return ModelTable(rows, size)
+    if data is None:
+        return ModelTable(rows, size, optimizer.explain())
+    few = place(Split(data.train.inputs[:_FEW], data.train.targets[:_FEW]), device, dtype)
+    step = _step_memory(config, registry, model, likelihood, few, len(data.train))
+    optimizer.linearizer(few.inputs)
+    return ModelTable(rows, size, optimizer.explain(), step)
+
+
+def _step_memory(
+    config: RunConfig, registry: Registry, model: nn.Module, likelihood: Likelihood, few: Split, cases: int
+) -> StepMemory | None:
+    """What the largest mini-batch of the run takes; None where steps on so few examples are not finite."""
+    batch = config.batch
+    examples = BatchSchedule(batch.schedule, cases, batch.start, batch.target_step, batch.hold).size(config.steps)
+    trial, share = _in_proportion(config, examples)
+
+    def build() -> KFAC:
+        optimizer = build_optimizer(trial, registry, deepcopy(model), likelihood)
+        assert isinstance(optimizer, KFAC)
+        return optimizer
+
+    try:
+        with torch.random.fork_rng():
+            return step_memory(build, few.inputs, few.targets, examples, share)
+    except NumericalError:
+        return None
+
+
+def _in_proportion(config: RunConfig, examples: int) -> tuple[RunConfig, float]:
+    """The configuration for trials on few examples, with the run's shares of a mini-batch; and the smallest of them."""
+    assert config.estimator is not None
+    assert config.momentum is not None
+    assert config.approx is not None
+    tau1 = share_of(examples, config.estimator.tau1, config.estimator.min_cases) / examples
+    tau2 = share_of(examples, config.momentum.tau2, config.momentum.min_cases) / examples
+    further = config.momentum.iterations if examples >= config.momentum.iterations_from else 1
+    parts = {
+        "estimator": config.estimator.model_copy(update={"tau1": tau1, "min_cases": 1}),
+        "momentum": config.momentum.model_copy(
+            update={"tau2": tau2, "min_cases": 1, "iterations": further, "iterations_from": 1}
+        ),
+        "approx": config.approx.model_copy(update={"refresh": "inline"}),
+    }
+    return config.model_copy(update=parts), min(tau1, tau2)
 
 
 def _data_is_there(problem: object) -> bool:
@@ -136,15 +197,13 @@ def _data_is_there(problem: object) -> bool:
     return not isinstance(problem, ReportsData) or problem.data_status().state not in ("missing", "generated")
 
 
-def _factors(approx: Approximation, layers: Sequence[Block]) -> list[list[FactorInfo]]:
-    """The moments of an approximation by layer; those of a pair of layers stand with the first of the two."""
-    found: list[list[FactorInfo]] = [[] for _ in layers]
-    nothing = torch.empty(0, device="meta")  # shapes without memory
-    for moment in approx.moments:
-        symbol = _SYMBOLS.get(moment.__name__, moment.__name__)
-        for index, value in enumerate(moment(layers, nothing).values):
-            round_, layer = divmod(index, len(layers))  # the first tensor of every layer, then the second of every one
-            found[layer].append(FactorInfo(f"{symbol}.{round_}" if round_ else symbol, tuple(value.shape)))
+def _factors(joined: Joined) -> list[list[FactorInfo]]:
+    """The running averages by layer; those of a pair of layers stand with the first of the two."""
+    found: list[list[FactorInfo]] = [[] for _ in joined.layers]
+    for average in averages(joined):
+        symbol = _SYMBOLS.get(average.kind.__name__, average.kind.__name__)
+        name = f"{symbol}.{average.which}" if average.which else symbol
+        found[average.block or 0].append(FactorInfo(name, average.shape))
     return found
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "check_data",
     "manifest",
     "method_of",
+    "place",
     "resolve_device",
 ]
 
@@ -133,8 +134,8 @@ def build_parts(config: RunConfig, registry: Registry, init: Path | None = None)
         optimizer=build_optimizer(config, registry, model, likelihood),
         average=average,
         data=data,
-        train=_place(data.train, device, dtype),
-        test=None if data.test is None else _place(data.test, device, dtype),
+        train=place(data.train, device, dtype),
+        test=None if data.test is None else place(data.test, device, dtype),
         device=device,
         init=recorded,
     )
@@ -218,7 +219,7 @@ def build_optimizer(config: RunConfig, registry: Registry, model: nn.Module, lik
     )
 
 
-def _place(split: Split, device: torch.device, dtype: torch.dtype) -> Split:
+def place(split: Split, device: torch.device, dtype: torch.dtype) -> Split:
     """Move cases to the device; floating point takes the run's dtype, labels stay integers."""
 
     def move(values: Tensor) -> Tensor:
