@@ -56,9 +56,7 @@ def stack(blocks: Sequence[Tensor]) -> Tensor:
 def unstack(vector: Tensor, layers: Sequence[Block]) -> list[Tensor]:
     """The blocks of a stacked vector."""
     parts = torch.split(vector, [layer.size for layer in layers])
-    return [
-        part.view(*layer.shape[:-2], layer.d_in, layer.d_out).mT for part, layer in zip(parts, layers, strict=True)
-    ]
+    return [part.view(*layer.shape[:-2], layer.d_in, layer.d_out).mT for part, layer in zip(parts, layers, strict=True)]
 
 
 def exact_fisher(samples: Sequence[LayerSamples]) -> Tensor:
@@ -97,7 +95,9 @@ def unshared(layers: Sequence[Block], samples: Samples) -> dict[str, str]:
         elif not layer.plain:
             reasons[layer.name] = f"its curvature is {_form(layer)}, no product of two whole factors"
         elif first is not None and s.gradients.shape[1] != first[1]:
-            reasons[layer.name] = f"it has {s.gradients.shape[1]} rows and {first[0]} has {first[1]}, so no row in common"
+            reasons[layer.name] = (
+                f"it has {s.gradients.shape[1]} rows and {first[0]} has {first[1]}, so no row in common"
+            )
         elif first is None:
             first = layer.name, s.gradients.shape[1]
     return reasons

@@ -2,9 +2,9 @@ r"""The exact quadratic model of the objective around the parameters, in double 
 
     h(theta + delta)  ~  h + g^T delta + 1/2 delta^T B delta,       B = F + (lambda + eta) I,
 
-with F the exact Fisher on the given cases, F = (1/S) sum over rows of J^T F_R J (paper, sections 2.2 and 6.4). It is the
-model that the optimizer steps on, `kfacore.optim.local.LocalModel`, of one mini-batch that holds all the cases. F v is
-J v, F_R at the outputs, and J^T by reverse mode; the cost is that of about three gradients.
+with F the exact Fisher on the given cases, F = (1/S) sum over rows of J^T F_R J (paper, sections 2.2 and 6.4). It is
+the model that the optimizer steps on, `kfacore.optim.local.LocalModel`, of one mini-batch that holds all the cases.
+F v is J v, F_R at the outputs, and J^T by reverse mode; the cost is that of about three gradients.
 """
 
 from __future__ import annotations
@@ -167,14 +167,9 @@ class ExactModel:
         return facts is not None and bool(facts.draws)
 
     @property
-    def rows(self) -> int:
-        """Positions of an output, R."""
-        return self._bound.layout.rows
-
-    @property
-    def outputs_of_a_row(self) -> int:
-        """Numbers that the likelihood takes at a position, o."""
-        return self._bound.layout.outputs
+    def passes(self) -> int:
+        """Backward passes of `exact_samples`: one for each number of each position."""
+        return self._bound.layout.rows * self._bound.layout.outputs
 
     def outputs(self) -> Tensor:
         """Natural parameters of all cases, z, (n, ..., o)."""

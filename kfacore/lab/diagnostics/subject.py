@@ -134,10 +134,10 @@ def _subject(
     data = problem.load()
     likelihood = registry.build("likelihood", config.likelihood)
     inputs, targets = training_cases(data.train.inputs, data.train.targets, cases, config.seed)
-    max_dim = {} if config.approx is None else {"max_dim": config.approx.max_dim}
+    max_dim = 8192 if config.approx is None else config.approx.max_dim
     with torch.random.fork_rng():  # one draw of what the model draws, the same in every inspection
         torch.manual_seed(derive_seed(config.seed, "inspect draws"))
-        exact = ExactModel(model, likelihood, inputs, targets, weight_decay=config.weight_decay, **max_dim)
+        exact = ExactModel(model, likelihood, inputs, targets, weight_decay=config.weight_decay, max_dim=max_dim)
     found_lam, found_gamma = _damping(config, registry, checkpoint, exact)
     gamma = found_gamma if gamma is None else gamma
     if not gamma > 0:
