@@ -72,6 +72,7 @@ class ExactModel:
 
     Attributes:
         layers: The blocks in execution order.
+        following: Pairs of blocks that follow each other and could be coupled.
         pairs: Which of them are coupled where an approximation couples blocks, as in training.
         cases: Number of cases, n.
         lam: lambda.
@@ -106,7 +107,8 @@ class ExactModel:
         self._rules = self._linearizer.layers
         self.cases = self._batch.cases
         self.layers: list[Block] = [layer.info for layer in self._rules]
-        self.pairs = nearest(self._linearizer.following)
+        self.following = list(self._linearizer.following or [])
+        self.pairs = nearest(self.following)
         self.objective = self.objective_at(self.zeros())
         if not math.isfinite(self.objective):
             raise NumericalError("the objective is not finite at these parameters; nothing can be measured around them")
