@@ -287,7 +287,7 @@ def test_what_is_not_finite_for_the_gradient_alone_is_named_too():
             return [blocks[0], blocks[1] * torch.inf, blocks[2]]
 
     exact = subject().exact
-    with pytest.raises(NumericalError, match="^2: approx 'mine' made NaN or infinity"):
+    with pytest.raises(NumericalError, match=r"^2: approx 'mine' made NaN or infinity"):
         measure_update(exact, exact.gradient(), natural_gradient(exact), Overflowing(), "mine", 0.1)
 
 
