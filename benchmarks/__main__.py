@@ -5,12 +5,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from benchmarks import everything, launches, memory, phases, refresh, robust, spike, step, target, tolerance, width
+from benchmarks import (
+    everything,
+    launches,
+    memory,
+    pairs,
+    phases,
+    refresh,
+    robust,
+    spike,
+    step,
+    target,
+    tolerance,
+    width,
+)
 
 BENCHMARKS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "all": (everything.main, "every benchmark that is quick enough for `make bench`"),
     "launches": (launches.main, "dispatched operations and waits of ordinary and refresh steps"),
     "memory": (memory.main, "peak memory of training against Adam"),
+    "pairs": (pairs.main, "which pairs of blocks the tridiagonal form should couple"),
     "phases": (phases.main, "where a step's time goes"),
     "refresh": (refresh.main, "factors side by side against one after another, also beside other work"),
     "robust": (robust.main, "problems that nobody tuned for: does training ever fall apart, and who is ahead"),

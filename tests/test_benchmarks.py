@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import launches, tolerance
+from benchmarks import launches, pairs, tolerance
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.__main__ import main as command
 from benchmarks.contenders import kfac
@@ -24,6 +24,10 @@ from benchmarks.interleave import Timing
 from benchmarks.limit import kfac_operations, sgd_operations
 from benchmarks.nets import build_chain
 from benchmarks.report import Report
+from benchmarks.residual import NETS as RESIDUAL
+from benchmarks.residual import ResidualMLP
+from kfacore.lab.diagnostics import ExactModel
+from kfacore.registry import get_registry
 
 ROOT = Path(__file__).parents[1]
 WIDTHS = (12, 9, 4, 9, 12)
@@ -155,3 +159,50 @@ def test_kept_correlations_are_a_share() -> None:
     assert optimizer.preconditioner is not None
     for side in "AG":
         assert 0.0 <= tolerance._kept(optimizer.preconditioner.in_use, side) < 1.0
+
+
+def test_information_of_pairs_is_that_of_gaussian_variables() -> None:
+    """Half the logarithm of det(D_i) det(D_j) / det of both, D the damped Kronecker products."""
+    torch.manual_seed(0)
+    x = torch.randn(30, 3, dtype=torch.float64)
+    likelihood = get_registry().build("likelihood", "categorical")
+    exact = ExactModel(ResidualMLP(3, width=2, stages=1, outputs=3), likelihood, x, torch.arange(30) % 3)
+    samples, gamma = exact.exact_samples(), 0.05
+    found = pairs.informations(exact.layers, samples, [(0, 1), (1, 2), (0, 2)], gamma)
+    shared = list(zip(exact.layers[:3], samples[:3], strict=True))
+    A = [s.inputs.T @ s.inputs / 30 for _, s in shared if s is not None]
+    G = [torch.einsum("kni,knj->ij", s.gradients, s.gradients) / 30 for _, s in shared if s is not None]
+    logs = [0.5 * ((a.trace() / len(a)) / (g.trace() / len(g))).log() for a, g in zip(A, G, strict=True)]
+    pi = torch.stack(logs).mean().exp()
+    for (i, j), value in zip([(0, 1), (1, 2), (0, 2)], found, strict=True):
+        own = [
+            torch.kron(
+                A[k] + pi * gamma * torch.eye(len(A[k]), dtype=torch.float64),
+                G[k] + gamma / pi * torch.eye(len(G[k]), dtype=torch.float64),
+            )
+            for k in (i, j)
+        ]
+        first, second = samples[i], samples[j]
+        assert first is not None
+        assert second is not None
+        Ax = first.inputs.T @ second.inputs / 30
+        Gx = torch.einsum("kni,knj->ij", first.gradients, second.gradients) / 30
+        cross = torch.kron(Ax, Gx)
+        both = torch.cat([torch.cat([own[0], cross], 1), torch.cat([cross.T, own[1]], 1)])
+        wanted = 0.5 * (own[0].logdet() + own[1].logdet() - both.logdet())
+        assert value == pytest.approx(float(wanted), rel=1e-9)
+
+
+def test_forests_of_pairs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = pairs.measure(RESIDUAL["residual mlp"](None), [1, 2], 60, seed=0)
+    assert [row["step"] for row in rows] == [1] * 4 + [2] * 4
+    by_name = {row["forest"]: row for row in rows[4:]}
+    assert by_name["most, any pair"]["information"] >= by_name["most information"]["information"]
+    assert by_name["most information"]["information"] >= by_name["execution order"]["information"]
+    assert by_name["execution order"]["information"] >= by_name["least information"]["information"] > 0
+    assert all(0.5 < row["at best"] < 3 for row in rows)
+    for build in RESIDUAL.values():
+        task = build(None)
+        x, y = task.data(torch.Generator().manual_seed(0))
+        assert task.build()(x[:2]).shape[0] == 2
+        assert len(x) == len(y)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kfacore.errors import KfacError, NumericalError, PluginError
+from kfacore.registry import get_registry
 from kfacore.roles.approx import Approximation
 from kfacore.roles.block import Block
 
@@ -16,9 +17,15 @@ __all__ = ["component", "examine", "named"]
 
 
 def component(approx: Approximation) -> str:
-    """How users know it, and where it is written."""
+    """How users know it, where it is written, and which distribution and version brought it, if one did."""
     kind = type(approx)
-    return f"approx '{approx.config.kind}' ({kind.__module__}.{kind.__qualname__})"
+    where = f"{kind.__module__}.{kind.__qualname__}"
+    registry = get_registry()
+    for found in registry.components("approx"):
+        if found.target == f"{kind.__module__}:{kind.__qualname__}":
+            origin = registry.origin(found)
+            where += f", {origin.distribution} {origin.version}" if origin.distribution else ""
+    return f"approx '{approx.config.kind}' ({where})"
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kfacore.errors import ConfigError
 
-__all__ = ["Step", "forest", "leaves_first", "mutual_information"]
+__all__ = ["Step", "forest", "leaves_first", "mutual_information", "nearest"]
 
 
 def mutual_information(
@@ -47,6 +47,11 @@ def forest(pairs: Sequence[tuple[int, int]], weights: Sequence[float]) -> list[t
             root[a] = b
             kept.append(k)
     return [pairs[k] for k in sorted(kept)]
+
+
+def nearest(pairs: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]] | None:
+    """Of pairs that could be coupled a forest, the nearest ones in execution order first; None stays None, a chain."""
+    return None if pairs is None else forest(pairs, [1.0 / abs(j - i) for i, j in pairs])
 
 
 def _root_of(root: dict[int, int], node: int) -> int:

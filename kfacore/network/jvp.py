@@ -16,7 +16,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.autograd.forward_ad as fwd
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfacore.nest import repeat_cases
@@ -24,6 +23,7 @@ from kfacore.network import linear
 from kfacore.network.blocks import ModelBlock
 from kfacore.network.capture import Call, Chunk
 from kfacore.network.outputs import Output, read_output
+from kfacore.network.standing import call_with
 
 __all__ = [
     "Tangents",
@@ -72,7 +72,7 @@ class _Within(nn.Module):
 def within(model: nn.Module, parameters: Mapping[str, Tensor], work: Callable[[], R]) -> R:
     """Do something while these stand for the model's parameters: a backward pass may run a checkpointed part again."""
     moved = {f"model.{name}": parameter for name, parameter in parameters.items()}
-    return cast("R", functional_call(_Within(model, work), moved, ()))
+    return cast("R", call_with(_Within(model, work), moved, ()))
 
 
 def forward_mode(
@@ -85,7 +85,7 @@ def forward_mode(
             name: fwd.make_dual(parameters[name].detach(), tangent)  # type: ignore[no-untyped-call]
             for name, tangent in tangents.items()
         }
-        z = read_output(functional_call(model, {**parameters, **duals}, (inputs,)), output)
+        z = read_output(call_with(model, {**parameters, **duals}, (inputs,)), output)
         primal, tangent = unpack(z)
         return torch.zeros_like(primal) if tangent is None else tangent.clone()
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from kfacore.errors import KfacError, UnsupportedModelError
 from kfacore.nest import map_nest, repeat_cases, slice_cases, tensors_of
@@ -26,6 +25,7 @@ from kfacore.network.jvp import double_backward, forward_mode, tangents_of, with
 from kfacore.network.outputs import Output, read_output
 from kfacore.network.pulling import pulled
 from kfacore.network.rows import explained
+from kfacore.network.standing import call_with
 from kfacore.network.state import ModelState
 
 __all__ = ["Study"]
@@ -123,7 +123,7 @@ class Study:
             yield
 
     def _call(self, inputs: Any) -> Any:
-        return functional_call(self._model, self._probe, (self._fresh(inputs),))
+        return call_with(self._model, self._probe, (self._fresh(inputs),))
 
     def _fresh(self, inputs: Any) -> Any:
         return map_nest(torch.clone, inputs) if self._overwrites else inputs

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from kfacore.curvature.forest import forest
+from kfacore.curvature.forest import nearest
 from kfacore.curvature.joined import Joined
 from kfacore.curvature.preconditioner import Preconditioner
 from kfacore.errors import ConfigError
@@ -28,6 +28,7 @@ from kfacore.optim.objective import penalty
 from kfacore.optim.options import KFACConfig, complete
 from kfacore.optim.phases import At, Trial
 from kfacore.optim.quadratic import model_value
+from kfacore.optim.statistics import seen
 from kfacore.registry import get_registry
 from kfacore.roles.approx import Approximation
 from kfacore.roles.damping import Damping
@@ -380,15 +381,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
 
     def _samples(self, batch: Linearization, bound: BoundLoss | BoundJoint) -> Samples:
         """What the estimator's backward passes show of each block, with the S that their squares are divided by."""
-        z = batch.statistics_outputs()
-        n, total = len(z), bound.total(len(z))
-        vectors = bound.statistics(z, self.estimator, self.generator)
-        if batch.plain and bound.valid is None and not isinstance(total, Tensor) and total == n:
-            return batch.backpropagate(vectors)
-        if not (batch.plain or self.estimator.draws):
-            vectors = vectors * batch.signs(z, self.generator)
-        valid = None if bound.valid is None else bound.valid[:n]
-        return batch.backpropagate(vectors, valid=valid, total=total)
+        vectors = bound.statistics(batch.statistics_outputs(), self.estimator, self.generator)
+        return seen(batch, bound, vectors, self.generator, drawn=self.estimator.draws)
 
     def _objective(self, batch: Linearization, bound: BoundLoss | BoundJoint) -> tuple[Tensor, Tensor, Tensor]:
         """loss, h = loss + eta/2 ||theta||^2, and the reported error, at the parameters of the forward pass."""
@@ -431,14 +425,10 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             layers = self.linearizer.layers
             infos = [layer.info for layer in layers]
             like, decay = layers[0].parameters[0], self.estimator.config.decay
-            self.preconditioner = Preconditioner(self.approx, infos, like, decay, self._pairs())
+            pairs = nearest(self.linearizer.following)
+            self.preconditioner = Preconditioner(self.approx, infos, like, decay, pairs)
             self._grad, self._delta = self._vector(), self._vector()
         return self.preconditioner
-
-    def _pairs(self) -> list[tuple[int, int]] | None:
-        """Pairs of blocks that are coupled: of those that follow each other a forest, the nearest ones first."""
-        found = self.linearizer.following
-        return None if found is None else forest(found, [1.0 / abs(j - i) for i, j in found])
 
     def _gradient(self, batch: Linearization, bound: BoundLoss | BoundJoint, *, retain: bool = False) -> BlockVector:
         """Grad h = mean of J^T (d nll / dz) + eta theta."""

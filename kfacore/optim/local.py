@@ -7,8 +7,9 @@ F the exact Fisher on the first cases of a mini-batch (method, section 4; paper,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,17 @@ from kfacore.network import BlockVector, Linearization
 from kfacore.optim.joint import BoundJoint
 from kfacore.optim.loss import BoundLoss
 from kfacore.optim.quadratic import model_value, on_planes, symmetric_gram
-from kfacore.roles.inverse import Inverse
 from kfacore.roles.likelihood import Likelihood
 from kfacore.roles.momentum import Momentum
 
-__all__ = ["LocalModel", "combine"]
+__all__ = ["LocalModel", "Solver", "combine"]
+
+
+class Solver(Protocol):
+    """What preconditions: an `Inverse`, or anything that is applied like one."""
+
+    def solve_into(self, blocks: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """F-hat^-1 v written over ``out``."""
 
 
 class LocalModel:
@@ -116,6 +123,14 @@ class LocalModel:
         """
         return self._before
 
+    def fisher_product(
+        self,
+        Jdelta: Tensor,  # (n, o)
+        out: BlockVector,
+    ) -> BlockVector:
+        """F delta = J^T F_R J delta / S, written into ``out``: one backward pass."""
+        return self._batch.pull_back(self._loss.fisher_product(self._z, Jdelta.unsqueeze(0))[0], out)
+
     def gradient_at(
         self,
         delta: BlockVector,
@@ -123,8 +138,7 @@ class LocalModel:
         out: BlockVector,
     ) -> BlockVector:
         """A delta + grad, written into ``out``: one backward pass."""
-        v = self._loss.fisher_product(self._z, Jdelta.unsqueeze(0))[0]
-        self._batch.pull_back(v, out)
+        self.fisher_product(Jdelta, out)
         out.flat.add_(self.grad.flat).addcmul_(delta.flat, self._damping.to(delta.flat.dtype))
         return out
 
@@ -132,10 +146,11 @@ class LocalModel:
         self,
         delta: BlockVector,
         Jdelta: Tensor,  # (n, o)
-        inverse: Inverse,
+        inverse: Solver,
         momentum: Momentum,
         times: int,
         buffers: Sequence[BlockVector],
+        enough: Callable[[BlockVector], bool] | None = None,
     ) -> Tensor:
         """Further steps of K-FAC on the model itself, from delta on: conjugate gradients, preconditioned by F-hat.
 
@@ -149,6 +164,7 @@ class LocalModel:
             momentum: What chooses the coefficients.
             times: How many steps.
             buffers: Three vectors to work in.
+            enough: Asked before each step, with A delta + grad where it begins; true ends the search.
 
         Returns:
             The change of the model, a scalar.
@@ -159,6 +175,8 @@ class LocalModel:
         change = self._damping.new_zeros((), dtype=torch.float64)
         for _ in range(times):
             self.gradient_at(delta, Jdelta, residual)
+            if enough is not None and enough(residual):
+                break
             inverse.solve_into(residual.blocks, proposal.blocks)
             proposal.flat.neg_()
             J = torch.cat([self.push([proposal]), Jlast.unsqueeze(0)])  # J is linear: that of the last step is known

@@ -23,6 +23,7 @@ def test_at_initialisation(kfac, options, tmp_path):
     assert "tridiag^-1 / F-tilde^-1" in out
     assert "equation 4" in out
     assert "natural gradient" in err
+    assert "is best here" in out or "equally good here" in out
     folder = tmp_path / "inspect"
     assert sorted(file.name for file in folder.iterdir()) == [
         "fisher.png",
@@ -46,6 +47,21 @@ def test_a_run_in_json(kfac, tmp_path):
     assert answer["dense"]["first_layer"] == 2
     assert answer["files"][0] == "a/inspect/inspect.json"
     assert json.loads((tmp_path / "a" / "inspect" / "inspect.json").read_text())["subject"] == answer["subject"]
+
+
+def test_an_approximation_that_fails_is_named_and_the_rest_is_printed(kfac, options, monkeypatch):
+    from kfac_plugins.approx.tridiag import BlockTridiagonal
+
+    def broken(self, moments):
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr(BlockTridiagonal, "factorise", broken)
+    code, out, err = kfac("inspect", *options, "--approx", "blockdiag", "--approx", "tridiag", "--cases", 30)
+    assert code == 0, err
+    assert "tridiag: failed: approx 'tridiag' (kfac_plugins.approx.tridiag.BlockTridiagonal, kfacore " in out
+    assert "ZeroDivisionError: by nothing" in out
+    assert out.count("blockdiag^-1 / F-tilde^-1") >= 1
+    assert "blockdiag was measured alone" in out
 
 
 def test_all_registered_approximations_by_default(kfac, options, tmp_path):

@@ -8,7 +8,7 @@ import dense
 import pytest
 import torch
 
-from kfacore.curvature.forest import forest, leaves_first, mutual_information
+from kfacore.curvature.forest import forest, leaves_first, mutual_information, nearest
 from kfacore.errors import ConfigError
 
 
@@ -82,3 +82,9 @@ def test_mutual_information_is_that_of_the_gaussian_pair() -> None:
         product = torch.linalg.inv(X[:d, :d]) @ X[:d, d:] @ torch.linalg.inv(X[d:, d:]) @ X[d:, :d]
         s.append(torch.linalg.eigvals(product).real)
     assert float(mutual_information(*s)) == pytest.approx(float(wanted), rel=1e-10)
+
+
+def test_the_nearest_pairs_in_execution_order() -> None:
+    assert nearest(None) is None
+    assert nearest([(0, 1), (0, 2), (1, 2), (0, 3), (2, 3)]) == [(0, 1), (1, 2), (2, 3)]
+    assert nearest([(0, 2), (0, 3), (2, 3), (1, 3)]) == [(0, 2), (2, 3), (1, 3)]

@@ -61,9 +61,8 @@ def exact_of(name="bernoulli", cases=20, **options):
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
-@pytest.mark.parametrize("chunk", [1000, 7])
-def test_fisher_and_curvature_are_the_autodiff_matrix(name, chunk):
-    exact, model, x = exact_of(name, chunk=chunk, lam=0.3, weight_decay=0.1)
+def test_fisher_and_curvature_are_the_autodiff_matrix(name):
+    exact, model, x = exact_of(name, lam=0.3, weight_decay=0.1)
     F = fisher(model, name, x)
     v = unvec(randn(len(F), seed=3), exact.layers)
     assert relative(stack(exact.fisher(v)), F @ vec(v)) < 1e-12
@@ -76,7 +75,7 @@ def test_fisher_and_curvature_are_the_autodiff_matrix(name, chunk):
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_gradient_and_objective_are_autograds(name):
-    exact, model, x = exact_of(name, chunk=8, weight_decay=0.1)
+    exact, model, x = exact_of(name, weight_decay=0.1)
     y = targets_of(name, 20)
 
     def objective(m):
@@ -127,8 +126,8 @@ def test_mistakes_are_named():
         ExactModel(model, likelihood_of("gaussian"), x, randn(5, SIZES[-1]))
     with pytest.raises(NumericalError, match="not finite"):
         ExactModel(model, likelihood_of("gaussian"), x * torch.inf, randn(6, SIZES[-1]))
-    with pytest.raises(UnsupportedModelError, match="LayerNorm"):
-        ExactModel(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)), likelihood_of("gaussian"), x, randn(6, 4))
+    with pytest.raises(UnsupportedModelError, match="no trainable parameters"):
+        ExactModel(nn.Tanh(), likelihood_of("gaussian"), x, randn(6, 4))
 
 
 # The natural gradient ------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from dense import Float, net, randn
@@ -13,7 +15,10 @@ from kfacore.lab.diagnostics import inspection
 from kfacore.lab.diagnostics.exact import ExactModel
 from kfacore.lab.diagnostics.inspection import inspect_subject, stretch
 from kfacore.lab.diagnostics.matrices import dense_report
+from kfacore.lab.diagnostics.natural import natural_gradient
+from kfacore.lab.diagnostics.quality import UpdateQuality, measure_update
 from kfacore.lab.diagnostics.subject import Subject, subject_at_start, subject_of_run, training_cases
+from kfacore.lab.diagnostics.verdict import verdict
 from kfacore.lab.training.checkpoint import load_checkpoint
 from kfacore.lab.training.resume import resume_config
 from kfacore.registry import get_registry
@@ -216,3 +221,100 @@ def test_the_choice_of_cases():
     assert torch.equal(inputs[:, 0].long(), targets)
     assert not torch.equal(training_cases(x, y, 7, seed=4)[1], targets)
     assert training_cases(x, y, 20, seed=3)[0] is x
+
+
+# Approximations that fail, and the answer ---------------------------------------------------------------------------
+
+
+def failing(how):
+    blockdiag = get_registry().build("approx", "blockdiag")
+
+    class Inverting:
+        notices = ()
+
+        def __init__(self, made):
+            self.made = made
+
+        def solve(self, blocks):
+            return how(self.made.solve(blocks))
+
+    class Failing(type(blockdiag)):
+        def factorise(self, moments):
+            made = super().factorise(moments)
+
+            class Made:
+                def damped(self, gamma, *, pi="layer"):
+                    return Inverting(made.damped(gamma, pi=pi))
+
+            return Made()
+
+    return Failing(blockdiag.config)
+
+
+def raises(_):
+    raise ZeroDivisionError("by nothing")
+
+
+FAILURES = {
+    "exception": (raises, r"approx 'blockdiag' \(.*Failing\): solve failed on the blocks .*ZeroDivisionError"),
+    "shape": (lambda v: [v[0].T, *v[1:]], r"Failing\): solve returned \(6, 4\).* for the block 0"),
+    "number": (lambda v: v[1:], r"Failing\): solve returned 2 tensors for 3 blocks"),
+    "NaN": (lambda v: [*v[:2], v[2] * torch.nan], r"^4: approx 'blockdiag' .* made NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_an_approximation_that_fails_is_named_and_the_rest_is_measured(name):
+    how, message = FAILURES[name]
+    both = {"mine": failing(how), **approximations("blockdiag")}
+    found = inspect_subject(subject(), get_registry(), both, gammas=[0.1])
+    assert list(found.failed) == ["mine"]
+    assert re.search(message, found.failed["mine"])
+    assert {row.approx for row in found.quality} == {"blockdiag"}
+    assert [report.approx for report in found.invariance] == ["blockdiag"]
+    assert "mine" not in found.dense.matrices
+    assert found.as_dict()["failed"] == found.failed
+    assert found.verdict().startswith("blockdiag was measured alone")
+    with pytest.raises(ConfigError, match="no approximation could be measured: mine"):
+        inspect_subject(subject(), get_registry(), {"mine": failing(how)}, gammas=[0.1])
+
+
+def test_what_is_not_finite_for_the_gradient_alone_is_named_too():
+    class Overflowing:
+        notices = ()
+
+        def solve(self, blocks):
+            return [blocks[0], blocks[1] * torch.inf, blocks[2]]
+
+    exact = subject().exact
+    with pytest.raises(NumericalError, match=r"^2: approx 'mine' made NaN or infinity"):
+        measure_update(exact, exact.gradient(), natural_gradient(exact), Overflowing(), "mine", 0.1)
+
+
+def test_a_failure_of_an_installed_component_says_which_distribution_and_version(monkeypatch):
+    from kfac_plugins.approx.blockdiag import BlockDiagonal
+
+    monkeypatch.setattr(BlockDiagonal, "factorise", lambda self, moments: raises(moments))
+    found = inspect_subject(subject(), get_registry(), approximations(), gammas=[0.1], parts=("quality",))
+    assert {row.approx for row in found.quality} == {"tridiag"}
+    from importlib.metadata import version
+
+    assert f"kfac_plugins.approx.blockdiag.BlockDiagonal, kfacore {version('kfacore')})" in found.failed["blockdiag"]
+
+
+def row(approx, rescaled, gamma=0.1):
+    return UpdateQuality(approx, gamma, 0.5, rescaled, 0.1, 1.0, None, None)
+
+
+def test_the_answer_in_one_sentence():
+    rows = [row("blockdiag", 0.2), row("blockdiag", 0.3, 1.0), row("tridiag", 0.6), row("tridiag", 0.5, 1.0)]
+    assert verdict(rows, 0.1) == (
+        "tridiag is best here: it buys 60.0% of the best possible decrease (gamma 0.1, the model's own), "
+        "2.00 times what blockdiag buys (30.0%, gamma 1)."
+    )
+    rows = [row("a", 0.3), row("b", 0.299), row("c", 0.1)]
+    assert verdict(rows, 0.1).startswith("a, b are equally good here: 30.0%")
+    assert "3.00 times what c buys" in verdict(rows, 0.1)
+    assert verdict([row("a", 0.3), row("b", 0.298)], 0.1).endswith("(gamma 0.1, the model's own).")
+    assert verdict([row("a", 0.3), row("b", 0.0)], 0.1).endswith("; b, the next, buys nothing.")
+    assert verdict([row("a", 0.3)], 0.1).startswith("a was measured alone")

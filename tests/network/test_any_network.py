@@ -151,12 +151,18 @@ def test_what_would_be_silently_wrong_is_right(name: str) -> None:
     assert batch.model_cases(3) == (CASES if whole else 3)
 
 
+def shared_in_a_chain() -> nn.Module:
+    shared = nn.Linear(6, 6)
+    return any_network.scattered(nn.Sequential(shared, nn.Tanh(), shared, nn.Tanh(), nn.Linear(6, 3)))
+
+
 GENERAL: dict[str, tuple[Any, Any]] = {
     "positions": (net(lambda m, x: m.b(m.a(x).tanh()), **ab()), dense.randn(CASES, 4, 6)),
     "pooled positions": (net(lambda m, x: m.b(m.a(x).tanh().mean(1)), **ab()), dense.randn(CASES, 4, 6)),
     "used twice": (
         net(lambda m, x: m.b(m.a(m.a(x).tanh()).tanh()), a=lambda: nn.Linear(6, 6), b=lambda: nn.Linear(6, 3)), X
     ),
+    "one module under two names": (lambda: shared_in_a_chain(), X),
     "inputs overwritten": (net(lambda m, x: m.b(m.a(x.mul_(2.0).add_(1.0)).tanh()), **ab()), X),
     "functional use": (net(lambda m, x: linear(m.a(x).tanh(), m.a.weight.T), **ab()), X),
     "only its weight": (net(lambda m, x: m.a(x).tanh() @ m.b.weight.T, **ab()), X),

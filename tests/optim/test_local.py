@@ -14,6 +14,7 @@ from kfacore import KFAC
 from kfacore.errors import ConfigError, NumericalError
 from kfacore.network import BlockVector, Linearizer
 from kfacore.optim.local import LocalModel
+from kfacore.registry import get_registry
 
 SIZES = (4, 5, 3)
 CASES = 12
@@ -108,6 +109,29 @@ def test_many_steps_solve_the_model() -> None:
     P = torch.eye(len(problem.g), dtype=Float)
     found, _ = steps(problem, "quadratic-model", 80, P, 0.1 * dense.randn(len(problem.g), seed=3))
     assert dense.relative(found, -torch.linalg.solve(problem.A, problem.g)) < 1e-6
+
+
+def test_the_search_ends_where_it_is_enough() -> None:
+    problem, seen = Problem(CASES, 4), []
+    rule = get_registry().build("momentum", "quadratic-model")
+    P = torch.eye(len(problem.g), dtype=Float)
+
+    class Identity:
+        def solve_into(self, blocks: list[Tensor], out: list[Tensor]) -> None:
+            for a, b in zip(blocks, out, strict=True):
+                b.copy_(a)
+
+    def enough(residual: BlockVector) -> bool:
+        seen.append(float(residual.flat.norm()))
+        return len(seen) == 3
+
+    delta = problem.vector(0.0 * problem.g)
+    buffers = [problem.vector(0.0 * problem.g) for _ in range(3)]
+    problem.local.go_on(delta, problem.push(delta), Identity(), rule, 80, buffers, enough)
+    wanted, _ = steps(problem, "quadratic-model", 2, P, 0.0 * problem.g)
+    assert dense.relative(flat(delta), wanted) < 1e-12
+    assert seen[0] == pytest.approx(float(problem.g.norm()), rel=1e-12)
+    assert seen[2] == pytest.approx(float((problem.A @ wanted + problem.g).norm()), rel=1e-9)
 
 
 def test_without_momentum_they_are_steepest_descent() -> None:

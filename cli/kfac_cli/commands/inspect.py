@@ -267,9 +267,11 @@ def _text(result: Inspection) -> str:
                 ]
             )
         lines += ["", heading("distance to a reparameterised net, as a share of the way travelled"), table(rows)]
+    if result.failed:
+        lines += ["", heading("failed"), *(f"  {name}: failed: {reason}" for name, reason in result.failed.items())]
     if result.skipped:
         lines += ["", heading("left out"), *(f"  {name}: {reason}" for name, reason in result.skipped.items())]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", result.verdict(), ""])
 
 
 def _best(rows: list[UpdateQuality], name: str) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def run_inspection(
         write_json(files[0], result.as_dict())
     title = subject.name
     files.append(save_figure(draw_quality(result.quality, subject.gamma, title), out / "quality.png"))
-    if result.dense is not None:
+    if result.dense is not None and result.dense.tilde is not None:
         averages = block_average(result.dense.F_tilde_inverse, result.dense.sizes)
         files.append(save_figure(draw_fisher(result.dense, title), out / "fisher.png"))
         files.append(save_figure(draw_inverse(result.dense, averages, title), out / "inverse.png"))

@@ -20,7 +20,7 @@ from torch import Tensor
 from kfacore.curvature.linalg import pi_of
 from kfacore.errors import ConfigError
 from kfacore.roles.block import Block
-from kfacore.roles.samples import LayerSamples
+from kfacore.roles.samples import LayerSamples, Samples
 from kfacore.schema.slots import PiRule
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "exact_fisher",
     "inverse_of",
     "stack",
+    "unshared",
     "unstack",
 ]
 
@@ -49,13 +50,13 @@ _SINGULAR = 1e-13
 
 def stack(blocks: Sequence[Tensor]) -> Tensor:
     """vec: the columns of each block, layer by layer; (P,)."""
-    return torch.cat([block.T.reshape(-1) for block in blocks])
+    return torch.cat([block.mT.reshape(-1) for block in blocks])
 
 
 def unstack(vector: Tensor, layers: Sequence[Block]) -> list[Tensor]:
     """The blocks of a stacked vector."""
     parts = torch.split(vector, [layer.size for layer in layers])
-    return [part.view(layer.d_in, layer.d_out).T for part, layer in zip(parts, layers, strict=True)]
+    return [part.view(*layer.shape[:-2], layer.d_in, layer.d_out).mT for part, layer in zip(parts, layers, strict=True)]
 
 
 def exact_fisher(samples: Sequence[LayerSamples]) -> Tensor:
@@ -84,6 +85,30 @@ def _case_gradients(sample: LayerSamples, start: int, stop: int) -> Tensor:
     return torch.einsum("ni,kno->knio", a, g).flatten(0, 1).flatten(1)
 
 
+def unshared(layers: Sequence[Block], samples: Samples) -> dict[str, str]:
+    """Blocks for which F-tilde is not defined beside the first of them for which it is, with the reason."""
+    reasons: dict[str, str] = {}
+    first: tuple[str, int] | None = None
+    for layer, s in zip(layers, samples, strict=True):
+        if s is None:
+            reasons[layer.name] = "these cases did not use it"
+        elif not layer.plain:
+            reasons[layer.name] = f"its curvature is {_form(layer)}, no product of two whole factors"
+        elif first is not None and s.gradients.shape[1] != first[1]:
+            reasons[layer.name] = (
+                f"it has {s.gradients.shape[1]} rows and {first[0]} has {first[1]}, so no row in common"
+            )
+        elif first is None:
+            first = layer.name, s.gradients.shape[1]
+    return reasons
+
+
+def _form(layer: Block) -> str:
+    if layer.kind != "kron":
+        return f"'{layer.kind}'"
+    return f"one of {layer.groups} groups each" if layer.groups > 1 else "a product with a diagonal side"
+
+
 @dataclass(frozen=True)
 class FactorPairs:
     """F-tilde's factors of every pair of layers.
@@ -98,12 +123,12 @@ class FactorPairs:
 
     @classmethod
     def of(cls, samples: Sequence[LayerSamples]) -> FactorPairs:
-        """Means over cases (sums over passes)."""
-        n = samples[0].cases
+        """A means over rows, G sums over passes and rows by S: defined for blocks that share their rows."""
+        count, divisor = samples[0].rows, samples[0].divisor
         rows = [s.gradients.flatten(0, 1) for s in samples]
         return cls(
-            [[s.inputs.T @ t.inputs / n for t in samples] for s in samples],
-            [[g.T @ h / n for h in rows] for g in rows],
+            [[s.inputs.T @ t.inputs / count for t in samples] for s in samples],
+            [[g.T @ h / divisor for h in rows] for g in rows],
         )
 
     def damped(self, gamma: float, *, pi: PiRule = "layer") -> FactorPairs:

@@ -4,20 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from kfacore.curvature.faults import named
 from kfacore.errors import ConfigError, KfacError
 from kfacore.lab.diagnostics.cumulants import CumulantReport, cumulant_report
-from kfacore.lab.diagnostics.dense import Difference, FactorPairs, compare, exact_fisher, inverse_of
+from kfacore.lab.diagnostics.dense import Difference, FactorPairs, compare, exact_fisher, inverse_of, unshared
 from kfacore.lab.diagnostics.quality import inverses
 from kfacore.roles.approx import Approximation
 from kfacore.roles.block import Block
-from kfacore.roles.samples import LayerSamples
+from kfacore.roles.samples import LayerSamples, Samples
 from kfacore.schema.slots import PiRule
 
-__all__ = ["DenseReport", "dense_report"]
+__all__ = ["DenseReport", "Tilde", "dense_report"]
+
+
+@dataclass(frozen=True)
+class Tilde:
+    """The Kronecker-factored approximation of all blocks of the Fisher.
+
+    Attributes:
+        matrix: F-tilde.
+        damped: With factored Tikhonov damping.
+        inverse: The inverse of that.
+    """
+
+    matrix: Tensor
+    damped: Tensor
+    inverse: Tensor
 
 
 @dataclass
@@ -29,9 +46,7 @@ class DenseReport:
         first: Number of the first of them in the model, from 1.
         gamma: Damping of the inverses.
         F: The exact Fisher.
-        F_tilde: The Kronecker-factored approximation.
-        F_tilde_damped: The same with factored Tikhonov damping.
-        F_tilde_inverse: Its inverse.
+        tilde: F-tilde and what is made of it; None where it is not defined, see `refused`.
         matrices: F-hat by approximation, damped.
         inverses: F-hat^-1 by approximation, damped.
         errors: Relative errors by what is compared, see `dense_report`.
@@ -43,14 +58,33 @@ class DenseReport:
     first: int
     gamma: float
     F: Tensor
-    F_tilde: Tensor
-    F_tilde_damped: Tensor
-    F_tilde_inverse: Tensor
+    tilde: Tilde | None
     matrices: dict[str, Tensor] = field(default_factory=dict)
     inverses: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, Difference] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     cumulants: CumulantReport | None = None
+
+    @property
+    def F_tilde(self) -> Tensor:  # noqa: N802  # the paper's symbol
+        """The Kronecker-factored approximation."""
+        return self._tilde.matrix
+
+    @property
+    def F_tilde_damped(self) -> Tensor:  # noqa: N802
+        """The same with factored Tikhonov damping."""
+        return self._tilde.damped
+
+    @property
+    def F_tilde_inverse(self) -> Tensor:  # noqa: N802
+        """Its inverse."""
+        return self._tilde.inverse
+
+    @property
+    def _tilde(self) -> Tilde:
+        if self.tilde is None:
+            raise ConfigError(f"F-tilde is not defined for these layers: {self.refused['F-tilde']}")
+        return self.tilde
 
     @property
     def sizes(self) -> list[int]:
@@ -72,18 +106,23 @@ class DenseReport:
 
 def dense_report(
     layers: Sequence[Block],
-    samples: Sequence[LayerSamples],
+    samples: Samples,
     approximations: Mapping[str, Approximation],
     gamma: float,
     *,
     pi: PiRule = "layer",
     first: int = 1,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    fisher: Tensor | None = None,
+    damping: float = 0.0,
 ) -> DenseReport:
     """Matrices of some adjacent layers and all their errors.
 
     The errors' names: ``"F-tilde / F"``; for each approximation ``"NAME / F-tilde"``, ``"NAME^-1 / F-tilde^-1"`` and
     ``"NAME^-1 / F^-1"``, all damped, F by adding what factored Tikhonov damping adds to F-tilde; and
-    ``"NAME^-1 / F-tilde^-1, undamped"``, left out where F-tilde has no inverse.
+    ``"NAME^-1 / F-tilde^-1, undamped"``, left out where F-tilde has no inverse. F-tilde is defined for blocks that are
+    products of two whole factors and share their rows. For others there is ``"NAME^-1 / B^-1"`` alone, with the
+    quadratic model's B = F + (lambda + eta) I.
 
     Args:
         layers: The layers.
@@ -92,35 +131,94 @@ def dense_report(
         gamma: Damping.
         pi: Split gamma by traces.
         first: Number of the first of these layers in the model.
+        pairs: Which of these layers are coupled, a forest; each and the next if left out.
+        fisher: The exact Fisher of these layers, if it cannot be made of the samples.
+        damping: lambda + eta.
 
     Raises:
-        KfacError: An approximation refused these layers.
+        ConfigError: A matrix has no inverse.
     """
-    pairs = FactorPairs.of(samples)
-    F, F_tilde, damped = exact_fisher(samples), pairs.matrix(), pairs.damped(gamma, pi=pi).matrix()
-    report = DenseReport(list(layers), first, gamma, F, F_tilde, damped, inverse_of(damped, "F-tilde"))
-    sizes = report.sizes
-    report.errors["F-tilde / F"] = compare(F_tilde, F, sizes)
-    exact_inverse = inverse_of(F + damped - F_tilde, "the damped Fisher")
-    report.errors["F-tilde^-1 / F^-1"] = compare(report.F_tilde_inverse, exact_inverse, sizes)
+    reasons = unshared(layers, samples)
+    seen = [s for s in samples if s is not None]
+    F = exact_fisher(seen) if fisher is None else fisher
+    report = DenseReport(list(layers), first, gamma, F, None)
+    if reasons:
+        report.refused["F-tilde"] = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    truths = _truths(report, damping) if reasons else _truths_with_tilde(report, seen, gamma, pi)
+    for name, approx in approximations.items():
+
+        def solved(
+            strength: float, approx: Approximation = approx, *, matrix: bool = False
+        ) -> tuple[Tensor, Tensor | None]:
+            """F-hat^-1, and F-hat if it is wanted."""
+            [(_, inverse)] = inverses(approx, layers, samples, [strength], pi=pi, pairs=pairs)
+            with named(approx, layers, "dense"):
+                return inverse.dense(), inverse.dense(inverse=False) if matrix else None
+
+        try:
+            _compare(report, name, truths, solved)
+        except KfacError as error:
+            report.refused[name] = str(error)
+    if report.tilde is not None and all(s.positions == 1 and s.total is None and s.count is None for s in seen):
+        report.cumulants = cumulant_report(seen)
+    elif report.tilde is not None:
+        report.refused["cumulants"] = f"{layers[0].name} has several rows an example; they are of one row"
+    return report
+
+
+@dataclass(frozen=True)
+class _Truths:
+    """What approximations are compared with.
+
+    Attributes:
+        exact: The damped exact Fisher's inverse.
+        name: How it is called.
+        undamped: F-tilde^-1 without damping, where it exists.
+    """
+
+    exact: Tensor
+    name: str
     undamped: Tensor | None = None
+
+
+def _truths(report: DenseReport, damping: float) -> _Truths:
+    """Where F-tilde is not defined."""
+    B = report.F + damping * torch.eye(len(report.F), dtype=report.F.dtype, device=report.F.device)
+    return _Truths(inverse_of(B, "the damped Fisher"), "B^-1")
+
+
+def _truths_with_tilde(report: DenseReport, seen: Sequence[LayerSamples], gamma: float, pi: PiRule) -> _Truths:
+    factors, F, sizes = FactorPairs.of(seen), report.F, report.sizes
+    F_tilde, damped = factors.matrix(), factors.damped(gamma, pi=pi).matrix()
+    tilde = report.tilde = Tilde(F_tilde, damped, inverse_of(damped, "F-tilde"))
+    report.errors["F-tilde / F"] = compare(F_tilde, F, sizes)
+    exact = inverse_of(F + damped - F_tilde, "the damped Fisher")
+    report.errors["F-tilde^-1 / F^-1"] = compare(tilde.inverse, exact, sizes)
     try:
-        undamped = inverse_of(F_tilde, "F-tilde without damping")
+        return _Truths(exact, "F^-1", inverse_of(F_tilde, "F-tilde without damping"))
     except ConfigError as error:
         report.refused["undamped inverses"] = str(error)
-    for name, approx in approximations.items():
-        [(_, inverse)] = inverses(approx, layers, samples, [gamma], pi=pi)
-        report.matrices[name], report.inverses[name] = inverse.dense(inverse=False), inverse.dense()
-        report.errors[f"{name} / F-tilde"] = compare(report.matrices[name], damped, sizes)
-        report.errors[f"{name}^-1 / F-tilde^-1"] = compare(report.inverses[name], report.F_tilde_inverse, sizes)
-        report.errors[f"{name}^-1 / F^-1"] = compare(report.inverses[name], exact_inverse, sizes)
-        if undamped is None:
-            continue
-        title = f"{name}^-1 / F-tilde^-1, undamped"
-        try:
-            [(_, free)] = inverses(approx, layers, samples, [0.0], pi=pi)
-            report.errors[title] = compare(free.dense(), undamped, sizes)
-        except KfacError as error:
-            report.refused[title] = str(error)
-    report.cumulants = cumulant_report(samples)
-    return report
+        return _Truths(exact, "F^-1")
+
+
+class _Solved(Protocol):
+    def __call__(self, strength: float, *, matrix: bool = ...) -> tuple[Tensor, Tensor | None]: ...
+
+
+def _compare(report: DenseReport, name: str, truths: _Truths, solved: _Solved) -> None:
+    """All errors of one approximation."""
+    sizes, tilde = report.sizes, report.tilde
+    inverse, matrix = solved(report.gamma, matrix=True)
+    assert matrix is not None
+    report.matrices[name], report.inverses[name] = matrix, inverse
+    if tilde is not None:
+        report.errors[f"{name} / F-tilde"] = compare(matrix, tilde.damped, sizes)
+        report.errors[f"{name}^-1 / F-tilde^-1"] = compare(inverse, tilde.inverse, sizes)
+    report.errors[f"{name}^-1 / {truths.name}"] = compare(inverse, truths.exact, sizes)
+    if truths.undamped is None:
+        return
+    title = f"{name}^-1 / F-tilde^-1, undamped"
+    try:
+        report.errors[title] = compare(solved(0.0)[0], truths.undamped, sizes)
+    except KfacError as error:
+        report.refused[title] = str(error)

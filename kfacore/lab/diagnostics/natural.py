@@ -2,21 +2,25 @@ r"""The exact natural gradient without a matrix: conjugate gradients on products
 
     x = B^-1 g,       B = F + (lambda + eta) I                       (paper, sections 2.2 and 6.1)
 
--x is the minimum of the exact quadratic model, and 1/2 g^T x the largest decrease that any update can buy from it.
+-x is the minimum of the exact quadratic model, and 1/2 g^T x the largest decrease that any update can buy from it. The
+search is the optimizer's own, `kfacore.optim.local.LocalModel.go_on`, to the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kfacore.errors import ConfigError
 from kfacore.lab.diagnostics.exact import Blocks, ExactModel, axpy, dot, norm
+from kfacore.network import BlockVector
+from kfacore.registry import get_registry
 from kfacore.roles.inverse import Inverse
 
-__all__ = ["NaturalGradient", "conjugate_gradients", "natural_gradient"]
+__all__ = ["NaturalGradient", "natural_gradient"]
 
 
 @dataclass(frozen=True)
@@ -69,60 +73,37 @@ def natural_gradient(
             f"{max_iterations}"
         )
     g = exact.gradient() if gradient is None else list(gradient)
-    solve = None if preconditioner is None else preconditioner.solve
-    x, iterations = conjugate_gradients(exact.curvature, g, solve, tolerance=tolerance, max_iterations=max_iterations)
-    size = norm(g)
-    residual = norm(axpy(-1.0, g, exact.curvature(x))) / size if size > 0 else 0.0
+    size, iterations, x = norm(g), 0, BlockVector.zeros(exact.rules)
+    local = exact.local(g)
+    target = tolerance * size
+
+    def enough(residual: BlockVector) -> bool:
+        nonlocal iterations
+        if float(residual.flat.norm()) <= target:
+            return True
+        iterations += 1
+        return False
+
+    if size > 0:
+        rule = get_registry().build("momentum", "quadratic-model")
+        buffers = [BlockVector.zeros(exact.rules) for _ in range(3)]
+        solver = _Identity() if preconditioner is None else preconditioner
+        local.go_on(x, local.push([x])[0], solver, rule, max_iterations, buffers, enough)
+    blocks = [-block for block in x.blocks]
+    residual = norm(axpy(-1.0, g, exact.curvature(blocks))) / size if size > 0 else 0.0
     return NaturalGradient(
-        blocks=x,
-        decrease=0.5 * dot(g, x),
+        blocks=blocks,
+        decrease=0.5 * dot(g, blocks),
         damping=exact.damping,
         cases=exact.cases,
         iterations=iterations,
         residual=residual,
-        converged=residual <= 2.0 * tolerance,  # the recurrence's residual drifts from the true one by rounding
+        converged=residual <= 2.0 * tolerance,  # another order of summation rounds differently
     )
 
 
-def conjugate_gradients(
-    multiply: Callable[[Sequence[Tensor]], Blocks],
-    g: Sequence[Tensor],
-    precondition: Callable[[Sequence[Tensor]], Blocks] | None,
-    *,
-    tolerance: float,
-    max_iterations: int,
-) -> tuple[Blocks, int]:
-    """Preconditioned conjugate gradients from zero (Hestenes and Stiefel 1952).
+class _Identity:
+    """No preconditioner."""
 
-    Args:
-        multiply: v -> B v, symmetric positive (semi-)definite.
-        g: The right-hand side.
-        precondition: v -> M^-1 v, symmetric positive definite; the identity if left out.
-        tolerance: Stop at ||r|| <= tolerance ||g||.
-        max_iterations: Products with B at most.
-
-    Returns:
-        x and the number of products. Directions without curvature end the search: g then has a part outside B's range.
-    """
-    x = [block * 0.0 for block in g]
-    r = list(g)
-    target = tolerance * norm(g)
-    if norm(r) <= target:
-        return x, 0
-    y = r if precondition is None else precondition(r)
-    p = y
-    ry = dot(r, y)
-    for iteration in range(1, max_iterations + 1):
-        Bp = multiply(p)
-        curvature = dot(p, Bp)
-        if not curvature > 0.0:
-            return x, iteration
-        step = ry / curvature
-        x = axpy(step, p, x)
-        r = axpy(-step, Bp, r)
-        if norm(r) <= target:
-            return x, iteration
-        y = r if precondition is None else precondition(r)
-        ry, before = dot(r, y), ry
-        p = axpy(ry / before, p, y)
-    return x, max_iterations
+    def solve_into(self, blocks: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        torch._foreach_copy_(list(out), list(blocks))

@@ -16,14 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfacore.curvature.preconditioner import Preconditioner
+from kfacore.curvature.faults import examine
+from kfacore.curvature.joined import Joined
 from kfacore.lab.diagnostics.exact import ExactModel, dot, norm
 from kfacore.lab.diagnostics.natural import NaturalGradient
 from kfacore.roles.approx import Approximation
 from kfacore.roles.block import Block
 from kfacore.roles.inverse import Inverse
 from kfacore.roles.moment import Moment
-from kfacore.roles.samples import LayerSamples
+from kfacore.roles.samples import Samples
 from kfacore.schema.slots import PiRule
 
 __all__ = ["UpdateQuality", "gamma_grid", "inverses", "measure_update"]
@@ -76,36 +77,43 @@ def gamma_grid(gamma: float, decades: int = 3, per_decade: int = 2) -> list[floa
 def inverses(
     approx: Approximation,
     layers: Sequence[Block],
-    samples: Sequence[LayerSamples],
+    samples: Samples,
     gammas: Sequence[float],
     *,
     pi: PiRule = "layer",
+    pairs: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[tuple[float, Inverse]]:
     """The approximation's inverse at each gamma, one at a time: inverses of large nets fill the memory.
 
     Args:
-        approx: The approximation.
-        layers: The layers that the samples belong to.
+        approx: The approximation; blocks that it does not serve get built-in curvature, as in training.
+        layers: The blocks that the samples belong to.
         samples: What they saw; taken as one mini-batch.
         gammas: Strengths of the damping.
         pi: How gamma is split, see `kfacore.curvature.linalg.pi_of`.
+        pairs: Blocks (i, j) that are coupled, a forest; each block and the next if left out.
 
     Raises:
-        NumericalError: A factor could not be factorised; names the layer.
+        NumericalError: A factor could not be factorised, or a solution is not finite; names the block.
+        PluginError: The approximation raised what is no error of kfacore, or solved to what is no block; names both.
         UnsupportedModelError: The approximation refuses this net.
     """
-    like = samples[0].inputs
-    made = Preconditioner(approx, layers, like, decay=0.95)
-    made.update(samples)
+    like = next(s.gradients for s in samples if s is not None)
+    joined = Joined(approx, layers, pairs)
+    moments = joined.start(like)
+    moments.update(samples, 0.95)
     scalars = [torch.tensor(gamma, dtype=torch.float64, device=like.device) for gamma in gammas]
     if any(kind.refreshed is not Moment.refreshed for kind in approx.moments):
         # Averages kept in an inverse's coordinates (EKFAC) need one before they mean anything: the first round gives
         # the coordinates, the second one the averages in them.
-        made.use(approx.factorise(made.moments).damped(scalars[len(scalars) // 2], pi=pi))
-        made.update(samples)
-    factorisation = approx.factorise(made.moments)
+        moments.refreshed(joined.damped(joined.factorise(moments), scalars[len(scalars) // 2], pi))
+        moments.update(samples, 0.95)
+    factorisation = joined.factorise(moments)
     for gamma, scalar in zip(gammas, scalars, strict=True):
-        yield gamma, factorisation.damped(scalar, pi=pi)
+        inverse = joined.damped(factorisation, scalar, pi)
+        if gamma > 0:  # without damping a singular factor may make anything of ones
+            joined.try_out(inverse, like)
+        yield gamma, inverse
 
 
 def measure_update(
@@ -120,8 +128,14 @@ def measure_update(
         inverse: F-hat^-1.
         approx: Name for the result.
         gamma: Its damping, for the result.
+
+    Raises:
+        PluginError: The solution is no vector of blocks; names the approximation and the block.
+        NumericalError: It is not finite; likewise.
     """
-    update = [-block for block in inverse.solve(gradient)]
+    solved = inverse.solve(gradient)
+    examine([f"approx '{approx}'"] * len(exact.layers), exact.layers, solved, gradient)
+    update = [-block for block in solved]
     slope, bend = dot(gradient, update), exact.quadratic_form(update)
     alpha = -slope / bend if bend > 0 else 0.0
     lengths = norm(update) * norm(natural.blocks)

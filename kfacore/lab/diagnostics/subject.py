@@ -15,9 +15,7 @@ from kfacore.lab.training.batches import derive_seed
 from kfacore.lab.training.checkpoint import Checkpoint, load_checkpoint
 from kfacore.lab.training.run import RunFolder
 from kfacore.lab.training.setup import build_model
-from kfacore.network import Linearizer
 from kfacore.roles import Problem
-from kfacore.roles.likelihood import Likelihood
 from kfacore.roles.samples import mean_diagonal
 from kfacore.schema.slots import PiRule
 
@@ -136,9 +134,11 @@ def _subject(
     data = problem.load()
     likelihood = registry.build("likelihood", config.likelihood)
     inputs, targets = training_cases(data.train.inputs, data.train.targets, cases, config.seed)
-    found_lam, found_gamma = _damping(config, registry, checkpoint, model, likelihood, inputs, targets)
-    lam = found_lam if lam is None else lam
-    exact = ExactModel(model, likelihood, inputs, targets, weight_decay=config.weight_decay, lam=lam)
+    max_dim = 8192 if config.approx is None else config.approx.max_dim
+    with torch.random.fork_rng():  # one draw of what the model draws, the same in every inspection
+        torch.manual_seed(derive_seed(config.seed, "inspect draws"))
+        exact = ExactModel(model, likelihood, inputs, targets, weight_decay=config.weight_decay, max_dim=max_dim)
+    found_lam, found_gamma = _damping(config, registry, checkpoint, exact)
     gamma = found_gamma if gamma is None else gamma
     if not gamma > 0:
         raise ConfigError(f"gamma is {gamma:g}; inspecting needs one > 0 to start from, give --gamma")
@@ -146,7 +146,7 @@ def _subject(
         name=name,
         problem=str(config.problem.kind),
         step=0 if checkpoint is None else checkpoint.step,
-        exact=exact,
+        exact=exact.damped(found_lam if lam is None else lam),
         gamma=gamma,
         pi=config.damping.pi if config.damping is not None else "layer",
         seed=config.seed,
@@ -154,13 +154,7 @@ def _subject(
 
 
 def _damping(
-    config: RunConfig,
-    registry: Registry,
-    checkpoint: Checkpoint | None,
-    model: nn.Module,
-    likelihood: Likelihood,
-    inputs: Tensor,
-    targets: Tensor,
+    config: RunConfig, registry: Registry, checkpoint: Checkpoint | None, exact: ExactModel
 ) -> tuple[float, float]:
     """Lambda and gamma of the checkpoint, or the first ones of the configured damping."""
     # Optimizers without curvature have no damping of their own: the default one's first values serve.
@@ -171,7 +165,6 @@ def _damping(
         damping.load_state_dict(saved["damping"])
     else:
         estimator = registry.build("estimator", config.estimator if config.estimator is not None else "monte-carlo")
-        batch = Linearizer(model)(inputs, estimator.cases(len(inputs)))
-        generator = torch.Generator().manual_seed(config.seed)
-        damping.observe(mean_diagonal(batch.samples(estimator, targets, likelihood, generator)))
+        samples = exact.samples(estimator, torch.Generator().manual_seed(config.seed))
+        damping.observe(mean_diagonal(samples, exact.layers))
     return float(damping.lam), float(damping.gamma)
