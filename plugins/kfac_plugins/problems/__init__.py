@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
+from kfac_plugins.problems._files import from_the_root
+from kfac_plugins.problems.sequence_configs import COMPONENTS as SEQUENCES
 from kfacore.plugin import Component, ProblemConfig
 
 if TYPE_CHECKING:
@@ -119,9 +121,7 @@ class NpzConfig(ProblemConfig):
 
     def located(self) -> Self:
         """The file's name from the root if it is in the working folder."""
-        path = Path(self.file).expanduser()
-        named = str(path.absolute()) if self.file and path.is_file() else self.file
-        return super().located().model_copy(update={"file": named})
+        return super().located().model_copy(update={"file": from_the_root(self.file)})
 
     def data_status(self) -> DataStatus:
         """Whether the named file is there."""
@@ -166,5 +166,6 @@ COMPONENTS = (
         "kfac_plugins.problems.npz:Npz",
         "Your own arrays from an .npz file.",
     ),
+    *SEQUENCES,
 )
 """Manifests of this slot."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from kfac_plugins.problems._files import find_file
 from kfacore.errors import ConfigError, DataError
 from kfacore.lab.data.npz import read_npz
-from kfacore.lab.data.places import search_folders, user_cache
 from kfacore.lab.data.status import DataStatus
 
 if TYPE_CHECKING:
@@ -61,16 +61,7 @@ def find_npz(file: str, data_dir: str | None) -> Path:
         ConfigError: No file is named.
         DataError: It is in none of these folders.
     """
-    if not file:
-        raise ConfigError(_NO_FILE)
-    path = Path(file).expanduser()
-    # the cache is this program's own place, no place for the user's files
-    folders = [Path(), *(folder for folder in search_folders(data_dir) if folder != user_cache())]
-    for folder in folders:
-        if (folder / path).is_file():
-            return folder / path
-    places = "" if path.is_absolute() else f" in {', '.join(str(folder.absolute()) for folder in folders)}"
-    raise DataError(f"{path}: no such file{places}; name it with --set problem.file=FILE")
+    return find_file(file, data_dir, needed=_NO_FILE)
 
 
 def read_arrays(path: Path, task: Task | None, classes: int | None) -> Arrays:
