@@ -108,18 +108,19 @@ def evaluate(model: nn.Module, likelihood: Likelihood, split: Split, *, chunk: i
     return Measure(loss, error)
 
 
-class _Largest(TorchDispatchMode):
+class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Remembers the size of the largest tensor that any operation returns."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numbers: int = 0
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.numbers = max(self.numbers, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)), 0)
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.numbers = max(self.numbers, *sizes, 0)
         return result
 
 
@@ -134,7 +135,8 @@ def chunk_size(model: nn.Module, inputs: Tensor) -> int:
         return 1
     with _Largest() as largest:
         model(inputs[:1])
-    return max(1, min(CHUNK, NUMBERS // max(1, largest.numbers)))
+    fits: int = NUMBERS // max(1, largest.numbers)
+    return max(1, min(CHUNK, fits))
 
 
 def evaluate_all(
