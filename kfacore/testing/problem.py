@@ -185,4 +185,5 @@ class ProblemSuite(ComponentSuite):
             f"{suggested.__name__}.run_defaults must suggest a likelihood, for example "
             "{'likelihood': {'kind': 'bernoulli'}}"
         )
-        return resolve(get_registry(), flags={"problem": self.name})
+        options = {**self.options, **getattr(self, "_found", {})}
+        return resolve(get_registry(), flags={"problem": {"kind": self.name, **options}})

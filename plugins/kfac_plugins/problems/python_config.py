@@ -31,6 +31,8 @@ class PythonConfig(ProblemConfig):
         """The likelihood that the function returns, or that its targets suggest."""
         from kfac_plugins.problems.python import suggestions_of
 
+        if not self.target:  # `load` says that it is missing
+            return Suggestions(self.run_defaults)
         return suggestions_of(self)
 
     def located(self) -> Self:
