@@ -38,6 +38,7 @@ from kfacore.schema.slots import (
     ProblemConfig,
     SinkConfig,
     SlotConfig,
+    Suggestions,
     TrustConfig,
 )
 
@@ -57,6 +58,7 @@ __all__ = [
     "ProblemConfig",
     "SinkConfig",
     "SlotConfig",
+    "Suggestions",
     "TrustConfig",
     "hookimpl",
     "hookspec",

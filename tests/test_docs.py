@@ -322,6 +322,7 @@ def test_command_lines_parse_and_mean_something(words: list[str], mention: bool)
     registry = get_registry()
     if command == "train" and given["resume"] is None:
         flags = {name: given[name] for name in ("problem", "approx", "optimizer", "steps", "seed", "dtype")}
+        flags["problem"] = given["what"] or flags["problem"]
         resolve(registry, preset=given["preset"], files=given["config"] or (), flags=flags, sets=given["sets"] or ())
     elif command == "show" and given["what"] != "SLOT/NAME":
         slot, _, name = given["what"].partition("/")

@@ -416,7 +416,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         if self.preconditioner is not None:
             return self.preconditioner.joined
         infos = [layer.info for layer in self.linearizer.layers]
-        return Joined(self.approx, infos, self._pairs()) if infos else None
+        return Joined(self.approx, infos, nearest(self.linearizer.following)) if infos else None
 
     def _prepare(self) -> Preconditioner:
         """The preconditioner, made when the first forward pass has told the order of the layers."""

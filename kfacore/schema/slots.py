@@ -7,6 +7,7 @@ text.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
@@ -27,6 +28,7 @@ __all__ = [
     "ProblemConfig",
     "SinkConfig",
     "SlotConfig",
+    "Suggestions",
     "TrustConfig",
     "literals_of",
     "may_be_none",
@@ -166,14 +168,39 @@ class OptimizerConfig(SlotConfig):
     """Options of an optimizer."""
 
 
+@dataclass(frozen=True)
+class Suggestions:
+    """What a problem suggests for the rest of a run's configuration.
+
+    Attributes:
+        values: Keys and values as in a file, for example a likelihood and the sizes of mini-batches.
+        reason: One line for people where the likelihood was inferred from data; empty where the problem knows it.
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+
 class ProblemConfig(SlotConfig):
     """Options of a problem."""
 
     run_defaults: ClassVar[dict[str, Any]] = {}
-    """Configuration that this problem suggests (below presets and files), for example its likelihood and steps."""
+    """Configuration that this problem suggests, for example its likelihood and steps: below presets and files. Keys
+    that are no slots, such as sizes of mini-batches, are above the preset "default"."""
 
     data_dir: str | None = None
     """Folder of the data files; also the environment variable KFAC_DATA."""
+
+    def suggestions(self) -> Suggestions:
+        """What this problem suggests with these options: `run_defaults`, unless it looks at its data.
+
+        Called while a configuration is composed. Data that is missing or wrong is no matter here: `Problem.load` says
+        so.
+
+        Raises:
+            KfacError: Nothing can be suggested, and the run could not start.
+        """
+        return Suggestions(self.run_defaults)
 
     def located(self) -> Self:
         """The same with names of files and folders that do not depend on the working folder, for a run's own record."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from kfacore.errors import ConfigError, DataError
 from kfacore.lab.config.resolve import resolve
-from kfacore.lab.data.validation import check
+from kfacore.lab.training.setup import check_data
 from kfacore.network import Linearizer
 from kfacore.registry import get_registry
 from kfacore.roles.problem import Problem, ProblemData
@@ -70,17 +70,19 @@ class ProblemSuite(ComponentSuite):
         for name, split in (("train", data.train), ("test", data.test)):
             if split is None:
                 continue
-            assert split.inputs.dtype == torch.float32, f"{name} inputs are {split.inputs.dtype}, not float32"
+            kind = split.inputs.dtype
+            assert kind in (torch.float32, torch.int64), f"{name} inputs are {kind}, not float32 (or int64 tokens)"
             assert split.inputs.device.type == "cpu", f"{name} inputs are on {split.inputs.device}, not on the CPU"
             assert split.targets.device.type == "cpu", f"{name} targets are on {split.targets.device}, not on the CPU"
             if split.targets.is_floating_point():
                 assert split.targets.dtype == torch.float32, f"{name} targets are {split.targets.dtype}, not float32"
-        z = self.model(problem)(data.train.inputs[:_CASES])
-        assert z.dim() == 2, f"the model must return (cases, outputs), found shape {tuple(z.shape)}"
+        model = self.model(problem)
+        z = model(data.train.inputs[:_CASES])
+        assert z.dim() >= 2, f"the model must return (cases, outputs) or (cases, ..., outputs), found {tuple(z.shape)}"
         assert z.shape[0] == min(_CASES, len(data.train)), f"the model returns {z.shape[0]} rows"
         assert bool(torch.isfinite(z).all()), "the initial model's outputs are not finite"
         config = self._resolved()
-        check(data, get_registry().build("likelihood", config.likelihood), int(z.shape[1]))
+        check_data(model, get_registry().build("likelihood", config.likelihood), data)
 
     def test_task_and_targets_belong_together(self, tmp_path: Path) -> None:
         """An autoencoder's targets are its inputs, the same object; a classifier's are integers."""
@@ -183,4 +185,5 @@ class ProblemSuite(ComponentSuite):
             f"{suggested.__name__}.run_defaults must suggest a likelihood, for example "
             "{'likelihood': {'kind': 'bernoulli'}}"
         )
-        return resolve(get_registry(), flags={"problem": self.name})
+        options = {**self.options, **getattr(self, "_found", {})}
+        return resolve(get_registry(), flags={"problem": {"kind": self.name, **options}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -36,6 +37,11 @@ def test_a_slot_is_a_name_or_a_table(schema: dict[str, Any], slot: str) -> None:
     components = get_registry().components(slot)
     names, *tables = schema["properties"][slot]["anyOf"]
     assert names == {"type": "string", "enum": sorted(component.name for component in components)}
+    if slot == "problem":
+        *tables, words = tables
+        assert [bool(re.search(words["pattern"], word)) for word in ("a.npz", "a.csv", "m:f", "curves")] == [
+            True, True, True, False,
+        ]  # fmt: skip
     if slot == "sink":
         *tables, several = tables
         assert several == {"type": "array", "items": {"anyOf": [names, *tables]}}

@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from kfac_plugins.likelihoods.bernoulli import Bernoulli
-from kfacore.lab.training.evaluate import evaluate, evaluate_all, evaluation_due
+from kfac_plugins.likelihoods.gaussian import Gaussian
+from kfacore.lab.training.evaluate import (
+    CHUNK,
+    NUMBERS,
+    chunk_size,
+    evaluate,
+    evaluate_all,
+    evaluation_due,
+    spread,
+)
 from kfacore.roles import Split
 
 
@@ -63,3 +72,42 @@ def test_missing_sets_are_none(data):
 def test_when_evaluations_are_due(every, early, steps):
     last = steps[-1] if steps else 100
     assert [step for step in range(last + 1) if evaluation_due(step, every, early=early)] == steps
+
+
+def test_large_cases_go_in_smaller_chunks() -> None:
+    x = torch.zeros(10, 4)
+    assert chunk_size(nn.Linear(4, 3), x) == CHUNK
+    wide = nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1)), Widen(NUMBERS // 9 // 3))
+    assert chunk_size(wide, x) == 9
+    assert chunk_size(wide, x[:1]) == 1
+
+
+class Widen(nn.Module):
+    """Copies without memory."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.expand(-1, -1, self.width)
+
+
+def test_spread_takes_cases_at_equal_distances() -> None:
+    x = torch.arange(10.0)[:, None]
+    some = spread(Split(x, x), 4)
+    assert some.targets is some.inputs
+    assert some.inputs[:, 0].tolist() == [0.0, 2.0, 5.0, 7.0]
+    whole = Split(x, x + 1)
+    assert spread(whole, 10) is whole
+    assert spread(whole, None) is whole
+    assert spread(None, 3) is None
+    assert torch.equal(spread(whole, 3).targets, spread(whole, 3).inputs + 1)
+
+
+def test_evaluation_keeps_the_mode_of_each_part() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+    model[1].eval()
+    x = torch.rand(6, 4)
+    evaluate(model, Gaussian(), Split(x, x[:, :2]))
+    assert [part.training for part in model] == [True, False, True]

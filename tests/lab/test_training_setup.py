@@ -11,11 +11,13 @@ import torch
 from small_runs import small_config, write_data
 from torch import nn
 
+from kfac_plugins.likelihoods.categorical import Categorical
+from kfac_plugins.likelihoods.gaussian import Gaussian
 from kfacore.errors import ConfigError, DataError
 from kfacore.lab.config.resolve import resolve
-from kfacore.lab.training.setup import _outputs, build_model, build_parts, manifest, method_of, place, resolve_device
+from kfacore.lab.training.setup import build_model, build_parts, check_data, manifest, method_of, place, resolve_device
 from kfacore.registry import get_registry
-from kfacore.roles import Split
+from kfacore.roles import ProblemData, Split
 
 
 def parts_of(folder: Path, *more: str):
@@ -91,19 +93,42 @@ class Odd(nn.Module):
     ("model", "message"),
     [
         (nn.Linear(3, 2), r"the model does not take inputs of shape \(4,\)"),
-        (Odd(torch.ones(1, 2, 3)), r"must return natural parameters .* found shape \(1, 2, 3\)"),
+        (Odd(torch.ones(2, 3)), r"must return natural parameters .* found shape \(2, 3\) for one case"),
         (Odd((torch.ones(1, 2),)), "must return natural parameters .* found tuple"),
     ],
 )
 def test_models_that_do_not_fit_the_data(model: nn.Module, message: str) -> None:
     x = torch.rand(5, 4)
     with pytest.raises(DataError, match=message):
-        _outputs(model, Split(x, x))
+        check_data(model, Gaussian(), ProblemData(Split(x, x), None, "", "the test"))
 
 
-def test_outputs_are_counted() -> None:
-    x = torch.rand(5, 4)
-    assert _outputs(nn.Linear(4, 3), Split(x, x)) == 3
+class Positions(nn.Module):
+    """Three classes at each of two positions, and a batch norm that one case cannot have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.layer = nn.Linear(4, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z: torch.Tensor = self.layer(self.norm(x))
+        return z.view(-1, 2, 3)
+
+
+def test_targets_of_positions_are_checked_and_the_model_stays_as_it_was() -> None:
+    x, model = torch.rand(5, 4), Positions()
+    model.layer.eval()
+    good = torch.zeros(5, 2, dtype=torch.int64)
+    check_data(model, Categorical(), ProblemData(Split(x, good), None, "", "the test"))
+    assert (model.training, model.norm.training, model.layer.training) == (True, True, False)
+    assert int(model.norm.num_batches_tracked) == 0
+    bad = good.clone()
+    bad[3, 1] = 3
+    with pytest.raises(DataError, match=r"training targets \(the test, as rows, 2 positions a case\): .*case 7"):
+        check_data(model, Categorical(), ProblemData(Split(x, bad), None, "", "the test"))
+    with pytest.raises(DataError, match=r"outputs of shape \(1, 2, 3\) need class numbers of shape \(1, 2\)"):
+        check_data(model, Categorical(), ProblemData(Split(x, good[:, :1]), None, "", "the test"))
 
 
 def test_the_manifest_has_what_the_numbers_depend_on(tmp_path: Path) -> None:

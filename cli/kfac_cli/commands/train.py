@@ -42,11 +42,20 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def train(
+        what: Annotated[
+            str | None,
+            typer.Argument(
+                metavar="[DATA.npz | PROBLEM | MODULE:FUNCTION]",
+                help="The same as --problem: your arrays, a problem's name, or your own function (docs/command.md).",
+                autocompletion=_names("problem"),
+                show_default=False,
+            ),
+        ] = None,
         problem: Annotated[
             str | None,
             typer.Option(
                 metavar="NAME",
-                help="What to train: curves (default), mnist, npz (your arrays), ...; kfac list problem has all.",
+                help="What to train: curves (default), mnist, images, text, ...; kfac list problem has all.",
                 autocompletion=_names("problem"),
             ),
         ] = None,
@@ -113,8 +122,10 @@ def register(app: typer.Typer) -> None:
 
         Ctrl-C finishes the step, saves, and prints the command that continues; a second one stops at once.
         """
+        if what is not None and problem is not None:
+            raise ConfigError(f"--problem {problem}: the problem is named twice, also as {what}; leave one out")
         flags: dict[str, Any] = {
-            "problem": problem,
+            "problem": problem if what is None else what,
             "approx": approx,
             "damping": damping,
             "momentum": momentum,
@@ -127,6 +138,8 @@ def register(app: typer.Typer) -> None:
             "problem.data_dir": None if data_dir is None else str(data_dir),
         }
         run_config = _configure(flags, preset, config or [], sets or [], resume, out, init)
+        if resume is None:
+            _say_what_was_inferred(run_config)
         if dry_run:
             _dry_run(run_config, init, out, json=json)
         else:
@@ -154,6 +167,13 @@ def _configure(
     from kfacore.lab.training.resume import resume_config
 
     return resume_config(get_registry(), resume, flags={**flags, "preset": preset}, sets=sets, files=files)
+
+
+def _say_what_was_inferred(config: RunConfig) -> None:
+    """Where the likelihood was concluded from data, say so in one line."""
+    suggestions = config.problem.suggestions()
+    if suggestions.reason and suggestions.values["likelihood"]["kind"] == config.likelihood.kind:
+        typer.echo(suggestions.reason, err=True)
 
 
 def _train(config: RunConfig, *, out: Path | None, resume: Path | None, init: Path | None, json: bool) -> None:

@@ -1,12 +1,14 @@
 """From layers to one validated configuration.
 
 Precedence: component defaults < the problem's suggestions < preset < files in order < flags < ``--set``. The preset is
-applied first, wherever it is named.
+applied first, wherever it is named. What the preset "default" says of mini-batches, averaging and evaluation is what is
+best in general, and gives way to what a problem knows of itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from kfacore.lab.config.hints import elsewhere
 from kfacore.lab.config.run import PART_SLOTS, RunConfig, run_config_model
 from kfacore.lab.config.sources import (
     Layer,
+    Location,
     UnknownKeyError,
     deep_update,
     file_layer,
@@ -28,6 +31,7 @@ from kfacore.lab.config.sources import (
 from kfacore.plugin import SLOTS
 from kfacore.schema.explain import explain
 from kfacore.schema.presets import DEFAULT_PRESET, PRESETS
+from kfacore.schema.slots import ProblemConfig
 
 if TYPE_CHECKING:
     from kfacore.plugin import Component
@@ -117,8 +121,12 @@ def resolve_layers(registry: Registry, user: Sequence[Layer]) -> RunConfig:
         raise ConfigError(f"{where}: unknown preset '{name}', {nearest(str(name), PRESETS)}")
     defaults = table_layer({**SLOT_DEFAULTS, "preset": name}, "the built-in default", user=False)
     chosen = table_layer(PRESETS[name], f"{_PRESET} '{name}'", user=False)
-    problem = _component(registry, "problem", [defaults, chosen, *user])
-    return _compose(registry, [defaults, _suggestions(problem), chosen, *user])
+    suggested = _suggestions(registry, [defaults, chosen, *user])
+    below = [defaults, suggested, chosen]
+    if name == DEFAULT_PRESET:
+        own = {key: value for key, value in suggested.values.items() if key not in SLOTS}
+        below.append(table_layer(own, suggested.origin, user=False))
+    return _compose(registry, [*below, *user])
 
 
 def read_saved(registry: Registry, values: Mapping[str, Any]) -> RunConfig:
@@ -134,31 +142,49 @@ def _compose(registry: Registry, layers: Sequence[Layer]) -> RunConfig:
     optimizer = _component(registry, "optimizer", layers)
     unused = [slot for slot in PART_SLOTS if slot not in optimizer.uses]
     tree: dict[str, Any] = {}
-    origins: dict[tuple[int | str, ...], str] = {}
-    written: set[tuple[int | str, ...]] = set()
-    bound: set[tuple[int | str, ...]] = set()
+    laid = _Laid()
     for layer in layers:
         for key, value in layer.values.items():
             if key in unused:
                 _refuse_unused(key, layer, optimizer)
-                continue
-            if key in SLOTS and key != "sink":
-                _enter_slot(registry, key, tree, layer, origins, written, bound)
-                chooses = not layer.user and "kind" in value
-                for name in value:
-                    (bound.add if chooses else bound.discard)((key, name))
-            if isinstance(value, list):  # replaces the list of lower layers, whose origins must not answer for it
-                for location in [known for known in origins if known[0] == key]:
-                    del origins[location]
-            for location in _locations((key,), value):
-                origins[location] = layer.origin_of(location)
-                (written.add if layer.user else written.discard)(location)
-            deep_update(tree, {key: value})
-    _drop_foreign(registry, tree, origins)
-    return _validate(registry, tree, origins, optimizer)
+            else:
+                _lay(registry, tree, laid, layer, key, value)
+    _drop_foreign(registry, tree, laid.origins)
+    return _validate(registry, tree, laid.origins, optimizer)
 
 
-def _drop_foreign(registry: Registry, tree: dict[str, Any], origins: Mapping[tuple[int | str, ...], str]) -> None:
+@dataclass
+class _Laid:
+    """What is remembered while layers are laid over each other.
+
+    Attributes:
+        origins: Where the value of each location comes from.
+        written: Locations whose value is the user's.
+        bound: Locations whose value was given together with the kind, by a preset or a problem.
+    """
+
+    origins: dict[Location, str] = field(default_factory=dict)
+    written: set[Location] = field(default_factory=set)
+    bound: set[Location] = field(default_factory=set)
+
+
+def _lay(registry: Registry, tree: dict[str, Any], laid: _Laid, layer: Layer, key: str, value: Any) -> None:
+    """Lay one value of a layer over the tree."""
+    if key in SLOTS and key != "sink":
+        _enter_slot(registry, key, tree, layer, laid)
+        chooses = not layer.user and "kind" in value
+        for name in value:
+            (laid.bound.add if chooses else laid.bound.discard)((key, name))
+    if isinstance(value, list):  # replaces the list of lower layers, whose origins must not answer for it
+        for location in [known for known in laid.origins if known[0] == key]:
+            del laid.origins[location]
+    for location in _locations((key,), value):
+        laid.origins[location] = layer.origin_of(location)
+        (laid.written.add if layer.user else laid.written.discard)(location)
+    deep_update(tree, {key: value})
+
+
+def _drop_foreign(registry: Registry, tree: dict[str, Any], origins: Mapping[Location, str]) -> None:
     """A preset may have keys for several kinds of a slot: leave out those that the chosen kind does not have."""
     for slot in PART_SLOTS:
         table = tree.get(slot, {})
@@ -167,15 +193,7 @@ def _drop_foreign(registry: Registry, tree: dict[str, Any], origins: Mapping[tup
             del table[key]
 
 
-def _enter_slot(
-    registry: Registry,
-    slot: str,
-    tree: dict[str, Any],
-    layer: Layer,
-    origins: dict[tuple[int | str, ...], str],
-    written: set[tuple[int | str, ...]],
-    bound: set[tuple[int | str, ...]],
-) -> None:
+def _enter_slot(registry: Registry, slot: str, tree: dict[str, Any], layer: Layer, laid: _Laid) -> None:
     """Before a layer's table is laid over a slot: if it changes the kind, drop what the new kind does not have.
 
     And what was meant for the old kind: values that a preset or problem gave together with it, which are ``bound``.
@@ -192,21 +210,20 @@ def _enter_slot(
     before = registry.find(slot, current["kind"])
     for key in [key for key in current if key not in component.config.model_fields]:
         # A key that even the old kind does not have is a slip of the user's, and must not vanish with the old kind.
-        if (slot, key) in written and key not in before.config.model_fields:
+        if (slot, key) in laid.written and key not in before.config.model_fields:
             known = [name for name in component.config.model_fields if name != "kind"]
-            raise ConfigError(
-                f"{origin_of(origins, (slot, key))}: unknown key '{key}' in {slot} ('{kind}'), {nearest(key, known)}"
-            )
+            where = origin_of(laid.origins, (slot, key))
+            raise ConfigError(f"{where}: unknown key '{key}' in {slot} ('{kind}'), {nearest(key, known)}")
         del current[key]
-    for key in [key for key in current if key != "kind" and (slot, key) in bound]:
+    for key in [key for key in current if key != "kind" and (slot, key) in laid.bound]:
         del current[key]
-        bound.discard((slot, key))
+        laid.bound.discard((slot, key))
 
 
 def _validate(
     registry: Registry,
     tree: dict[str, Any],
-    origins: Mapping[tuple[int | str, ...], str],
+    origins: Mapping[Location, str],
     optimizer: Component,
 ) -> RunConfig:
     """Config objects for the slots, then the whole."""
@@ -235,8 +252,8 @@ def _slot_config(
     registry: Registry,
     slot: str,
     table: Mapping[str, Any],
-    location: tuple[int | str, ...],
-    origins: Mapping[tuple[int | str, ...], str],
+    location: Location,
+    origins: Mapping[Location, str],
 ) -> Any:
     """The config object of one component."""
     origin = origin_of(origins, (*location, "kind")) or origin_of(origins, location)
@@ -261,14 +278,28 @@ def _component(registry: Registry, slot: str, layers: Sequence[Layer]) -> Compon
     raise ConfigError(f"{layers[-1].origin}: {slot} is missing, {_names(registry, slot)}")
 
 
-def _suggestions(problem: Component) -> Layer:
+def _suggestions(registry: Registry, layers: Sequence[Layer]) -> Layer:
     """What the problem suggests; it may not choose other problems or presets."""
-    defaults: Mapping[str, Any] = getattr(problem.config, "run_defaults", {})
+    problem = _component(registry, "problem", layers)
+    values: Mapping[str, Any] = getattr(problem.config, "run_defaults", {})
+    if getattr(problem.config, "suggestions", None) not in (None, ProblemConfig.suggestions):  # it looks at its options
+        config = _compose_slot(registry, "problem", layers)
+        values = config.suggestions().values
     origin = f"suggestions of the problem '{problem.name}'"
     for key in ("problem", "preset"):
-        if key in defaults:
+        if key in values:
             raise ConfigError(f"{origin}: '{key}' cannot be suggested; this is a defect of the problem")
-    return table_layer(defaults, origin, user=False)
+    return table_layer(values, origin, user=False)
+
+
+def _compose_slot(registry: Registry, slot: str, layers: Sequence[Layer]) -> Any:
+    """The config object of one slot alone."""
+    tree: dict[str, Any] = {}
+    laid = _Laid()
+    for layer in layers:
+        if slot in layer.values:
+            _lay(registry, tree, laid, layer, slot, layer.values[slot])
+    return _slot_config(registry, slot, tree[slot], (slot,), laid.origins)
 
 
 def _refuse_unused(slot: str, layer: Layer, optimizer: Component) -> None:
@@ -297,7 +328,7 @@ def _names(registry: Registry, slot: str) -> str:
     return f"known: {', '.join(sorted(component.name for component in registry.components(slot)))}"
 
 
-def _locations(location: tuple[int | str, ...], value: Any) -> Iterable[tuple[int | str, ...]]:
+def _locations(location: Location, value: Any) -> Iterable[Location]:
     """A location and everything below it, tables and lists included."""
     yield location
     items: Iterable[tuple[int | str, Any]] = ()

@@ -90,6 +90,8 @@ class EvalConfig(Model):
     """Steps between two evaluations; 0 evaluates at the end only."""
     early: bool = True
     """Evaluate after steps 1, 2, 5, 10, 20, 50, ... below `every` as well, where the error falls fastest."""
+    cases: Count | None = None
+    """Training and test cases of an evaluation, evenly spread over each set; all of them if left out."""
 
 
 class CheckpointConfig(Model):

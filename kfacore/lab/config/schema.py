@@ -31,6 +31,8 @@ def run_config_schema(registry: Registry) -> dict[str, Any]:
         entry = properties[slot]
         tables = _tables(entry.pop("items") if slot == "sink" else entry)
         one: list[dict[str, Any]] = [{"type": "string", "enum": names}, *tables]
+        if slot == "problem":  # a file of arrays, or a function
+            one.append({"type": "string", "pattern": r"\.(npz|csv)$|^.+:.+$"})
         # Not oneOf: a table without kind fits several components.
         anyof = [*one, {"type": "array", "items": {"anyOf": one}}] if slot == "sink" else one
         properties[slot] = {"description": entry.get("description", ""), "anyOf": anyof}

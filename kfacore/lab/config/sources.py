@@ -18,17 +18,22 @@ if TYPE_CHECKING:
     from kfacore.registry import Registry
 
 __all__ = [
+    "DATA_FILES",
     "Layer",
     "UnknownKeyError",
     "file_layer",
     "flag_layer",
     "parse_value",
+    "problem_table",
     "read_table",
     "set_layer",
     "table_layer",
 ]
 
 Location = tuple[int | str, ...]
+
+DATA_FILES = (".npz", ".csv")
+"""How the names of files end that may stand for a problem."""
 
 
 class UnknownKeyError(ConfigError):
@@ -218,10 +223,24 @@ def parse_value(text: str, origin: str) -> Any:
     return parsed["value"]
 
 
+def problem_table(word: str) -> dict[str, Any]:
+    """What a problem's one word stands for: a file of arrays, a function ``module:function``, or a name.
+
+    A file needs a name that ends in .npz or .csv; a function may stand in a file too, ``folder/file.py:function``.
+    """
+    if word.lower().endswith(DATA_FILES):
+        return {"kind": "npz", "file": word}
+    if ":" in word:
+        return {"kind": "python", "target": word}
+    return {"kind": word}
+
+
 def _table(top: str, value: Any, where: str) -> Any:
     """The table (for ``sink`` also a list of tables) of a slot or section."""
     if isinstance(value, Mapping):
         return dict(value)
+    if top == "problem" and isinstance(value, str):
+        return problem_table(value)
     if top in RUN_SLOTS and isinstance(value, str):
         return {"kind": value}
     if top == "sink" and isinstance(value, list | tuple):

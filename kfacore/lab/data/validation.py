@@ -7,18 +7,25 @@ from typing import TYPE_CHECKING
 from kfacore.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
     from kfacore.roles import Likelihood, ProblemData, Split
 
 __all__ = ["check"]
 
 
-def check(data: ProblemData, likelihood: Likelihood, outputs: int) -> None:
+def check(
+    data: ProblemData, likelihood: Likelihood, outputs: int, rows: Callable[[Tensor], Tensor] | None = None
+) -> None:
     """Refuse data that cannot be trained or tested on.
 
     Args:
         data: The problem's data, on the CPU.
         likelihood: The likelihood, which knows what targets it takes.
-        outputs: The model's number of outputs, o.
+        outputs: The model's number of outputs, o; of one position, where outputs have positions.
+        rows: Targets as rows, one a position, for a model whose outputs have positions.
 
     Raises:
         DataError: A split without cases, NaN or infinite inputs, different numbers of inputs and targets, test
@@ -32,9 +39,11 @@ def check(data: ProblemData, likelihood: Likelihood, outputs: int) -> None:
                 f"test inputs ({data.source}): each case has shape {tuple(data.test.inputs.shape[1:])}, but training "
                 f"cases have {tuple(data.train.inputs.shape[1:])}; both must agree"
             )
-    likelihood.check_targets(data.train.targets, outputs, f"training targets ({data.source})")
-    if data.test is not None:
-        likelihood.check_targets(data.test.targets, outputs, f"test targets ({data.source})")
+    for name, split in (("training", data.train), ("test", data.test)):
+        if split is not None:
+            y = split.targets if rows is None else rows(split.targets)
+            said = "" if len(y) == len(split) else f", as rows, {len(y) // len(split)} positions a case"
+            likelihood.check_targets(y, outputs, f"{name} targets ({data.source}{said})")
 
 
 def _check_split(split: Split, name: str, source: str) -> None:
@@ -45,6 +54,8 @@ def _check_split(split: Split, name: str, source: str) -> None:
     if targets.ndim == 0 or targets.shape[0] != inputs.shape[0]:
         count = 0 if targets.ndim == 0 else targets.shape[0]
         raise DataError(f"{where}: {inputs.shape[0]} cases, but {count} targets; each case needs one")
+    if not inputs.is_floating_point():
+        return
     bad = ~inputs.isfinite().reshape(inputs.shape[0], -1).all(dim=1)
     if bool(bad.any()):
         count, first = int(bad.sum()), int(bad.nonzero()[0, 0])

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kfacore.optim.loss import Loss
 from kfacore.roles.likelihood import Likelihood
 from kfacore.roles.problem import Split
 
-__all__ = ["Measure", "evaluate", "evaluate_all", "evaluation_due"]
+__all__ = ["Measure", "chunk_size", "evaluate", "evaluate_all", "evaluation_due", "spread"]
 
 CHUNK = 5000
-"""Cases in one forward pass: bounds memory without costing speed."""
+"""Most cases in one forward pass: enough for speed."""
+
+NUMBERS = 2**25
+"""Most numbers in any one tensor of a forward pass, 128 MB in float32: fewer cases go at once where each is large."""
 
 
 def evaluation_due(step: int, every: int, *, early: bool) -> bool:
@@ -33,6 +39,24 @@ def evaluation_due(step: int, every: int, *, early: bool) -> bool:
     return step % every == 0 or (early and step < every and leading in ("1", "2", "5"))
 
 
+@overload
+def spread(split: Split, cases: int | None) -> Split: ...
+@overload
+def spread(split: Split | None, cases: int | None) -> Split | None: ...
+def spread(split: Split | None, cases: int | None) -> Split | None:
+    """So many cases at equal distances: data often lies sorted by class. All of them if there are no more.
+
+    Args:
+        split: The cases, if there are any.
+        cases: How many; None for all.
+    """
+    if split is None or cases is None or cases >= len(split):
+        return split
+    places = torch.arange(cases, device=split.inputs.device) * len(split) // cases
+    inputs = split.inputs.index_select(0, places)
+    return Split(inputs, inputs if split.targets is split.inputs else split.targets.index_select(0, places))
+
+
 @dataclass(frozen=True)
 class Measure:
     """What a model does on a data set.
@@ -48,24 +72,25 @@ class Measure:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, likelihood: Likelihood, split: Split, *, chunk: int = CHUNK) -> Measure:
+def evaluate(model: nn.Module, likelihood: Likelihood, split: Split, *, chunk: int | None = None) -> Measure:
     """Mean loss and error of a model, in evaluation mode and without gradients.
 
     Args:
         model: The model; its training mode is restored.
         likelihood: The likelihood.
         split: The cases, on the model's device.
-        chunk: Cases in one forward pass.
+        chunk: Cases in one forward pass; by default as many as `chunk_size` says.
 
     Returns:
         The two means; sums over chunks are kept in double precision. One synchronisation.
     """
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     measured = Loss(likelihood)
     total: Tensor | None = None
     divisors: Sequence[float | Tensor] = (0, 0)
     try:
+        chunk = chunk or chunk_size(model, split.inputs)
         for start in range(0, len(split), chunk):
             z = model(split.inputs[start : start + chunk])
             bound = measured.bind([z], split.targets[start : start + chunk])
@@ -73,13 +98,45 @@ def evaluate(model: nn.Module, likelihood: Likelihood, split: Split, *, chunk: i
             total = sums if total is None else total + sums
             divisors = [a + b for a, b in zip(divisors, (bound.total(), bound.counted), strict=True)]
     finally:
-        model.train(training)
+        for module in training:  # each as it was: a user may keep parts of a model in evaluation mode
+            module.training = True
     if total is None:
         return Measure(float("nan"), float("nan"))
     if measured.per == "batch":  # a sum, over the whole set
         divisors = (1, divisors[1])
     loss, error = torch.stack([value / by for value, by in zip(total, divisors, strict=True)]).tolist()
     return Measure(loss, error)
+
+
+class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
+    """Remembers the size of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numbers: int = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.numbers = max(self.numbers, *sizes, 0)
+        return result
+
+
+def chunk_size(model: nn.Module, inputs: Tensor) -> int:
+    """Cases in one forward pass, `CHUNK` unless the largest tensor on the way would have more than `NUMBERS` numbers.
+
+    Args:
+        model: The model, in evaluation mode: one case is sent through it.
+        inputs: The cases.
+    """
+    if len(inputs) <= 1:
+        return 1
+    with _Largest() as largest:
+        model(inputs[:1])
+    fits: int = NUMBERS // max(1, largest.numbers)
+    return max(1, min(CHUNK, fits))
 
 
 def evaluate_all(

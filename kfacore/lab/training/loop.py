@@ -16,7 +16,7 @@ import torch
 from kfacore.errors import ConfigError, DataError, NumericalError, ResourceError
 from kfacore.lab.training.batches import BatchSampler, BatchSchedule
 from kfacore.lab.training.checkpoint import Best, Checkpoint, load_checkpoint, save_best, save_checkpoint
-from kfacore.lab.training.evaluate import evaluate_all, evaluation_due
+from kfacore.lab.training.evaluate import evaluate_all, evaluation_due, spread
 from kfacore.lab.training.files import disk_errors, tracebacks
 from kfacore.lab.training.notices import NoticeLog
 from kfacore.lab.training.outcome import Losses
@@ -121,6 +121,7 @@ class _Run:
         self.measures: dict[str, float | None] = {}
         self.saved: int | None = None
         self.progress = Progress()
+        self._evaluated_on = spread(parts.train, config.eval.cases), spread(parts.test, config.eval.cases)
         self._kept: tuple[int, int | None] | None = None
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -248,7 +249,7 @@ class _Run:
     def _evaluate(self) -> None:
         parts = self.parts
         averaged = None if parts.average is None else parts.average.model
-        self.measures = evaluate_all(parts.model, averaged, parts.likelihood, parts.train, parts.test)
+        self.measures = evaluate_all(parts.model, averaged, parts.likelihood, *self._evaluated_on)
         self.evaluated = self.step
         self._emit({"event": "eval", "step": self.step, **self.measures, "seconds": self.seconds})
         loss = self.measures["train_loss"]

@@ -31,6 +31,7 @@ _FREE = (
     ("checkpoint",),
     ("problem", "data_dir"),
     ("problem", "file"),
+    ("problem", "folder"),
 )
 """Keys that say how long, where and how often, but not what is computed: data is known by its checksum."""
 

@@ -18,6 +18,7 @@ from kfacore.lab.data import check
 from kfacore.lab.training.averaging import IterateAverage
 from kfacore.lab.training.batches import derive_seed
 from kfacore.lab.training.init import load_parameters
+from kfacore.optim.layout import find_layout
 from kfacore.roles import Likelihood, Optimizer, Problem, ProblemData, Split
 
 if TYPE_CHECKING:
@@ -195,10 +196,14 @@ def check_data(model: nn.Module, likelihood: Likelihood, data: ProblemData) -> N
         DataError: The message says what does not fit.
         ConfigError: An option of the likelihood does not fit the model's outputs.
     """
-    outputs = _outputs(model, data.train)
-    check(data, likelihood, outputs)
+    z = _first_outputs(model, data.train)
     y = data.train.targets[:1]
-    likelihood.terms(y if y.is_floating_point() else y.long(), outputs, torch.zeros(1, outputs))
+    layout, _ = find_layout(
+        z, y, None, prefer_second=likelihood.class_second, where=f"training targets ({data.source})"
+    )
+    check(data, likelihood, layout.outputs, layout.target_rows if layout.positions or layout.scalar else None)
+    y = layout.target_rows(y)
+    likelihood.terms(y if y.is_floating_point() else y.long(), layout.outputs, torch.zeros(len(y), layout.outputs))
 
 
 def build_optimizer(config: RunConfig, registry: Registry, model: nn.Module, likelihood: Likelihood) -> Optimizer:
@@ -230,18 +235,26 @@ def place(split: Split, device: torch.device, dtype: torch.dtype) -> Split:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, split: Split) -> int:
-    """The number of outputs, from a forward pass of one case."""
+def _first_outputs(model: nn.Module, split: Split) -> Tensor:  # (1, ..., o), (1, o, ...) or (1,)
+    """What the model returns for one case. In evaluation mode: one case is no batch to normalise, and draws nothing."""
     shape = tuple(split.inputs.shape)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
         z = model(split.inputs[:1])
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"the model does not take inputs of shape {shape[1:]}: {reason}") from error
-    if not isinstance(z, Tensor) or z.dim() != 2:
-        found = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
-        raise DataError(f"the model must return natural parameters of shape (cases, outputs), found {found}")
-    return int(z.shape[1])
+    finally:
+        for module in training:
+            module.training = True
+    if not isinstance(z, Tensor) or z.dim() < 1 or len(z) != 1:
+        found = f"shape {tuple(z.shape)} for one case" if isinstance(z, Tensor) else type(z).__name__
+        raise DataError(
+            f"the model must return natural parameters of shape (cases, outputs), or (cases, positions, outputs), "
+            f"found {found}"
+        )
+    return z
 
 
 def _cpu() -> str:

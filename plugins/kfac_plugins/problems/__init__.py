@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from kfacore.plugin import Component, ProblemConfig
+from kfac_plugins.problems._files import from_the_root
+from kfac_plugins.problems.image_configs import COMPONENTS as IMAGES
+from kfac_plugins.problems.python_config import COMPONENTS as PYTHON
+from kfac_plugins.problems.sequence_configs import COMPONENTS as SEQUENCES
+from kfacore.errors import KfacError
+from kfacore.plugin import Component, ProblemConfig, Suggestions
 
 if TYPE_CHECKING:
     from kfacore.lab.data.status import DataStatus, Progress
@@ -103,7 +108,8 @@ class NpzConfig(ProblemConfig):
     kind: Literal["npz"] = "npz"
     """Name of the implementation."""
     file: str = ""
-    """The .npz file; a relative name is looked for in the working folder, then in data_dir and KFAC_DATA."""
+    """The .npz file, or a .csv file whose last column is the target; a relative name is looked for in the working
+    folder, then in data_dir and KFAC_DATA."""
     sizes: tuple[Width, ...] = (100, 50, 100)
     """Widths of the hidden layers; input and output widths come from the data."""
     hidden: Literal["logistic", "tanh", "relu"] = "logistic"
@@ -117,11 +123,19 @@ class NpzConfig(ProblemConfig):
     """Number of classes of a classifier; by default the largest training label plus one, which must not be far above
     the number of distinct labels."""
 
+    def suggestions(self) -> Suggestions:
+        """The likelihood that the targets suggest by their values, if the file is there."""
+        from kfac_plugins.problems.npz_file import find_npz, suggested_likelihood
+
+        try:
+            kind, reason = suggested_likelihood(find_npz(self.file, self.data_dir), self.task)
+        except KfacError:  # `load` says what is wrong
+            return Suggestions(self.run_defaults)
+        return Suggestions({"likelihood": {"kind": kind}}, reason)
+
     def located(self) -> Self:
         """The file's name from the root if it is in the working folder."""
-        path = Path(self.file).expanduser()
-        named = str(path.absolute()) if self.file and path.is_file() else self.file
-        return super().located().model_copy(update={"file": named})
+        return super().located().model_copy(update={"file": from_the_root(self.file)})
 
     def data_status(self) -> DataStatus:
         """Whether the named file is there."""
@@ -166,5 +180,8 @@ COMPONENTS = (
         "kfac_plugins.problems.npz:Npz",
         "Your own arrays from an .npz file.",
     ),
+    *SEQUENCES,
+    *IMAGES,
+    *PYTHON,
 )
 """Manifests of this slot."""

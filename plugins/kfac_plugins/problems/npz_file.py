@@ -1,4 +1,4 @@
-"""A user's own .npz file: finding it and checking its arrays. Imports no torch."""
+"""A user's own .npz or .csv file: finding it and checking its arrays. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,25 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from kfac_plugins.problems._files import find_file
 from kfacore.errors import ConfigError, DataError
+from kfacore.lab.data.infer import FEW_CLASSES, are_classes, likelihood_of
 from kfacore.lab.data.npz import read_npz
-from kfacore.lab.data.places import search_folders, user_cache
 from kfacore.lab.data.status import DataStatus
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Arrays", "Task", "find_npz", "npz_status", "read_arrays"]
+__all__ = ["Arrays", "Task", "find_npz", "labels_of", "npz_status", "read_arrays", "read_csv", "suggested_likelihood"]
 
 Task = Literal["autoencoder", "classifier", "regression"]
 
 _WHAT = "your own arrays: x_train, and y_train, x_test, y_test as needed"
 _LARGEST = 2**62
 """No class number is larger; unsigned ones may be beyond int64."""
-
-_FEW_CLASSES = 20
-"""Up to so many classes may be guessed from the largest label, however few of them occur."""
 
 _NO_FILE = "the problem 'npz' needs a file: --set problem.file=data.npz"
 
@@ -61,16 +59,7 @@ def find_npz(file: str, data_dir: str | None) -> Path:
         ConfigError: No file is named.
         DataError: It is in none of these folders.
     """
-    if not file:
-        raise ConfigError(_NO_FILE)
-    path = Path(file).expanduser()
-    # the cache is this program's own place, no place for the user's files
-    folders = [Path(), *(folder for folder in search_folders(data_dir) if folder != user_cache())]
-    for folder in folders:
-        if (folder / path).is_file():
-            return folder / path
-    places = "" if path.is_absolute() else f" in {', '.join(str(folder.absolute()) for folder in folders)}"
-    raise DataError(f"{path}: no such file{places}; name it with --set problem.file=FILE")
+    return find_file(file, data_dir, needed=_NO_FILE)
 
 
 def read_arrays(path: Path, task: Task | None, classes: int | None) -> Arrays:
@@ -85,7 +74,10 @@ def read_arrays(path: Path, task: Task | None, classes: int | None) -> Arrays:
         DataError: An array is missing, empty, not numeric, not finite, of the wrong shape or dtype, counts do not
             match, or a label is out of range or no class number at all.
     """
-    raw = read_npz(path, required=("x_train",), optional=("y_train", "x_test", "y_test"))
+    if path.suffix.lower() == ".csv":
+        raw = read_csv(path)
+    else:
+        raw = read_npz(path, required=("x_train",), optional=("y_train", "x_test", "y_test"))
     _check_pairs(raw, path)
     task = task or _infer(raw)
     if task != "autoencoder" and "y_train" not in raw:
@@ -112,6 +104,69 @@ def read_arrays(path: Path, task: Task | None, classes: int | None) -> Arrays:
     return Arrays(task, raw["x_train"].shape[1:], x_train, y_train, x_test, y_test, outputs, path)
 
 
+def suggested_likelihood(path: Path, task: Task | None) -> tuple[str, str]:
+    """The likelihood that the file's training targets suggest, and one line that says why.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    import numpy as np
+
+    name = "y_train" if task != "autoencoder" else "x_train"
+    raw = read_csv(path) if path.suffix.lower() == ".csv" else read_npz(path, optional=(name,))
+    if name not in raw and task is None:  # an autoencoder
+        name = "x_train"
+        raw = read_npz(path, optional=(name,))
+    if name not in raw:
+        return "gaussian", ""
+    y = raw[name]
+    if (task or _infer({"y_train": y} if name == "y_train" else {})) == "classifier":
+        kind, why = "categorical", f"integers, {len(np.unique(y))} distinct ones"
+    elif y.dtype.kind in "uib":
+        kind, why = likelihood_of(y.astype(np.float32))
+    else:
+        kind, why = likelihood_of(y)
+    return kind, f"{path}: {name} holds {why}, so the likelihood is {kind} (--set likelihood=NAME chooses another)"
+
+
+def read_csv(path: Path) -> dict[str, NDArray[Any]]:
+    """``x_train`` and ``y_train`` from a table of numbers separated by commas; the last column is the target.
+
+    A first line with words is skipped. A last column of whole numbers that look like class numbers is read as classes.
+
+    Raises:
+        DataError: It is no such table.
+    """
+    import numpy as np
+
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            header = not all(_is_number(word) for word in file.readline().split(","))
+            table = np.loadtxt(file if header else path, delimiter=",", ndmin=2, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+        raise DataError(
+            f"{path}: not a table of numbers separated by commas ({error}); leave out columns of words, or store "
+            "arrays with numpy.savez"
+        ) from error
+    if table.shape[0] < 1 or table.shape[1] < 2:
+        raise DataError(
+            f"{path}: has {table.shape[0]} rows and {table.shape[1]} columns; needed are inputs and a target"
+        )
+    x, y = table[:, :-1], table[:, -1]
+    whole = bool((y == np.rint(y)).all()) and bool(np.isfinite(y).all()) and np.abs(y).max() < 2**53
+    if whole and are_classes(y.astype(np.int64)):
+        y = y.astype(np.int64)
+    return {"x_train": x, "y_train": y}
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 def npz_status(file: str, data_dir: str | None) -> DataStatus:
     """Whether the named file is there, for ``kfac data list``."""
     if not file:
@@ -121,6 +176,17 @@ def npz_status(file: str, data_dir: str | None) -> DataStatus:
     except DataError as error:
         return DataStatus(_WHAT, "missing", advice=str(error))
     return DataStatus(_WHAT, "unverified", (path,), DataStatus.size_of([path]))
+
+
+def labels_of(array: NDArray[Any], where: str) -> NDArray[np.int64]:
+    """Class numbers from 0 on, (N,) int64, most of them occurring.
+
+    Raises:
+        DataError: They are no integers, negative, or look like ids.
+    """
+    labels = _labels(array, where, None)
+    _count_classes(labels, where)
+    return labels
 
 
 def _check_pairs(raw: dict[str, NDArray[Any]], path: Path) -> None:
@@ -156,7 +222,7 @@ def _count_classes(labels: NDArray[np.int64], where: str) -> int:
     import numpy as np
 
     classes, distinct = int(labels.max()) + 1, len(np.unique(labels))
-    if classes > max(_FEW_CLASSES, 2 * distinct):
+    if classes > max(FEW_CLASSES, 2 * distinct):
         raise DataError(
             f"{where} holds {distinct} distinct class numbers, the largest {classes - 1}: most of {classes:,} classes "
             "would be empty. If they are ids, renumber them, for example with numpy.unique(y, return_inverse=True) on "
