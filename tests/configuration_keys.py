@@ -1,4 +1,4 @@
-"""The tables of docs/configuration.md, from the config models. ``python tests/configuration_keys.py`` writes them."""
+"""The tables of docs/reference/keys.md, from the config models. ``python tests/configuration_keys.py`` writes them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kfacore.registry import get_registry
 from kfacore.schema.describe import KeyHelp, describe
 from kfacore.schema.slots import Model
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "configuration.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "reference" / "keys.md"
 
 RUN, COMPONENTS = "## Keys of a run", "## Keys of the components"
 

@@ -28,8 +28,8 @@ from kfacore.registry import get_registry, reset_registry
 from kfacore.schema.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
-DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXAMPLE = ROOT / "docs" / "plugins.md"
+DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXAMPLE = ROOT / "docs" / "tutorials" / "your-plugin.md"
 
 NOT_RUN = re.compile(r"<!-- not run: .+ -->")
 """On the line before a Python block: why it is not run here."""
@@ -118,10 +118,10 @@ def test_links_resolve(document: Path) -> None:
 
 
 def test_a_broken_link_would_be_found() -> None:
-    text = "[a](no/such.md) [b](docs/method.md#no-such) [c](docs/method.md#notation) [d](https://example.org/)"
+    text = "[a](no/such.md) [b](docs/explanation/method.md#no-such) [c](docs/explanation/method.md#notation) [d](https://example.org/)"
     assert [entry.partition(":")[0] for entry in broken_links(ROOT / "README.md", text)] == [
         "no/such.md",
-        "docs/method.md#no-such",
+        "docs/explanation/method.md#no-such",
     ]
 
 
@@ -157,7 +157,7 @@ def test_the_two_commands_are_in_the_readme_and_the_makefile() -> None:
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plug-in of docs/plugins.md, written out file by file, built and installed: `source` and `site`."""
+    """The plug-in of docs/tutorials/your-plugin.md, written out file by file, built and installed: `source` and `site`."""
     folder = tmp_path_factory.mktemp("example")
     for block in blocks_of(EXAMPLE.read_text(encoding="utf-8")):
         if block.file is not None:
@@ -254,7 +254,7 @@ def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_python_is_found_where_it_is_expected() -> None:
-    assert {"README.md", "docs/quickstart.md", "docs/plugins.md"} <= {name_of(document) for document in WITH_PYTHON}
+    assert {"README.md", "docs/tutorials/first-run.md", "docs/tutorials/your-plugin.md"} <= {name_of(document) for document in WITH_PYTHON}
 
 
 def test_few_blocks_are_not_run() -> None:
@@ -342,7 +342,7 @@ def test_command_lines_are_found() -> None:
 
 @pytest.mark.parametrize("command", ["train", "report"])
 def test_the_flags_are_documented_and_exist(command: str) -> None:
-    text = (ROOT / "docs" / "command.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "howto" / "command.md").read_text(encoding="utf-8")
     section = text[text.index(f"## kfac {command}\n") :].partition("\n## ")[0]
     documented = {flag for row in re.findall(r"^\| (`-.*?) \|", section, re.MULTILINE) for flag in _flags(row)}
     group: Any = typer.main.get_command(app)
@@ -392,7 +392,7 @@ def test_a_key_too_many_or_too_few_would_be_found() -> None:
 
 
 def test_presets_are_documented() -> None:
-    assert {row[0].strip("`") for row in rows_of("configuration.md", under="## Presets")} == set(PRESETS)
+    assert {row[0].strip("`") for row in rows_of("howto/configuration.md", under="## Presets")} == set(PRESETS)
 
 
 @pytest.fixture(scope="module")
@@ -403,7 +403,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_events_have_the_documented_keys(finished: Path) -> None:
-    rows = rows_of("command.md", under="### Events")
+    rows = rows_of("howto/command.md", under="### Events")
     documented = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in rows}
     evaluation = {f"{prefix}{key}" for prefix in ("", "averaged_") for key in KEYS}
     documented["step"] -= {"notices", "increased", "rejected"}  # only where there are any
@@ -419,12 +419,12 @@ def test_events_have_the_documented_keys(finished: Path) -> None:
 
 
 def test_the_run_folder_has_the_documented_files(finished: Path) -> None:
-    documented = {row[0].strip("`").rstrip("/") for row in rows_of("command.md", under="### The run folder")}
+    documented = {row[0].strip("`").rstrip("/") for row in rows_of("howto/command.md", under="### The run folder")}
     assert {path.name for path in finished.iterdir()} == documented
 
 
 def test_errors_have_the_documented_exit_codes() -> None:
-    rows = rows_of("architecture.md", under="## Errors")
+    rows = rows_of("explanation/architecture.md", under="## Errors")
     errors = {name: value for name, value in vars(kfacore.errors).items() if isinstance(value, type)}
     known = {name: error.exit_code for name, error in errors.items() if name != "KfacError"}
     assert {row[0].strip("`"): int(row[1]) for row in rows} == known
