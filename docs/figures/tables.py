@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,5 +92,6 @@ def _word(value: Any) -> str:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # for `benchmarks`
     for document in DOCUMENTS:
         document.write_text(written(document.read_text(encoding="utf-8")), encoding="utf-8")
