@@ -26,6 +26,8 @@ exclude_patterns = ["examples", "figures"]
 html_theme = "furo"
 html_theme_options = {"navigation_with_keys": True}
 html_show_sourcelink = False
+html_show_copyright = False
+python_maximum_signature_line_length = 88
 html_copy_source = False
 
 myst_heading_anchors = 4  # links to headings work as they do where the repository is browsed

@@ -1,4 +1,4 @@
-"""The tables of the keys in docs/reference, from the config models. ``python tests/configuration_keys.py`` writes them."""
+"""The tables of keys in docs/reference, from the config models; ``python tests/configuration_keys.py`` writes them."""
 
 from __future__ import annotations
 

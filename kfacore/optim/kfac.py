@@ -51,7 +51,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
     r"""K-FAC with exact re-scaling, parameter-free momentum and adaptive damping.
 
     Each step minimises, on the plane of Delta = -F-hat^-1 grad h and the previous step, the quadratic model
-    1/2 delta^T (F + (lambda + eta) I) delta + grad h^T delta with the exact Fisher F, and always takes the minimum.
+    1/2 delta^T (F + (lambda + eta) I) delta + grad h^T delta with the exact Fisher F, and takes the minimum; the rule
+    of trust may undo the step.
 
     Args:
         model: Any module; outputs z of shape (n, ..., outputs), n examples.
