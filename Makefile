@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: install train test lint bench clean
+.PHONY: install train test lint bench docs clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,17 @@ lint: install
 # A file of tests stays in one process, which makes its shared fixtures once; more threads would only wait on each other.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+
+# Sphinx is not needed by `make test`; a test builds the docs too where it is there.
+docs: $(VENV)/.documented
+	$(BIN)/python docs/figures/tables.py
+	$(BIN)/python tests/configuration_keys.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+	@echo 'open build/docs/index.html'
+
+$(VENV)/.documented: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	touch $@
 
 bench: install
 	$(BIN)/python -m benchmarks all

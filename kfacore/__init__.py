@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kfacore.optim.options import KFACConfig
     from kfacore.roles.optimizer import StepReport
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "KFAC",

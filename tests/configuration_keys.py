@@ -1,9 +1,10 @@
-"""The tables of docs/configuration.md, from the config models. ``python tests/configuration_keys.py`` writes them."""
+"""The tables of keys in docs/reference, from the config models; ``python tests/configuration_keys.py`` writes them."""
 
 from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from kfacore.registry import get_registry
 from kfacore.schema.describe import KeyHelp, describe
 from kfacore.schema.slots import Model
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "configuration.md"
+REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
 
-RUN, COMPONENTS = "## Keys of a run", "## Keys of the components"
+DOCUMENTS = [REFERENCE / "keys.md", REFERENCE / "component-keys.md"]
+"""Pages with keys of a run, and with those of the components."""
+
+RUN, COMPONENTS = "## The keys", "## By slot"
 
 NOTES = {
     "sink": "A run may have several, each a `[[sink]]` table in a file. Plots, reports and studies need `jsonl`.",
@@ -57,7 +61,8 @@ def _slot(slot: str) -> Iterator[str]:
     registry = get_registry()
     own = [part for part in registry.components(slot) if registry.origin(part).distribution == "kfacore"]
     yield f"### {slot}\n"
-    yield f"Components: {', '.join(f'`{component.name}`' for component in own)}.\n"
+    names = f"Components: {', '.join(f'`{component.name}`' for component in own)}."
+    yield f"{textwrap.fill(names, 120, break_long_words=False, break_on_hyphens=False)}\n"
     if slot in NOTES:
         yield f"{NOTES[slot]}\n"
     rows = list(_rows(slot, own))
@@ -87,15 +92,18 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def written(text: str) -> str:
-    """A document with the tables under its two headings made anew."""
-    for heading, table in ((RUN, run_table()), (COMPONENTS, component_tables())):
+    """A document with the tables under these headings made anew, where it has one of them."""
+    if not any(f"\n{heading}\n" in text for heading in (RUN, COMPONENTS)):
+        raise ValueError(f"the document has no heading '{RUN}' or '{COMPONENTS}'")
+    for heading, table in ((RUN, run_table), (COMPONENTS, component_tables)):
         before, found, rest = text.partition(f"\n{heading}\n")
         if not found:
-            raise ValueError(f"the document has no heading '{heading}'")
+            continue
         after = re.split(r"^(?=## )", rest, maxsplit=1, flags=re.MULTILINE)[1:]
-        text = f"{before}\n{heading}\n\n{table}" + "".join(f"\n{part}" for part in after)
+        text = f"{before}\n{heading}\n\n{table()}" + "".join(f"\n{part}" for part in after)
     return text
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(written(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+    for document in DOCUMENTS:
+        document.write_text(written(document.read_text(encoding="utf-8")), encoding="utf-8")

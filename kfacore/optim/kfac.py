@@ -62,7 +62,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
     r"""K-FAC with exact re-scaling, parameter-free momentum and adaptive damping.
 
     Each step minimises, on the plane of Delta = -F-hat^-1 grad h and the previous step, the quadratic model
-    1/2 delta^T (F + (lambda + eta) I) delta + grad h^T delta with the exact Fisher F, and always takes the minimum.
+    1/2 delta^T (F + (lambda + eta) I) delta + grad h^T delta with the exact Fisher F, and takes the minimum; the rule
+    of trust may undo the step.
 
     Args:
         model: Any module; outputs z of shape (n, ..., outputs), n examples.
@@ -133,6 +134,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             raise ConfigError(f"autocast must be 'bfloat16' or left out, found {chosen['autocast']!r}")
         self._low = torch.bfloat16 if chosen["autocast"] else None
         self.loss = joint_or_loss(chosen["likelihood"])
+        if isinstance(self.loss, Joint) and output is not None:
+            raise ConfigError("output says where one head's z is; a Joint reads its heads by their own keys")
         self.approx = registry.build("approx", chosen["approx"])
         self.estimator = registry.build("estimator", chosen["estimator"])
         self.damping = registry.build("damping", chosen["damping"])

@@ -15,9 +15,9 @@ DEFAULT_PRESET = "default"
 """The preset of a run that names none."""
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The best this project knows; docs/default.md has the measurements. lambda_0 = 150 costs the published runs
-    # their first hundred steps (method, section 9): a share of the first batch's curvature is near 0.003 on the paper's
-    # problems, the best of 0.1 to 0.0003, and follows the scale of others.
+    # The best this project knows; docs/notes/2026-11-preset-default.md has the measurements. lambda_0 = 150 costs the
+    # published runs their first hundred steps (method, section 9): a share of the first batch's curvature is near 0.003
+    # on the paper's problems, the best of 0.1 to 0.0003, and follows the scale of others.
     # gamma = sqrt(lambda + eta) trains as well as a comparison of three, and needs one inverse where that needs three.
     # One pi for the whole net takes a tenth to a third off the error on CURVES for the same cases, on each of 4 seeds.
     # Early on the inverse ages fast, so it is refreshed whenever the steps have grown by two fifths; with a fifth the

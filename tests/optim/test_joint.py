@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kfac_plugins.estimators.empirical import Empirical
 from kfac_plugins.estimators.exact import Exact
 from kfac_plugins.estimators.monte_carlo import MonteCarlo
-from kfacore import Joint
+from kfacore import KFAC, Joint
 from kfacore.errors import ConfigError, DataError
 
 Float = torch.float64
@@ -107,3 +107,33 @@ def test_what_is_refused() -> None:
         Joint({"a": "gaussian"}, {"b": 1.0})
     with pytest.raises(ConfigError, match="heads are none"):
         Joint({})
+
+
+class TwoHeads(nn.Module):
+    """A body, classes at two positions, and a box."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 8), nn.Tanh())
+        self.classes, self.box = nn.Linear(8, 6), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.body(x)
+        return {"class": self.classes(h).view(-1, 2, 3), "box": self.box(h)}
+
+
+@pytest.mark.parametrize("trust", ["undo", "none"])
+def test_kfac_trains_several_heads(trust: str) -> None:
+    torch.manual_seed(0)
+    model = TwoHeads().double()
+    x, (_, y) = normal(40, 5), batch(40)
+    optimizer = KFAC(model, likelihood=joint(), approx="blockdiag", trust=trust, weight_decay=0.0)
+    before = float(objective(model(x), y).detach())
+    reports = [optimizer.step(x, y) for _ in range(10)]
+    assert float(reports[0].loss) == pytest.approx(before, rel=1e-12)
+    assert float(objective(model(x), y).detach()) < 0.8 * before
+
+
+def test_kfac_finds_the_heads_itself() -> None:
+    with pytest.raises(ConfigError, match="output says where one head's z is"):
+        KFAC(TwoHeads(), likelihood=joint(), output="box")

@@ -1,0 +1,97 @@
+"""The tables of README and docs that hold measured or configured numbers; none of them is typed.
+
+``python docs/figures/tables.py`` writes them, between the lines ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
+NAME is a JSON file in this folder, or one of `MADE`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kfacore.schema.presets import PRESETS
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ROBUST = ROOT / "benchmarks" / "results" / "robust.json"
+"""Runs of ``python -m benchmarks robust``, if they are in the repository: its table is empty without them."""
+
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
+
+
+def measured(file: Path) -> str:
+    """A file with ``columns`` and ``rows``, and perhaps the ``head`` of the first column; null is an empty cell."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    rows = ([name, *("" if cell is None else str(cell) for cell in cells)] for name, cells in data["rows"].items())
+    return table([data.get("head", ""), *data["columns"]], rows)
+
+
+def preset() -> str:
+    """Every value of the preset ``default``, beside that of ``paper``."""
+    paper = dict(_flat(PRESETS["paper"]))
+    pairs = ((key, value, paper.get(key, "")) for key, value in _flat(PRESETS["default"]) if not key.endswith(".kind"))
+    kinds = {"trust": (PRESETS["default"]["trust"]["kind"], PRESETS["paper"]["trust"]["kind"])}
+    rows = [[f"`{key}`", _word(theirs), _word(own)] for key, own, theirs in pairs]
+    rows += [[f"`{slot}`", theirs, own] for slot, (own, theirs) in kinds.items()]
+    return table(["key", "`paper`", "`default`"], rows)
+
+
+def robust(file: Path = ROBUST) -> str:
+    """K-FAC with nothing set against the others: on how many problems it keeps up, and on how many it is ahead."""
+    if not file.exists():
+        return ""
+    from benchmarks.robust.table import standing, summary
+
+    records: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["runs"]
+    rows = []
+    for contender in sorted({run["contender"] for run in records if run["contender"].startswith("kfac")}):
+        counts = summary(records, contender)
+        said = f"`{contender.partition(':')[2]}`: {counts['diverged']} of {counts['runs']} runs diverge"
+        for line in standing(records, contender):
+            close = next(key for key in line if key.startswith("<="))
+            cells = [line["problems"], line[close], line["< 1"], f"{line['median']:.2g}"]
+            rows.append([said, line[""].partition(" ")[2], *map(str, cells)])
+            said = ""
+    return table(["", "final loss over that of", "problems", "at most 1.5", "below 1", "median"], rows)
+
+
+MADE: dict[str, Callable[[], str]] = {"preset": preset, "robust": robust}
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("| --- ", "|---").replace("|--- |", "|---|")
+
+
+def written(text: str) -> str:
+    """A document with its tables made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        name = match[2]
+        return match[1] + (MADE[name]() if name in MADE else measured(HERE / f"{name}.json")) + match[3]
+
+    return MARKED.sub(made, text)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # for `benchmarks`
+    for document in DOCUMENTS:
+        document.write_text(written(document.read_text(encoding="utf-8")), encoding="utf-8")
