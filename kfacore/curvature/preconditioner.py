@@ -29,6 +29,10 @@ _FIRST_REFRESHES = 3
 """The first steps always refresh: their averages still change much (method, section 2, step 4)."""
 
 
+_CHEAP = 2e7
+"""Operations, a millisecond or two, below which a refresh costs what its calls cost: no share of anything."""
+
+
 class Preconditioner:
     """Running statistics and the approximate inverse made of them.
 
@@ -103,7 +107,7 @@ class Preconditioner:
         if self.inverse is None or self._hurried:
             return True
         share, cost = self.approx.config.refresh_share, self._background.operations
-        if share is None or cost is None:
+        if share is None or cost is None or cost < _CHEAP:
             return self._scheduled(step)
         self._owed = self._owed or self._scheduled(step)
         refreshes = self._refreshed + cost
@@ -259,7 +263,7 @@ class Preconditioner:
             "moments": self.moments.state_dict(),
             "inverse": None if self.inverse is None else self.inverse.state_dict(),
             "background": self._background.state_dict(),
-            "schedule": [self._hurried, self._owed, self._worked, self._refreshed],
+            "schedule": [self._hurried, self._owed, self._worked, self._refreshed, self._background.operations],
             "counts": dict(self.counts),
         }
 
@@ -269,5 +273,6 @@ class Preconditioner:
         saved = state["inverse"]
         self.inverse = None if saved is None else self._load(saved)
         self._background.load_state_dict(state["background"], self._load)
-        self._hurried, self._owed, self._worked, self._refreshed = state.get("schedule", (False, False, 0.0, 0.0))
+        schedule = state.get("schedule", (False, False, 0.0, 0.0, None))
+        self._hurried, self._owed, self._worked, self._refreshed, self._background.operations = schedule
         self.counts = Counter(state["counts"])

@@ -37,6 +37,15 @@ class Keeper:
             torch._foreach_copy_(self._copies, list(parameters))
         self.full = True
 
+    def state(self) -> list[Tensor] | None:
+        """The copy, copied; a run that goes on looks back as it would have."""
+        return [copy.clone() for copy in self._copies] if self.full else None
+
+    def load(self, state: Sequence[Tensor] | None, parameters: Sequence[Tensor]) -> None:
+        """Take up what `state` gave, on the device and in the dtype of the parameters."""
+        self.full = state is not None
+        self._copies = [s.to(p, copy=True) for s, p in zip(state or (), parameters, strict=self.full)]
+
     @contextmanager
     def swapped(self, parameters: Sequence[Tensor]) -> Iterator[None]:
         """For a while the copy in the parameters' place. Their graph stays valid: they are then what they were."""

@@ -327,7 +327,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         if at.adapts or at.asks:
             change = self._measure(at) - at.objective
             rho = torch.where(change > 0, -torch.inf, change / trial.value)
-            accepted = self.trust.accepts(at.objective, change)
+            accepted = accepted & self.trust.accepts(at.objective, change)
             if at.adapts:
                 self.damping.adapt(rho)
         self._predicted = trial.value
@@ -495,6 +495,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             "following": self.linearizer.following,
             "predicted": self._predicted,
             "trust": self.trust.state_dict(),
+            "before": self._keeper.state(),
         }
         return state
 
@@ -523,7 +524,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             self.generator.manual_seed(own["seed"] + self.steps)
         self._predicted = own.get("predicted", torch.full((), torch.nan)).to(self._predicted)
         self.trust.load_state_dict(own.get("trust", self.trust.state_dict()))
-        self._keeper = Keeper()
+        self._keeper.load(own.get("before"), self._parameters())
         if self.preconditioner is not None:
             self.preconditioner.discard()
         self.preconditioner = self._grad = self._delta = None

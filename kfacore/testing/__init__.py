@@ -29,6 +29,7 @@ from kfacore.testing.momentum import MomentumSuite
 from kfacore.testing.optimizer import OptimizerSuite
 from kfacore.testing.problem import ProblemSuite
 from kfacore.testing.sink import SinkSuite
+from kfacore.testing.trust import TrustSuite
 
 __all__ = [
     "ApproxCase",
@@ -43,5 +44,6 @@ __all__ = [
     "OptimizerSuite",
     "ProblemSuite",
     "SinkSuite",
+    "TrustSuite",
     "devices",
 ]

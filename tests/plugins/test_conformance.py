@@ -19,6 +19,7 @@ from kfacore.testing import (
     EstimatorSuite,
     LikelihoodSuite,
     MomentumSuite,
+    TrustSuite,
 )
 
 
@@ -182,10 +183,18 @@ class TestFixedMomentum(MomentumSuite):
     options: ClassVar[dict[str, Any]] = {"lr": 0.3, "mu": 0.9}
 
 
+class TestNoTrust(TrustSuite):
+    name = "none"
+
+
+class TestUndo(TrustSuite):
+    name = "undo"
+
+
 def test_no_built_in_is_left_out() -> None:
     suites = [value for value in globals().values() if isinstance(value, type) and issubclass(value, ComponentSuite)]
     tested = {(suite.slot, suite.name) for suite in suites if suite.__name__.startswith("Test")}
-    slots = ("approx", "likelihood", "estimator", "damping", "momentum")
+    slots = ("approx", "likelihood", "estimator", "damping", "momentum", "trust")
     built_in = {
         (slot, component.name)
         for slot in slots

@@ -1,0 +1,146 @@
+"""Steps that raise the objective are undone: the rule, and what the optimizer makes of it."""
+
+from __future__ import annotations
+
+import math
+
+import dense
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kfac_plugins.trust import UndoConfig
+from kfac_plugins.trust.undo import Undo
+from kfacore import KFAC, DataError
+
+Float = torch.float64
+
+
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=Float)
+
+
+def test_what_raises_the_objective_goes() -> None:
+    rule = Undo()
+    assert bool(rule.accepts(scalar(2.0), scalar(-1e-9)))
+    assert bool(rule.accepts(scalar(2.0), scalar(1e-6)))  # rounding of float32 losses
+    assert not bool(rule.accepts(scalar(2.0), scalar(1e-5)))
+
+
+def test_steps_are_asked_about_while_they_are_new() -> None:
+    rule = Undo(UndoConfig(settling=4))
+    assert [rule.asks(k) for k in (1, 4, 5, 30)] == [True, True, False, False]
+    rule.judged(28, False)
+    assert [rule.asks(k) for k in (29, 32, 33)] == [True, True, False]
+    rule.judged(40, True)
+    assert not rule.asks(41)
+
+
+def test_doubt_is_relative_to_the_last_ten() -> None:
+    rule = Undo()
+    assert not rule.doubts(1e9)  # nothing is known yet
+    assert rule.doubts(math.nan)
+    for _ in range(20):
+        rule.saw(4.0)
+    rule.saw(math.inf)  # not remembered
+    assert not rule.doubts(5.9)
+    assert rule.doubts(6.1)
+    assert rule.disowns(6.1, 5.0)
+    assert not rule.disowns(6.1, 5.5)
+
+
+def steep() -> tuple[KFAC, Tensor, Tensor]:
+    """A net on which a first lambda of nearly nothing sends the first step far away."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+    x = 5.0 * dense.randn(40, 4, seed=2)
+    damping = {"kind": "levenberg-marquardt", "lambda0": 1e-12, "gamma_rule": "tied"}
+    return KFAC(model, likelihood="categorical", damping=damping), x, x[:, :3].argmax(1)
+
+
+def test_the_first_lambda_is_tried() -> None:
+    optimizer, x, y = steep()
+    before = float(optimizer.step(x, y).objective)
+    assert bool(optimizer.step(x, y).objective < before)
+    optimizer, x, y = steep()
+    report = optimizer.step(x, y)
+    raised = float(optimizer.damping.lam) / 1e-12
+    assert report.undone > 0
+    assert bool(report.accepted)
+    assert raised == pytest.approx(10.0**report.undone, rel=1e-9)
+
+
+def test_an_undone_step_leaves_the_parameters_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, x, y = steep()
+    for _ in range(3):
+        optimizer.step(x, y)
+    monkeypatch.setattr(Undo, "accepts", lambda self, before, change: torch.zeros((), dtype=torch.bool))
+    before, lam = dense.theta(optimizer.model), float(optimizer.damping.lam)
+    report = optimizer.step(x, y)
+    assert not bool(report.accepted)
+    assert torch.equal(before, dense.theta(optimizer.model))
+    assert optimizer._delta is not None
+    assert not bool(optimizer._delta.flat.any())
+    assert float(optimizer.damping.lam) == pytest.approx(10.0 * lam, rel=1e-9)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_host_and_device_undo_alike(monkeypatch: pytest.MonkeyPatch, reads: bool) -> None:
+    """Where the host would wait in an ordinary step, the device puts the parameters back by itself."""
+    optimizer, x, y = steep()
+    optimizer.trust = Undo(UndoConfig(settling=1))
+    optimizer.step(x, y)
+    monkeypatch.setattr(KFAC, "_reads", staticmethod(lambda value: reads))
+    model = optimizer._model
+    monkeypatch.setattr(optimizer, "_model", lambda *given: tuple(part * math.nan for part in model(*given)))
+    before = dense.theta(optimizer.model)
+    report = optimizer.step(x, y)
+    assert not bool(report.accepted)
+    assert torch.equal(before, dense.theta(optimizer.model))
+    assert optimizer._delta is not None
+    assert not bool(optimizer._delta.flat.any())
+
+
+def test_a_step_that_harmed_is_undone_by_the_next_mini_batch() -> None:
+    optimizer, x, y = steep()
+    for _ in range(6):
+        optimizer.step(x, y)
+    good = dense.theta(optimizer.model)
+    optimizer.step(x, y)
+    with torch.no_grad():  # as if that step had gone wrong where its own mini-batch did not see it
+        for parameter in optimizer.model.parameters():
+            parameter.mul_(-3.0)
+    before = [view.clone() for view in optimizer._keeper._copies]
+    report = optimizer.step(x, y)
+    assert any("step 7 was undone" in notice for notice in report.notices)
+    assert torch.equal(torch.cat([view.flatten() for view in before]).sort().values, good.flatten().sort().values)
+    assert float(report.objective) < 1.0
+
+
+def test_not_a_number_in_the_data_never_reaches_the_parameters() -> None:
+    optimizer, x, y = steep()
+    for k in range(1, 30):
+        wrong = x.clone()
+        if k == 23:
+            wrong[3, 2] = math.nan
+            with pytest.raises(DataError, match="mini-batch of step 23"):
+                optimizer.step(wrong, y)
+            break
+        optimizer.step(wrong, y)
+    assert all(bool(parameter.isfinite().all()) for parameter in optimizer.model.parameters())
+
+
+def test_a_resumed_run_asks_and_doubts_as_before() -> None:
+    runs = []
+    for stop in (None, 7):
+        optimizer, x, y = steep()
+        for k in range(1, 16):
+            if k == stop:
+                saved, model = optimizer.state_dict(), optimizer.model.state_dict()
+                optimizer, x, y = steep()
+                optimizer.model.load_state_dict(model)
+                optimizer.load_state_dict(saved)
+            n = 20 + k
+            optimizer.step(x[:n], y[:n])
+        runs.append(dense.theta(optimizer.model))
+    assert torch.equal(*runs)
