@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from kfacore.errors import DataError, UnsupportedModelError
+from kfacore.errors import ConfigError, DataError, UnsupportedModelError, nearest
 from kfacore.nest import cases_of, map_nest, slice_cases, tensors_of
 from kfacore.network.blocks import ModelBlock, with_diagonals
 from kfacore.network.capture import Chunk, capture
@@ -348,7 +348,7 @@ class Linearizer:
         known = {layer.info.name for layer in self.layers}
         unknown = [name for name in self._reduce if name not in known]
         if unknown:
-            raise UnsupportedModelError(f"reduce names {', '.join(unknown)}; the blocks are {', '.join(sorted(known))}")
+            raise ConfigError(f"reduce names {', '.join(unknown)}, which is no block; {nearest(unknown[0], known)}")
 
     def _materialise(self, inputs: Any) -> None:
         """One throw-away pass that gives lazy modules their shapes; draws and buffers are put back."""

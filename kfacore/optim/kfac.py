@@ -122,6 +122,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             "seed": seed,
             "autocast": autocast,
             "unsupported": unsupported,
+            "output": output,
+            "reduce": reduce or None,
         }
         registry = get_registry()
         chosen = complete(registry, config, {key: value for key, value in given.items() if value is not None})
@@ -130,8 +132,6 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             raise ConfigError(f"weight_decay must be a number >= 0, found {eta!r}")
         if not isinstance(chosen["seed"], int) or isinstance(chosen["seed"], bool):
             raise ConfigError(f"seed must be an integer, found {chosen['seed']!r}")
-        if chosen["autocast"] not in (None, "bfloat16"):
-            raise ConfigError(f"autocast must be 'bfloat16' or left out, found {chosen['autocast']!r}")
         self._low = torch.bfloat16 if chosen["autocast"] else None
         self.loss = joint_or_loss(chosen["likelihood"])
         if isinstance(self.loss, Joint) and output is not None:
@@ -142,14 +142,13 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         self.momentum = registry.build("momentum", chosen["momentum"])
         self.trust = registry.build("trust", chosen["trust"])
 
+        self._model_options = {key: chosen[key] for key in ("unsupported", "output", "reduce")}
         self.linearizer = Linearizer(
             model,
             self.approx.structure,
             layers=registry.layers(),
             max_dim=_widest(model, self.approx.config.max_dim),
-            unsupported=chosen["unsupported"],
-            output=self.loss.pack if output is None and isinstance(self.loss, Joint) else output,
-            reduce=reduce,
+            **{**self._model_options, **({"output": self.loss.pack} if isinstance(self.loss, Joint) else {})},
             tangents=self.momentum.uses_model or self.damping.uses_model,
         )
         self.approx.check_layers([x.info for x in self.linearizer.layers if self.approx.serves(x.info)])
@@ -181,8 +180,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         seed: int,
     ) -> KFAC:
         """Build it for `kfac train`."""
-        autocast = config.autocast
-        return cls(model, likelihood=likelihood, weight_decay=weight_decay, seed=seed, autocast=autocast, **parts)
+        options = {key: getattr(config, key) for key in ("autocast", "unsupported", "output", "reduce")}
+        return cls(model, likelihood=likelihood, weight_decay=weight_decay, seed=seed, **options, **parts)
 
     @property
     def model(self) -> nn.Module:
@@ -559,6 +558,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             "weight_decay": self.weight_decay,
             "seed": self.generator.initial_seed(),
             "autocast": None if self._low is None else "bfloat16",
+            **self._model_options,
         }
         return _copied, (type(self), self.model, options, self.state_dict())
 

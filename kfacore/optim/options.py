@@ -16,6 +16,8 @@ from kfacore.schema.slots import (
     Model,
     MomentumConfig,
     TrustConfig,
+    literals_of,
+    may_be_none,
 )
 
 __all__ = ["KFACConfig", "complete"]
@@ -55,6 +57,11 @@ class KFACConfig(Model):
     parameters' dtype."""
     unsupported: Literal["serve", "error"] = "serve"
     """Models beyond Linear layers that are called once on one row an example: serve them, or refuse them by name."""
+    output: str | None = None
+    """Where z is in what the model returns; ``"logits"`` and the first tensor are found. `KFAC` itself takes a function
+    too."""
+    reduce: tuple[str, ...] = ()
+    """Names of blocks whose positions are pooled: their rows are summed over an example's positions first."""
 
 
 def complete(registry: Registry, config: KFACConfig | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,7 +90,29 @@ def complete(registry: Registry, config: KFACConfig | None, given: Mapping[str, 
         table = preset.get(slot, {})
         value = chosen[slot] if chosen[slot] is not None else {"kind": table.get("kind", _STANDARD.get(slot))}
         chosen[slot] = _filled(registry, slot, value, table)
+    _check_choices(chosen)
     return chosen
+
+
+def _check_choices(chosen: Mapping[str, Any]) -> None:
+    """What is one of a few words, and the two options that name parts of the model.
+
+    Raises:
+        ConfigError: The message has the nearest right word.
+    """
+    for key in ("autocast", "unsupported"):
+        annotation, value = KFACConfig.model_fields[key].annotation, chosen[key]
+        words = literals_of(annotation)
+        if value in words or (value is None and may_be_none(annotation)):
+            continue
+        allowed = " or ".join([*map(repr, words), *(["left out"] if may_be_none(annotation) else [])])
+        hint = f"; {nearest(value, words)}" if isinstance(value, str) and len(words) > 1 else ""
+        raise ConfigError(f"{key} must be {allowed}, found {value!r}{hint}")
+    output, reduce = chosen["output"], chosen["reduce"]
+    if not (output is None or isinstance(output, str) or callable(output)):
+        raise ConfigError(f"output must be a name or a function of what the model returns, found {output!r}")
+    if isinstance(reduce, str) or not all(isinstance(name, str) for name in reduce):
+        raise ConfigError(f"reduce must be a list of names of blocks, found {reduce!r}; for one block write ['name']")
 
 
 def _filled(registry: Registry, slot: str, value: Any, preset: Mapping[str, Any]) -> Any:

@@ -256,3 +256,10 @@ def test_vectors_hold_groups_and_any_kind() -> None:
     for p, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(p.detach(), old + 1.0)
     assert model.head.weight is model.emb.weight
+
+
+def test_a_tied_weight_of_many_words_keeps_a_diagonal() -> None:
+    small, wide = (find_layers(Language(), get_registry().layers(), limit)[0].info for limit in (7, 6))
+    assert (small.kind, small.output_side) == ("tied", Side.FULL)
+    assert (wide.kind, wide.output_side) == ("tied", Side.DIAGONAL)
+    assert "7 words are more than max_dim = 6" in wide.why

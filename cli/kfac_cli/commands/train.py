@@ -114,7 +114,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue the run in this folder.")] = None,
         dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Show the configuration, the layers and their memory; train nothing.")
+            bool, typer.Option("--dry-run", help="Show the configuration, each parameter and memory; train nothing.")
         ] = False,
         json: Annotated[bool, typer.Option("--json", help="Print every event as a line of JSON on stdout.")] = False,
     ) -> None:

@@ -137,7 +137,11 @@ def describe(config: RunConfig, registry: Registry, init: Path | None = None) ->
     size = dtype.itemsize
     if config.approx is None:
         return ModelTable(tuple(_plain_rows(model)), size)
-    layers = [layer.info for layer in find_layers(model, registry.layers(), config.approx.max_dim)]
+    if isinstance(optimizer, KFAC):
+        blocks = list(optimizer.linearizer.layers)
+    else:
+        blocks = find_layers(model, registry.layers(), config.approx.max_dim)
+    layers = [block.info for block in blocks]
     joined = Joined(registry.build("approx", config.approx), layers)
     factors = _factors(joined)
     rows = tuple(

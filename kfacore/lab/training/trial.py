@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from kfacore.nest import slice_cases
 from kfacore.optim.kfac import KFAC
+from kfacore.registry import get_registry
 
 __all__ = ["StepMemory", "step_memory"]
 
@@ -81,8 +82,11 @@ def step_memory(
 
 
 def _curve(build: Callable[[], KFAC], inputs: Any, targets: Tensor, examples: int) -> list[int]:
-    """Bytes in use after every allocation of the first step and of the busiest one, from zero."""
+    """Bytes in use after every allocation of the first step and of the busiest one."""
     optimizer = build()
+    # Whether a step is undone depends on the data, and would make two curves differ; what undoing takes is one copy.
+    kept = sum(p.numel() * p.element_size() for p in optimizer.linearizer.parameters) * optimizer.trust.looks_back
+    optimizer.trust = get_registry().build("trust", "none")
     device = optimizer.linearizer.parameters[0].device
     x, y = slice_cases(inputs, 0, examples), targets[:examples]
 
@@ -96,14 +100,14 @@ def _curve(build: Callable[[], KFAC], inputs: Any, targets: Tensor, examples: in
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         steps()
-        return [torch.cuda.max_memory_allocated(device) - before]
+        return [torch.cuda.max_memory_allocated(device) - before + kept]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         steps()
     found = profiler.profiler
     assert found is not None
     assert found.kineto_results is not None
     sizes = [event.nbytes() for event in found.kineto_results.events() if event.name() == "[memory]"]
-    return list(accumulate(sizes, initial=0))
+    return list(accumulate(sizes, initial=kept))
 
 
 def _busiest(optimizer: KFAC) -> int:

@@ -20,6 +20,12 @@ class KfacOptimizerConfig(OptimizerConfig):
     kind: Literal["kfac"] = "kfac"
     autocast: Literal["bfloat16"] | None = None
     """Mixed precision: dtype of the forward and backward passes; the algebra keeps the run's dtype."""
+    unsupported: Literal["serve", "error"] = "serve"
+    """Models beyond Linear layers that are called once on one row an example: serve them, or refuse them by name."""
+    output: str | None = None
+    """Name of z in what the model returns, where that is no tensor; "logits" and the first tensor are found."""
+    reduce: tuple[str, ...] = ()
+    """Blocks whose positions are pooled, by name: their rows are summed over an example's positions first."""
 
 
 class NesterovConfig(OptimizerConfig):
