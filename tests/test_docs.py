@@ -296,11 +296,11 @@ COMMANDS = [
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The TOML files of the docs in the working folder."""
+    """The files of the docs, TOML and Python, in the working folder."""
     monkeypatch.chdir(tmp_path)
     for document in DOCS:
         for block in blocks_of(document.read_text(encoding="utf-8")):
-            if block.language == "toml" and block.file is not None:
+            if block.language in ("toml", "python") and block.file is not None and "/" not in block.file:
                 (tmp_path / block.file).write_text(block.text, encoding="utf-8")
     return tmp_path
 

@@ -23,7 +23,8 @@ def spoiled(y: np.ndarray, value: float) -> np.ndarray:
 
 
 CASES: dict[str, tuple[dict[str, np.ndarray], tuple[str, ...], int]] = {
-    "class numbers, gaussian": ({"y_train": CLASSES}, (), 2),
+    "class numbers, gaussian": ({"y_train": CLASSES}, ("likelihood=gaussian",), 2),
+    "class numbers": ({"y_train": CLASSES}, (), 0),
     "class numbers, categorical": ({"y_train": CLASSES}, ("likelihood=categorical",), 0),
     "class numbers, bernoulli": ({"y_train": CLASSES}, ("likelihood=bernoulli",), 2),
     "prices": ({"y_train": 1000 * np.arange(60)}, (), 2),
@@ -111,3 +112,68 @@ def test_a_run_goes_on_with_its_data_elsewhere(kfac: Kfac, started: Path) -> Non
     code, _, message = kfac("train", "--resume", started, "--steps", "3")
     assert code == 2
     assert "the data has changed" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "arrays", "said", "likelihood"),
+    [
+        ("c.npz", {"y_train": CLASSES}, "y_train holds integers, 3 distinct ones, so the likelihood is", "categorical"),
+        (
+            "b.npz",
+            {"y_train": (X > 0).astype("float32")},
+            "y_train holds all 0 or 1, so the likelihood is",
+            "bernoulli",
+        ),
+        ("r.npz", {"y_train": X}, "y_train holds real numbers, so the likelihood is", "gaussian"),
+        ("a.npz", {}, "x_train holds real numbers, so the likelihood is", "gaussian"),
+        ("t.csv", None, "y_train holds integers, 3 distinct ones, so the likelihood is", "categorical"),
+    ],
+)
+def test_a_file_is_enough(
+    kfac: Kfac,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    arrays: dict[str, np.ndarray] | None,
+    said: str,
+    likelihood: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if arrays is None:
+        np.savetxt(name, np.c_[X, CLASSES], delimiter=",", header="a,b,c,d,e,kind", comments="")
+    else:
+        np.savez(name, x_train=X, **arrays)
+    code, out, err = kfac("train", name, "--dry-run")
+    assert code == 0, err
+    assert f"{said} {likelihood} (--set likelihood=NAME chooses another)" in err
+    assert f'likelihood = {{ kind = "{likelihood}"' in out
+    if likelihood == "bernoulli":
+        code, _, err = kfac("train", name, "--dry-run", "--set", "likelihood=gaussian")
+        assert (code, err) == (0, "")
+
+
+def test_a_function_trains_and_goes_on_from_another_folder(
+    kfac: Kfac, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here" / "own_net_of_the_test.py").write_text(
+        "import torch\nfrom torch import nn\n\n"
+        "def problem(width=3):\n"
+        "    x = torch.randn(40, 5)\n"
+        "    return nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 2)), (x, (x[:, 0] > 0).long())\n"
+        "\ndef broken():\n    return undefined\n"
+    )
+    monkeypatch.chdir(tmp_path / "here")
+    flags = ("--steps", "2", "--out", "run", "--set", "problem.arguments.width=4")
+    code, _, err = kfac("train", "own_net_of_the_test:problem", *flags)
+    assert code == 0, err
+    assert "the targets are integers, 2 distinct ones, so the likelihood is categorical" in err
+    monkeypatch.chdir(tmp_path / "there")
+    code, _, err = kfac("train", "--resume", str(tmp_path / "here" / "run"), "--steps", "3")
+    assert code == 0, err
+    monkeypatch.chdir(tmp_path / "here")
+    code, out, err = kfac("train", "own_net_of_the_test.py:broken")
+    assert (code, out) == (2, "")
+    assert "own_net_of_the_test.py, line 9, in broken: NameError: name 'undefined' is not defined" in err
+    assert "Traceback" not in err

@@ -81,7 +81,7 @@ def test_list_as_json(kfac: Run, mirror: Path) -> None:
     code, out, err = kfac("data", "list", "--data-dir", str(mirror), "--json")
     assert (code, err) == (0, "")
     found = {entry["problem"]: entry for entry in json.loads(out)}
-    assert sorted(found) == ["curves", "faces", "mnist", "mnist16-classifier", "npz"]
+    assert " ".join(sorted(found)) == "curves faces images mnist mnist16-classifier npz python shakespeare text"
     assert found["curves"]["state"] == "generated"
     assert found["faces"] == {**found["faces"], "state": "missing", "files": [], "bytes": None}
     assert found["mnist"]["state"] == "verified"
@@ -127,7 +127,7 @@ def test_fetch_shows_a_counting_line_on_terminals(kfac: Run, mirror: Path, monke
     ("arguments", "code", "message"),
     [
         (("fetch", "mnits"), 2, "did you mean 'mnist'"),
-        (("fetch", "curves"), 2, "problems that have: mnist, faces, mnist16-classifier"),
+        (("fetch", "curves"), 2, "problems that have: mnist, faces, mnist16-classifier, shakespeare"),
         (("fetch", "mnist", "--mirror", "http://127.0.0.1:9"), 1, "is there a network"),
         (("fetch", "faces", "--mirror", "http://127.0.0.1:9"), 2, "leave out --mirror"),
         (("list", "--data-dir", "nowhere"), 2, "data folder nowhere does not exist"),

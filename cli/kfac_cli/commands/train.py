@@ -122,10 +122,8 @@ def register(app: typer.Typer) -> None:
 
         Ctrl-C finishes the step, saves, and prints the command that continues; a second one stops at once.
         """
-        if what is not None and problem is not None:
-            raise ConfigError(f"--problem {problem}: the problem is named twice, also as {what}; leave one out")
         flags: dict[str, Any] = {
-            "problem": problem if what is None else what,
+            "problem": _problem(what, problem),
             "approx": approx,
             "damping": damping,
             "momentum": momentum,
@@ -167,6 +165,24 @@ def _configure(
     from kfacore.lab.training.resume import resume_config
 
     return resume_config(get_registry(), resume, flags={**flags, "preset": preset}, sets=sets, files=files)
+
+
+def _problem(what: str | None, problem: str | None) -> str | None:
+    """The problem, named with or without ``--problem``.
+
+    Raises:
+        ConfigError: It is named twice, or the bare word belongs to an option.
+    """
+    if what is None:
+        return problem
+    if problem is not None:
+        raise ConfigError(f"--problem {problem}: the problem is named twice, also as {what}; leave one out")
+    registry = get_registry()
+    if not any(component.name == what for component in registry.components("problem")):
+        for slot in ("approx", "damping", "momentum", "optimizer"):
+            if any(component.name == what for component in registry.components(slot)):
+                raise ConfigError(f"kfac train: '{what}' is no problem, did you mean '--{slot} {what}'?")
+    return what
 
 
 def _say_what_was_inferred(config: RunConfig) -> None:

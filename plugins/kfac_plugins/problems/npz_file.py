@@ -121,6 +121,8 @@ def suggested_likelihood(path: Path, task: Task | None) -> tuple[str, str]:
         return "gaussian", ""
     y = raw[name]
     if (task or _infer({"y_train": y} if name == "y_train" else {})) == "classifier":
+        if task is None and not are_classes(y):  # quantities or ids: the likelihood's check says what to do
+            return "gaussian", ""
         kind, why = "categorical", f"integers, {len(np.unique(y))} distinct ones"
     elif y.dtype.kind in "uib":
         kind, why = likelihood_of(y.astype(np.float32))
