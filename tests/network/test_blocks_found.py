@@ -256,3 +256,15 @@ def test_vectors_hold_groups_and_any_kind() -> None:
     for p, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(p.detach(), old + 1.0)
     assert model.head.weight is model.emb.weight
+
+
+def test_pairs_reach_through_norms_but_not_through_other_products() -> None:
+    """A norm has a block of its own, and stands between nearly all the products of a transformer."""
+    net = nn.Sequential(
+        nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 2)
+    )
+    found = any_network.linearizer(net.double())
+    found(dense.randn(5, 3, 4))
+    names = [layer.info.name for layer in found.layers]
+    assert found.following is not None
+    assert [(names[i], names[j]) for i, j in found.following] == [("0", "3"), ("3", "6")]
