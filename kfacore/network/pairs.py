@@ -13,8 +13,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
+
 from kfacore.network.blocks import ModelBlock
 from kfacore.network.capture import Chunk
+from kfacore.network.rows import rows_of
 
 __all__ = ["following"]
 
@@ -39,11 +42,15 @@ def following(layers: Sequence[ModelBlock], chunk: Chunk, reduced: Collection[in
         for call in calls
         if layers[index].info.plain and index not in reduced
     }
-    pairs = []
-    for j, call in single.items():
-        before = _nearest([following for following, _ in call.edge.node.next_functions], owner)
-        pairs += [(i, j) for i in sorted(before) if i in single and single[i].x.shape[:-1] == call.x.shape[:-1]]
-    return sorted(pairs)
+    candidates = [
+        (i, j)
+        for j, call in single.items()
+        for i in _nearest([following for following, _ in call.edge.node.next_functions], owner)
+        if i in single
+    ]
+    with torch.no_grad():  # the layer type tells: a convolution's rows are not its input's
+        rows = {index: rows_of(single[index]).shape[:2] for index in {each for pair in candidates for each in pair}}
+    return sorted((i, j) for i, j in candidates if rows[i] == rows[j])
 
 
 def _nearest(roots: list[Any], owner: dict[Any, int]) -> set[int]:

@@ -18,7 +18,7 @@ from kfacore.network.blocks import ModelBlock
 from kfacore.network.capture import Call
 from kfacore.roles.samples import LayerSamples
 
-__all__ = ["Counting", "explained", "samples_of"]
+__all__ = ["Counting", "explained", "rows_of", "samples_of"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _kron(calls: list[Call], passes: Passes, counting: Counting, reduce: bool) -
     gradients: list[list[Tensor]] = [[] for _ in passes]
     masks: list[Tensor | None] = []
     for index, call in enumerate(calls):
-        x = _rows(call)  # (n, R, ...)
+        x = rows_of(call)  # (n, R, ...)
         keep = counting.kept if x.shape[0] == counting.cases else x.shape[0]
         mask = _counts(call, x, counting)
         inputs.append(_masked(x[:keep], None if mask is None else mask[:keep]))
@@ -127,7 +127,8 @@ def _kron(calls: list[Call], passes: Passes, counting: Counting, reduce: bool) -
     return LayerSamples(x, g, positions if belongs else None, count, counting.total)
 
 
-def _rows(call: Call) -> Tensor:
+def rows_of(call: Call) -> Tensor:  # (n, R, ...)
+    """The rows of one call, as its layer type reads them."""
     if call.user.type is None:
         return call.rows.unsqueeze(1)
     return call.user.type.rows(call.user.block, call.user.module, call.typed)
@@ -193,7 +194,7 @@ def explained(block: ModelBlock, calls: list[Call], gradients: Sequence[Tensor |
         return block.split(matrix)
     total: list[Tensor] | None = None
     for call, g in zip(calls, gradients, strict=True):
-        matrix = _product(call, _rows(call), _outputs(call, _gradient(call, g)))
+        matrix = _product(call, rows_of(call), _outputs(call, _gradient(call, g)))
         if block.info.kind == "tied" and matrix.shape != block.info.shape:
             matrix = matrix.T
         parts = block.split(matrix)
