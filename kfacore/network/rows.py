@@ -18,7 +18,7 @@ from kfacore.network.blocks import ModelBlock
 from kfacore.network.capture import Call
 from kfacore.roles.samples import LayerSamples
 
-__all__ = ["Counting", "explained", "samples_of"]
+__all__ = ["Counting", "explained", "rows_of", "samples_of"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _kron(calls: list[Call], passes: Passes, counting: Counting, reduce: bool) -
     masks: list[Tensor | None] = []
     for index, call in enumerate(calls):
         cases = _cases(call, counting)
-        x = _rows(call, counting.kept if cases else None)  # (n, R, ...)
+        x = rows_of(call, counting.kept if cases else None)  # (n, R, ...)
         masks.append(_counts(call, x, counting if cases else None))
         inputs.append(_masked(x, masks[-1]))
         for found, one in zip(gradients, passes, strict=True):
@@ -142,8 +142,8 @@ def _cases(call: Call, counting: Counting) -> bool:
     return call.axis is not None and call.typed.inputs.dim() > 0 and len(call.typed.inputs) == counting.cases
 
 
-def _rows(call: Call, cases: int | None = None) -> Tensor:
-    """Of all cases, or of the first ones: rows of the others are never formed."""
+def rows_of(call: Call, cases: int | None = None) -> Tensor:  # (n, R, ...)
+    """The rows of one call, as its layer type reads them: of all cases, or of the first ones: rows of the others are never formed."""
     if call.user.type is None:
         return call.rows[:cases].unsqueeze(1)
     use = call.typed if cases is None else call.typed.first(cases)
@@ -211,7 +211,7 @@ def explained(block: ModelBlock, calls: list[Call], gradients: Sequence[Tensor |
         return block.split(matrix)
     total: list[Tensor] | None = None
     for call, g in zip(calls, gradients, strict=True):
-        matrix = _product(call, _rows(call), _outputs(call, _gradient(call, g)))
+        matrix = _product(call, rows_of(call), _outputs(call, _gradient(call, g)))
         if block.info.kind == "tied" and matrix.shape != block.info.shape:
             matrix = matrix.T
         parts = block.split(matrix)

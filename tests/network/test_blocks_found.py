@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kfacore import KFAC
 from kfacore.errors import PluginError, UnsupportedModelError
 from kfacore.network import BlockVector, Linearizer, find_layers
 from kfacore.registry import get_registry
@@ -263,3 +264,32 @@ def test_a_tied_weight_of_many_words_keeps_a_diagonal() -> None:
     assert (small.kind, small.output_side) == ("tied", Side.FULL)
     assert (wide.kind, wide.output_side) == ("tied", Side.DIAGONAL)
     assert "7 words are more than max_dim = 6" in wide.why
+
+
+def test_pairs_reach_through_norms_but_not_through_other_products() -> None:
+    """A norm has a block of its own, and stands between nearly all the products of a transformer."""
+    net = nn.Sequential(
+        nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 2)
+    )
+    found = any_network.linearizer(net.double())
+    found(dense.randn(5, 3, 4))
+    names = [layer.info.name for layer in found.layers]
+    assert found.following is not None
+    assert [(names[i], names[j]) for i, j in found.following] == [("0", "3"), ("3", "6")]
+
+
+def test_pairs_share_rows_not_shapes_of_inputs() -> None:
+    """A convolution of stride 2 has a quarter of the rows; one of other channels has as many."""
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.Conv2d(3, 3, 3, padding=1),
+        nn.Conv2d(3, 3, 3, stride=2, padding=1),
+        nn.Conv2d(3, 2, 1),
+        nn.Flatten(),
+        nn.Linear(8, 2),
+    ).double()
+    found = any_network.linearizer(net)
+    found(dense.randn(5, 2, 4, 4))
+    assert found.following == [(0, 1), (2, 3)]
+    optimizer = KFAC(net, likelihood="categorical", approx="tridiag")
+    optimizer.step(dense.randn(5, 2, 4, 4), torch.arange(5) % 2)
