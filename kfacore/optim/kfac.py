@@ -123,8 +123,6 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             raise ConfigError(f"autocast must be 'bfloat16' or left out, found {chosen['autocast']!r}")
         self._low = torch.bfloat16 if chosen["autocast"] else None
         self.loss = joint_or_loss(chosen["likelihood"])
-        if isinstance(self.loss, Joint) and output is not None:
-            raise ConfigError("output says where one head's z is; a Joint reads its heads by their own keys")
         self.approx = registry.build("approx", chosen["approx"])
         self.estimator = registry.build("estimator", chosen["estimator"])
         self.damping = registry.build("damping", chosen["damping"])
@@ -137,7 +135,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             layers=registry.layers(),
             max_dim=self.approx.config.max_dim,
             unsupported=chosen["unsupported"],
-            output=self.loss.pack if isinstance(self.loss, Joint) else output,
+            output=self.loss.pack if output is None and isinstance(self.loss, Joint) else output,
             reduce=reduce,
             tangents=self.momentum.uses_model or self.damping.uses_model,
         )
