@@ -16,6 +16,7 @@ import pytest
 from test_docs import DOCS, NOTES, ROOT, name_of, prose_of
 
 import kfacore
+from kfacore.plugin import SLOTS
 
 INDEX = ROOT / "docs" / "index.md"
 PAGES = [page for page in DOCS if page.is_relative_to(ROOT / "docs")]
@@ -74,6 +75,14 @@ def test_every_page_is_reached_from_the_index() -> None:
 
 def test_every_page_begins_with_a_paragraph() -> None:
     assert [name_of(page) for page in PAGES if first_paragraph(page).startswith(("#", "```", "|"))] == []
+
+
+def test_the_architecture_has_every_room_and_every_slot() -> None:
+    text = (ROOT / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8")
+    core = ROOT / "kfacore"
+    rooms = [path.parent for folder in (core, core / "lab") for path in folder.glob("*/__init__.py")]
+    assert [name_of(room) for room in rooms if room != core / "lab" and f"| `{name_of(room)}/` |" not in text] == []
+    assert [slot for slot in SLOTS if f"| `{slot}` |" not in text] == []
 
 
 # --- short -----------------------------------------------------------------------------------------------------------

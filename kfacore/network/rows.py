@@ -143,7 +143,7 @@ def _cases(call: Call, counting: Counting) -> bool:
 
 
 def rows_of(call: Call, cases: int | None = None) -> Tensor:  # (n, R, ...)
-    """The rows of one call, as its layer type reads them: of all cases, or of the first ones: rows of the others are never formed."""
+    """The rows of one call, as its layer type reads them; of the first cases alone, the others are never formed."""
     if call.user.type is None:
         return call.rows[:cases].unsqueeze(1)
     use = call.typed if cases is None else call.typed.first(cases)

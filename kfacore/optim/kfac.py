@@ -134,8 +134,6 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             raise ConfigError(f"seed must be an integer, found {chosen['seed']!r}")
         self._low = torch.bfloat16 if chosen["autocast"] else None
         self.loss = joint_or_loss(chosen["likelihood"])
-        if isinstance(self.loss, Joint) and output is not None:
-            raise ConfigError("output says where one head's z is; a Joint reads its heads by their own keys")
         self.approx = registry.build("approx", chosen["approx"])
         self.estimator = registry.build("estimator", chosen["estimator"])
         self.damping = registry.build("damping", chosen["damping"])

@@ -132,8 +132,3 @@ def test_kfac_trains_several_heads(trust: str) -> None:
     reports = [optimizer.step(x, y) for _ in range(10)]
     assert float(reports[0].loss) == pytest.approx(before, rel=1e-12)
     assert float(objective(model(x), y).detach()) < 0.8 * before
-
-
-def test_kfac_finds_the_heads_itself() -> None:
-    with pytest.raises(ConfigError, match="output says where one head's z is"):
-        KFAC(TwoHeads(), likelihood=joint(), output="box")
