@@ -90,7 +90,7 @@ class OptimizerSuite(ComponentSuite):
             assert report.step == k, f"step number {k} reports {report.step}"
             for field in fields(StepReport):
                 value = getattr(report, field.name)
-                if field.name in ("step", "batch_size", "refreshed", "notices"):
+                if field.name in ("step", "batch_size", "refreshed", "undone", "notices") or value is True:
                     continue
                 if value is None:
                     assert field.name not in _REQUIRED, f"{field.name} is missing from the report"
@@ -183,6 +183,7 @@ _STANDARD = {
     "approx": "blockdiag",
     "damping": "levenberg-marquardt",
     "momentum": "quadratic-model",
+    "trust": "undo",
     "likelihood": "gaussian",
 }
 """What an optimizer gets in the slots that its manifest says it uses."""

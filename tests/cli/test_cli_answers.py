@@ -81,7 +81,7 @@ def test_show_lists_keys_with_type_default_and_help() -> None:
 
 def test_show_as_json() -> None:
     found = json.loads(ask("show", "optimizer/kfac", "--json"))
-    assert found["uses"] == ["approx", "damping", "estimator", "momentum"]
+    assert found["uses"] == ["approx", "damping", "estimator", "momentum", "trust"]
     found = json.loads(ask("show", "problem/curves", "--json"))
     assert found["suggests"]["likelihood"] == {"kind": "bernoulli"}
     found = json.loads(ask("show", "approx/tridiag", "--json"))

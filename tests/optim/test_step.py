@@ -104,7 +104,9 @@ def test_presets_fill_what_is_left_out() -> None:
     assert heskes.estimator.config.kind == "exact"
     assert mixed.momentum.config.kind == "none"
     assert float(mixed.damping.lam) == 150.0
-    assert default.weight_decay == 1e-5
+    assert default.weight_decay == 0.0
+    assert paper.weight_decay == 1e-5
+    assert (default.trust.config.kind, paper.trust.config.kind) == ("undo", "none")
 
 
 def test_presets_fill_what_a_named_slot_leaves_out() -> None:
@@ -311,7 +313,7 @@ def test_the_best_of_three_gammas_is_kept() -> None:
 def test_automatic_lambda_comes_from_the_first_batch() -> None:
     """In the first step's report and model already; later batches, and a restored state, do not set it again."""
     damping = {"kind": "levenberg-marquardt", "lambda0": None, "lambda_every": 1000}
-    optimizer = KFAC(dense.net(SIZES), likelihood="gaussian", estimator="exact", damping=damping)
+    optimizer = KFAC(dense.net(SIZES), likelihood="gaussian", estimator="exact", damping=damping, trust="none")
     share = float(optimizer.damping.lam)
     reports = train(optimizer, 4)
     assert optimizer.preconditioner is not None
@@ -319,7 +321,7 @@ def test_automatic_lambda_comes_from_the_first_batch() -> None:
     x, _ = data(seed=0)
     F = dense.fisher(dense.net(SIZES), "gaussian", x[: optimizer.estimator.cases(len(x))])
     assert first == pytest.approx(share * float(F.diagonal().mean()), rel=1e-10)
-    again = KFAC(dense.net(SIZES), likelihood="gaussian", estimator="exact", damping=damping)
+    again = KFAC(dense.net(SIZES), likelihood="gaussian", estimator="exact", damping=damping, trust="none")
     again.load_state_dict(optimizer.state_dict())
     assert float(train(again, 1, start=4)[0].lam) == first
 
