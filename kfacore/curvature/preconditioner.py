@@ -23,9 +23,9 @@ from kfacore.roles.moment import Moments
 from kfacore.roles.samples import Samples
 from kfacore.schema.slots import PiRule
 
-__all__ = ["Preconditioner"]
+__all__ = ["FIRST_REFRESHES", "Preconditioner"]
 
-_FIRST_REFRESHES = 3
+FIRST_REFRESHES = 3
 """The first steps always refresh: their averages still change much (method, section 2, step 4)."""
 
 
@@ -67,7 +67,7 @@ class Preconditioner:
         self.inverse: Inverse | None = None
         self.counts: Counter[str] = Counter()
         self._background = BackgroundRefresh(like.device)
-        self._walked = _FIRST_REFRESHES
+        self._walked = FIRST_REFRESHES
         self._hurried = False
 
     def update(self, samples: Samples) -> None:
@@ -92,13 +92,13 @@ class Preconditioner:
         With a growth g the refresh after step s comes at s + min(T_3, max(1, floor(g s))): the parameters move most
         in the first steps, and the averages, whose weights are 1/k there, with them.
         """
-        if self.inverse is None or step <= _FIRST_REFRESHES or self._hurried:
+        if self.inverse is None or step <= FIRST_REFRESHES or self._hurried:
             return True
         period, growth = self.approx.config.refresh_every, self.approx.config.refresh_growth
         if growth is None:
             return step % period == 0
         if self._walked > step:  # asked about an earlier step than before
-            self._walked = _FIRST_REFRESHES
+            self._walked = FIRST_REFRESHES
         while self._walked < step:
             self._walked += min(period, max(1, int(growth * self._walked)))
         return self._walked == step
@@ -124,7 +124,7 @@ class Preconditioner:
         """
         wanted = self._wanted(step, gammas)
         config = self.approx.config
-        if config.refresh == "inline" or self.inverse is None or step <= _FIRST_REFRESHES:
+        if config.refresh == "inline" or self.inverse is None or step <= FIRST_REFRESHES:
             return self.refresh(gammas, pi=pi) if wanted else ([], [])
         self._background.advance()
         found: tuple[Sequence[tuple[Tensor, Inverse]], list[Notice]] = ([], [])

@@ -25,7 +25,7 @@ from kfacore.network.state import ModelState
 from kfacore.network.study import Study
 from kfacore.roles.layer import Layer
 
-__all__ = ["Linearizer", "find_layers"]
+__all__ = ["Linearizer", "find_layers", "unwrapped"]
 
 _TRIES = 3
 """Mini-batches that are looked at as long as their outputs are not finite."""
@@ -75,7 +75,7 @@ class Linearizer:
         reduce: Sequence[str] = (),
         tangents: bool = True,
     ) -> None:
-        self.model: nn.Module = _unwrapped(model)
+        self.model: nn.Module = unwrapped(model)
         self.structure = structure
         self.output = output
         self.facts: Facts | None = None
@@ -380,10 +380,10 @@ class Linearizer:
 
 def find_layers(model: nn.Module, layers: Sequence[Layer] = (), max_dim: int = 8192) -> list[ModelBlock]:
     """The blocks of a model's trainable parameters, in order of registration, as a `Linearizer` begins with them."""
-    return whole_model(_unwrapped(model), layers, max_dim)
+    return whole_model(unwrapped(model), layers, max_dim)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Without what torch.compile, DataParallel and DistributedDataParallel put around it."""
     while True:
         inner = getattr(model, "_orig_mod", None)  # what torch.compile keeps the module under

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ class Pass:
 
     Attributes:
         calls: The gradient by the output of each call, block by block; None where nothing depends on it.
-        loose: The gradient by the parameter of each block that no module reads, in the blocks' order.
+        loose: The gradient by the parameter of each block that no module reads, in the blocks' order; None where that
+            is frozen.
     """
 
     calls: list[list[Tensor | None]]
@@ -49,12 +51,14 @@ def send_back(
     passes = []
     for v in vectors.unbind(0):
         sent = (v if scale == 1.0 else v * scale).to(chunk.z.dtype)
-        found = list(torch.autograd.grad(chunk.z, [*edges, *loose], sent, retain_graph=True, allow_unused=True))
+        roots: list[Any] = [*edges, *(parameter for parameter in loose if parameter.requires_grad)]
+        found = list(torch.autograd.grad(chunk.z, roots, sent, retain_graph=True, allow_unused=True))
         if scale != 1.0:
             dtype = layers[0].parameters[0].dtype
             found = [None if g is None else g.to(dtype) / scale for g in found]
         arrived = iter(found)
-        passes.append(Pass([[next(arrived) for _ in calls] for calls in chunk.calls], list(arrived)))
+        by_call: list[list[Tensor | None]] = [[next(arrived) for _ in calls] for calls in chunk.calls]
+        passes.append(Pass(by_call, [next(arrived) if parameter.requires_grad else None for parameter in loose]))
     return passes
 
 

@@ -27,7 +27,7 @@ from kfacore.network.outputs import Output, read_output
 from kfacore.network.rows import explained
 from kfacore.network.state import ModelState
 
-__all__ = ["Study"]
+__all__ = ["Study", "all_equal", "as_vector", "is_reentrant"]
 
 
 class Study:
@@ -267,9 +267,9 @@ class Study:
             wanted = block.view(lambda parameter: whole[self._names[parameter]])
             told = explained(block, calls, arrived)
             # As one vector: a part of it may be zero but for rounding, as that of a bias before a norm of the batch is.
-            if not close(_vector(told), _vector(wanted), loose=True):
+            if not close(as_vector(told), as_vector(wanted), loose=True):
                 outside.add(index)
-            elif block.info.kind == "kron" and _all_equal(calls, arrived, chunk.z.shape[0]):
+            elif block.info.kind == "kron" and all_equal(calls, arrived, chunk.z.shape[0]):
                 pooled.add(index)
         return whole, frozenset(outside), frozenset(pooled)
 
@@ -319,7 +319,7 @@ class Study:
 
 
 def _grad(z: Tensor, roots: Sequence[Any], v: Tensor) -> tuple[Tensor | None, ...]:
-    if _is_reentrant(z):  # it would give no gradients at all, without a word
+    if is_reentrant(z):  # it would give no gradients at all, without a word
         raise UnsupportedModelError(
             "a part of the model is checkpointed in torch's reentrant form, which gives no gradients by parameters; "
             "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
@@ -327,7 +327,7 @@ def _grad(z: Tensor, roots: Sequence[Any], v: Tensor) -> tuple[Tensor | None, ..
     return torch.autograd.grad(z, roots, v, retain_graph=True, allow_unused=True)
 
 
-def _is_reentrant(z: Tensor) -> bool:
+def is_reentrant(z: Tensor) -> bool:
     """Whether the graph has a node of torch's reentrant checkpoints."""
     stack, seen = [z.grad_fn], set()
     while stack:
@@ -351,11 +351,12 @@ def _beside_copies(x: Tensor, kept: slice, half: int) -> Tensor:
     return copies
 
 
-def _vector(parts: Sequence[Tensor]) -> Tensor:
+def as_vector(parts: Sequence[Tensor]) -> Tensor:
+    """All their numbers, one after the other."""
     return torch.cat([part.reshape(-1) for part in parts])
 
 
-def _all_equal(calls: Sequence[Any], arrived: Sequence[Tensor | None], n: int) -> bool:
+def all_equal(calls: Sequence[Any], arrived: Sequence[Tensor | None], n: int) -> bool:
     """Whether the only call has several rows a case, and all rows of a case get one g that is not zero."""
     if len(calls) != 1 or arrived[0] is None or calls[0].user.type is None:
         return False

@@ -1,0 +1,520 @@
+r"""K-FAC as a guest in anybody's training loop: directions from curvature, all else from the loop's own optimizer.
+
+Statistics are taken when they are due, from a forward pass that the loop runs anyway; see `Preconditioned`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kfacore.curvature.forest import forest
+from kfacore.curvature.preconditioner import FIRST_REFRESHES, Preconditioner
+from kfacore.curvature.scales import MeanScales, gammas
+from kfacore.errors import ConfigError, DataError, NumericalError
+from kfacore.network.outputs import Output, read_output
+from kfacore.optim.grafting import Grafting, movable
+from kfacore.optim.guards import as_parameters
+from kfacore.optim.guest_capture import GuestNetwork, Recording
+from kfacore.optim.guest_options import GuestOptions
+from kfacore.optim.guest_state import PREFIX, pack, split_state, unpack
+from kfacore.optim.guest_targets import sampled_targets, vectors_of
+from kfacore.optim.joint import Joint, joint_or_loss
+from kfacore.optim.loss import Loss
+from kfacore.registry import get_registry
+from kfacore.roles.moment import Moments
+from kfacore.roles.samples import LayerSamples
+
+__all__ = ["Preconditioned"]
+
+_STEPS = PREFIX + "steps"
+
+
+class Preconditioned(torch.optim.Optimizer):
+    r"""An optimizer whose steps go along K-FAC's directions: a guest in a loop, a trainer, a schedule that exists.
+
+    It shares ``param_groups`` and ``state`` with the optimizer that it is given, so that schedulers, scalers, clipping
+    and trainers work as they do with that one. What `step` does is said in `kfacore.optim.grafting`.
+
+    Args:
+        model: The model; wrappers for data parallelism and compilation are looked through.
+        base: An optimizer of torch's kind with the model's parameters, or some of them.
+        likelihood: What the outputs mean, as `kfacore.KFAC` takes it. Without one the user's own backward passes serve
+            (the empirical Fisher, of a loss that is a mean), and `observe` is not needed.
+        approx: The approximation; by default ``"blockdiag"`` with factors to the power 1/2, which noisy small
+            mini-batches want.
+        estimator: The statistics estimator, by default ``"monte-carlo"`` on all examples observed.
+        every: Steps between two statistics and refreshes; the first three steps always have them.
+        scale: ``"graft"``: K-FAC's direction a block, the base's step length. ``"kl"``: gradients are preconditioned
+            and shortened to a trust region. ``"none"``: preconditioned.
+        rest: ``"base"`` leaves parameters without a Kronecker product (norms, raw ones) to the base, ``"diagonal"``
+            preconditions them too.
+        damping: c > 0. Each block's gamma is c times its mean scale, see `kfacore.curvature.scales`.
+        gamma: One gamma for all blocks instead, in the units of the loss.
+        pi: How gamma is split between the two factors of a block.
+        kappa: Of ``"kl"``: twice the most that a step may change the model's predictions, in nats.
+        decoupled: Whether the base's weight decay is no part of its gradients; by default asked of the base (torch's
+            AdamW and ``decoupled_weight_decay``), others are taken to add it.
+        output: Where z is in what the model returns, for `observe`.
+        reduce: Names of blocks whose positions are pooled.
+        seed: Of the sampled targets.
+
+    Raises:
+        ConfigError: An option is wrong, or there is nothing to precondition.
+        UnsupportedModelError: Parameters in half precision, or on several devices.
+
+    Example:
+        ``opt = Preconditioned(model, torch.optim.AdamW(model.parameters(), lr=3e-4), likelihood="categorical")``, and
+        in the loop ``with opt.watch(): z = model(x); opt.observe(z)``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: torch.optim.Optimizer,
+        *,
+        likelihood: Any = None,
+        approx: Any = None,
+        estimator: Any = None,
+        every: int = 10,
+        scale: Literal["graft", "kl", "none"] = "graft",
+        rest: Literal["base", "diagonal"] = "base",
+        damping: float = 0.1,
+        gamma: float | None = None,
+        pi: Literal["layer", "net"] | None = "layer",
+        kappa: float = 1e-3,
+        decoupled: bool | None = None,
+        output: Output = None,
+        reduce: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        if isinstance(base, Preconditioned):
+            raise ConfigError("base is a Preconditioned optimizer itself: give it the optimizer inside, base.base")
+        self.options = GuestOptions.of(
+            model=model,
+            base=base,
+            every=every,
+            scale=scale,
+            rest=rest,
+            damping=damping,
+            gamma=gamma,
+            pi=pi,
+            kappa=kappa,
+            decoupled=decoupled,
+            output=output,
+            reduce=tuple(reduce),
+            seed=seed,
+        )
+        self.base = base
+        torch.optim.Optimizer.__setstate__(self, {})  # hooks and the profiler's wrapper, but no groups of its own
+        registry = get_registry()
+        self.loss: Loss | Joint | None = None if likelihood is None else joint_or_loss(likelihood)
+        self.approx = registry.build("approx", self.options.approx(registry, approx))
+        self.estimator = registry.build("estimator", self.options.estimator(registry, estimator))
+        self.network = GuestNetwork(
+            model,
+            registry.layers(),
+            rest,
+            max_dim=self.approx.config.max_dim,
+            reduce=reduce,
+            listens=self.loss is None,
+        )
+        self.network.find(self._own())
+        device = self.network.layers[0].parameters[0].device
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.steps = 0
+        self.preconditioner: Preconditioner | None = None
+        self._scales: Moments | None = None
+        self._grafting: Grafting | None = None
+        self._idle = False
+        self._open = False
+        self._observed = 0
+        self._outputs: int | None = None
+        self._said: list[str] = []
+
+    # --- torch's contract -------------------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base's own."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The base's own."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base's own."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base.defaults = value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base's."""
+        self.base.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Give the base a group; its blocks are found when statistics are due next."""
+        self.base.add_param_group(param_group)
+
+    # --- statistics -------------------------------------------------------------------------------------------------
+
+    @property
+    def due(self) -> bool:
+        """Whether statistics are due in the next step."""
+        k = self.steps + 1
+        return k <= FIRST_REFRESHES or k % self.options.every == 0 or self._inverse is None
+
+    @property
+    def _inverse(self) -> Any:
+        return None if self.preconditioner is None else self.preconditioner.inverse
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Run the forward pass in here; it is looked at if statistics are due, else nothing happens.
+
+        Once for each micro-batch of a step.
+
+        Raises:
+            ConfigError: It is open already, or the model's outputs cannot have gradients.
+        """
+        if self._open:
+            raise ConfigError("watch() is open already: one `with optimizer.watch():` a forward pass, none inside it")
+        self._hear()
+        if self.network.find(self._own()):  # parameters were unfrozen or added
+            self._forget()
+        self._idle = not (self.due and torch.is_grad_enabled())
+        if self._idle:
+            self.network.release()
+            yield
+            return
+        if torch.is_inference_mode_enabled():
+            raise ConfigError("watch() inside torch.inference_mode(): no gradients are kept there; leave that mode")
+        self._open = True
+        try:
+            with self.network.watching():
+                yield
+        finally:
+            self._open = False
+
+    def observe(self, z: Any, targets: Any = None, valid: Any = None) -> None:
+        """Take statistics from the outputs of the watched pass; before or after the loss, but before its backward.
+
+        No ``.grad`` is touched and no generator but an own one moves; the graph of z is kept.
+
+        Args:
+            z: The outputs, (n, ..., o), with their graph; or what the model returned.
+            targets: For estimators and losses that depend on them (``"empirical"``, class weights); else not needed.
+            valid: Positions that count, (n, ...), bool or 0 and 1; all if left out.
+
+        Raises:
+            ConfigError: There is no such pass, or z is not of it; the message says what to do.
+            DataError: z, targets and valid do not fit each other, or nothing counts.
+        """
+        if self.loss is None:
+            raise ConfigError(
+                "observe(z) needs to know what z means: Preconditioned(..., likelihood='categorical'); without a "
+                "likelihood the statistics are those of your own backward pass, and observe is not called"
+            )
+        if self._idle:
+            return
+        recording = self.network.recording
+        if recording is None:
+            raise ConfigError("observe(z): nothing was watched since the last step; run the model in `with watch():`")
+        if recording.observed:
+            raise ConfigError("observe was called twice for one watch(): once a forward pass, with its outputs")
+        z = self._outputs_of(z, recording)
+        self.network.order(recording, z)
+        self._prepare()
+        bound, targets_given = self.loss, targets is not None
+        if not targets_given:
+            targets = sampled_targets(bound, z.detach(), valid, self.estimator, self.generator)
+        vectors, mask, total = vectors_of(bound, z, targets, valid, self.estimator, self.generator, self._dtype)
+        samples = self.network.samples(recording, z, vectors, mask, total)
+        recording.observed = True
+        self._add(samples)
+        recording.calls, recording.order = [[] for _ in self.network.layers], []  # the graph is the user's again
+
+    def _outputs_of(self, found: Any, recording: Recording) -> Tensor:
+        """Z, if it can be observed."""
+        assert self.loss is not None
+        if isinstance(found, Tensor) and found.is_inference():
+            raise ConfigError("observe(z): z was computed in torch.inference_mode(), where no gradients are kept")
+        z: Tensor = read_output(found, self.options.output if not isinstance(found, Tensor) else None)
+        if isinstance(self.loss, Joint):
+            z = self.loss.pack(found)
+        if z.shape[0] == 0:
+            raise DataError("observe(z): the mini-batch has no examples")
+        if not z.requires_grad:
+            raise ConfigError(
+                "observe(z): z has no graph; it was computed under no_grad, or detached, or only frozen parameters are "
+                "before it"
+            )
+        if not any(recording.calls):
+            raise ConfigError(
+                "observe(z): no layer of the optimizer's model ran while it was watched; is z of another model?"
+            )
+        self.network.require_reached(z, recording)
+        if self._outputs not in (None, z.dim()):
+            raise DataError(
+                f"observe(z): outputs of shape {tuple(z.shape)}, in earlier steps they had {self._outputs} dimensions; "
+                "always give the same outputs of the model"
+            )
+        self._outputs = z.dim()
+        return z
+
+    def _hear(self) -> None:
+        """Take up what the user's own backward pass brought."""
+        recording = self.network.recording
+        if self.loss is not None or recording is None:
+            return
+        if recording.half and recording.arrived:
+            self.network.release()
+            raise ConfigError(
+                "without a likelihood statistics come from your own gradients, which in float16 carry the scaler's "
+                "factor; give likelihood= and call observe(z)"
+            )
+        samples = self.network.heard(recording)
+        if samples is not None:
+            self._prepare()
+            self._add(samples)
+        self.network.release()
+
+    def _add(self, samples: Sequence[LayerSamples | None]) -> None:
+        """Take in a micro-batch, unless it holds NaN or infinity."""
+        assert self.preconditioner is not None
+        assert self._scales is not None
+        numbers = [torch.zeros((), device=self.generator.device)]
+        numbers += [x.sum() for s in samples if s is not None for x in (s.gradients, s.inputs) if x.is_floating_point()]
+        if not bool(torch.isfinite(torch.stack(numbers)).all()):
+            self._say(
+                "statistics of a mini-batch were left out: its outputs or gradients hold NaN or infinity (the loss is "
+                "not finite, or float16 overflowed)"
+            )
+            return
+        self.preconditioner.add(samples)
+        self._scales.add(samples)
+        self._observed += 1
+
+    def _prepare(self) -> None:
+        """What needs the blocks' order."""
+        if self.preconditioner is not None:
+            return
+        infos = [block.info for block in self.network.layers]
+        like = self.network.layers[0].parameters[0]
+        pairs = forest(self.network.following, [1.0 / abs(j - i) for i, j in self.network.following])
+        self.preconditioner = Preconditioner(self.approx, infos, like, self.estimator.config.decay, pairs)
+        self._scales = Moments((MeanScales,), infos, like)
+        self._grafting = Grafting(self.base, self.network.layers, self.options.decoupled)
+
+    def _forget(self) -> None:
+        """Statistics of blocks that are no longer these."""
+        if self.preconditioner is not None:
+            self.preconditioner.discard()
+            self._say("parameters were unfrozen or added: the blocks were found anew, statistics begin again")
+        self.preconditioner = self._scales = self._grafting = None
+        self._observed = 0
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the base along K-FAC's directions; the base's own where there is no curvature yet.
+
+        Args:
+            closure: Runs forward and backward pass, once.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._hear()
+            self._refresh()
+            if self._inverse is None or self._grafting is None:
+                self.base.step()
+            elif self.options.scale == "graft":
+                self._grafting.graft(self._inverse)
+            else:
+                self._grafting.replace(self._inverse, self.options.kappa if self.options.scale == "kl" else None)
+        self.network.release()
+        self.steps += 1
+        self._mark()
+        return loss
+
+    def _refresh(self) -> None:
+        """Average in what was observed, and a new inverse when it is due."""
+        if self.due and not self._observed and any(movable(block) for block in self.network.layers):
+            how = "observe(z) was not called" if self.loss is not None else "no pass ran"
+            self._say(
+                f"statistics were due in step {self.steps + 1} and there were none: {how} in "
+                "`with optimizer.watch():`; it goes on with what it has"
+            )
+        pre, scales = self.preconditioner, self._scales
+        if pre is None or scales is None:
+            return
+        if self._observed:
+            pre.commit()
+            scales.commit(pre.decay)
+            self._observed = 0
+        if pre.moments.updates == 0:
+            return
+        gamma = gammas(scales[MeanScales], self.options.damping)
+        if self.options.gamma is not None:
+            gamma = torch.full_like(gamma[0], self.options.gamma)
+        try:
+            found, notices = pre.candidates(self.steps + 1, [gamma], pi=self.options.pi)
+        except NumericalError as error:
+            self._say(f"{error} (the base optimizer steps alone until the next statistics)")
+            return
+        for _, inverse in found:
+            pre.use(inverse)
+        for notice in notices:
+            self._say(str(notice))
+
+    def _own(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.network.layers[0].parameters[0].dtype
+
+    def _say(self, text: str) -> None:
+        """What must not pass in silence, once."""
+        if text.partition(":")[0] not in {said.partition(":")[0] for said in self._said}:
+            self._said.append(text)
+            warnings.warn(f"Preconditioned: {text}", UserWarning, stacklevel=4)
+
+    def _mark(self) -> None:
+        """Leave the number of steps in the state, so that tools see that it has one: SGD's own may be empty."""
+        block = self.network.layers[0]
+        if movable(block):
+            self.state[block.parameters[0]][_STEPS] = torch.tensor(float(self.steps))
+
+    # --- what is told and kept --------------------------------------------------------------------------------------
+
+    def explain(self) -> str:
+        """What happens to every parameter, one line each, after a line on where statistics come from."""
+        from kfacore.optim.guest_explain import explain
+
+        return explain(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state with curvature at its parameters, tensors alone, copied."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state, _ = split_state(self.base.state_dict())
+        numbers: dict[int, int] = {}
+        for p in self._own():
+            numbers.setdefault(id(p), len(numbers))
+        owners = [numbers[id(block.parameters[0])] for block in self.network.layers]
+        for owner, tensors in pack(self._curvature(), owners).items():
+            state["state"][owner] = {**state["state"].get(owner, {}), **tensors}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state)
+            state = state if changed is None else changed
+        return state
+
+    def _curvature(self) -> dict[str, Any]:
+        pre = self.preconditioner
+        return {
+            "approx": self.approx.config.kind,
+            "estimated": "own gradients" if self.loss is None else self.estimator.config.kind,
+            "network": self.network.state_dict(),
+            "steps": self.steps,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "generator": self.generator.get_state(),
+            "device": self.generator.device.type,
+            "preconditioner": None if pre is None else pre.state_dict(),
+            "scales": None if self._scales is None else self._scales.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up a state, and go on bit for bit; that of the base optimizer alone begins without curvature.
+
+        Raises:
+            ConfigError: The state is of another approximation.
+            UnsupportedModelError: It is of a model with other blocks.
+        """
+        given = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, given)
+            given = given if changed is None else dict(changed)
+        state, ours = split_state(given)
+        nest = unpack(ours)
+        if nest is not None and nest["approx"] != self.approx.config.kind:
+            raise ConfigError(
+                f"the state is of approx = {nest['approx']!r}, this optimizer has {self.approx.config.kind!r}"
+            )
+        self._forget()
+        self.network.release()
+        self.network.find(self._own())
+        if nest is not None:
+            self.network.load_state_dict(nest["network"])
+        self.base.load_state_dict(state)
+        if nest is None:
+            self._say("the loaded state has no curvature: statistics begin anew")
+        else:
+            self._take(nest)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _take(self, nest: Mapping[str, Any]) -> None:
+        """Take up curvature of these blocks."""
+        self.steps = nest["steps"]
+        device = self.generator.device.type
+        if nest["device"] == device:
+            self.generator.set_state(nest["generator"].cpu())
+        else:
+            self.generator.manual_seed(self.options.seed + self.steps)
+        if nest["preconditioner"] is not None:
+            self._prepare()
+            assert self.preconditioner is not None
+            assert self._scales is not None
+            like, saved = self.network.layers[0].parameters[0], getattr(torch, nest["dtype"])
+            self.preconditioner.load_state_dict(as_parameters(nest["preconditioner"], saved, like))
+            self._scales.load_state_dict(as_parameters(nest["scales"], saved, like))
+        self._mark()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Not asked for: see `__reduce__`."""
+        return {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Model, base, options and state: a copy has a model of its own unless both are copied together."""
+        parts = {"likelihood": self.loss, "approx": self.approx, "estimator": self.estimator}
+        nest = self._curvature()
+        return _copied, (type(self), self.network.model, self.base, {**parts, **self.options.chosen}, nest)
+
+
+def _copied(
+    kind: type[Preconditioned],
+    model: nn.Module,
+    base: torch.optim.Optimizer,
+    options: dict[str, Any],
+    nest: dict[str, Any],
+) -> Preconditioned:
+    """Build a copy anew and let it take up the curvature."""
+    copy = kind(model, base, **options)
+    copy.network.load_state_dict(nest["network"])
+    copy._take(nest)
+    return copy
