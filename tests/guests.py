@@ -20,7 +20,8 @@ def mlp(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
 
 def data(n: int = 12, seed: int = 1, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 5, generator=generator, dtype=dtype), torch.randint(0, 3, (n,), generator=generator)
+    x = torch.randn(n, 5, generator=generator, dtype=torch.float64)
+    return x.to(dtype), torch.randint(0, 3, (n,), generator=generator)
 
 
 def guest(model: nn.Module, base: torch.optim.Optimizer | None = None, **options: Any) -> Preconditioned:

@@ -13,29 +13,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kfacore.curvature.forest import forest
-from kfacore.curvature.preconditioner import FIRST_REFRESHES, Preconditioner
-from kfacore.curvature.scales import MeanScales, gammas
-from kfacore.errors import ConfigError, DataError, NumericalError
+from kfacore.curvature.preconditioner import FIRST_REFRESHES
+from kfacore.errors import ConfigError, DataError
 from kfacore.network.outputs import Output, read_output
 from kfacore.optim.grafting import Grafting, movable
-from kfacore.optim.guards import as_parameters
 from kfacore.optim.guest_capture import GuestNetwork, Recording
+from kfacore.optim.guest_curvature import GuestCurvature
 from kfacore.optim.guest_options import GuestOptions
 from kfacore.optim.guest_state import PREFIX, pack, split_state, unpack
 from kfacore.optim.guest_targets import sampled_targets, vectors_of
 from kfacore.optim.joint import Joint, joint_or_loss
 from kfacore.optim.loss import Loss
+from kfacore.optim.sharing import Sharing
 from kfacore.registry import get_registry
-from kfacore.roles.moment import Moments
-from kfacore.roles.samples import LayerSamples
 
 __all__ = ["Preconditioned"]
 
 _STEPS = PREFIX + "steps"
 
 
-class Preconditioned(torch.optim.Optimizer):
+class Preconditioned(Sharing):
     r"""An optimizer whose steps go along K-FAC's directions: a guest in a loop, a trainer, a schedule that exists.
 
     It shares ``param_groups`` and ``state`` with the optimizer that it is given, so that schedulers, scalers, clipping
@@ -110,8 +107,7 @@ class Preconditioned(torch.optim.Optimizer):
             reduce=tuple(reduce),
             seed=seed,
         )
-        self.base = base
-        torch.optim.Optimizer.__setstate__(self, {})  # hooks and the profiler's wrapper, but no groups of its own
+        super().__init__(base)
         registry = get_registry()
         self.loss: Loss | Joint | None = None if likelihood is None else joint_or_loss(likelihood)
         self.approx = registry.build("approx", self.options.approx(registry, approx))
@@ -124,55 +120,16 @@ class Preconditioned(torch.optim.Optimizer):
             reduce=reduce,
             listens=self.loss is None,
         )
-        self.network.find(self._own())
+        self.network.find(self.own())
         device = self.network.layers[0].parameters[0].device
         self.generator = torch.Generator(device).manual_seed(seed)
         self.steps = 0
-        self.preconditioner: Preconditioner | None = None
-        self._scales: Moments | None = None
+        self.curvature: GuestCurvature | None = None
         self._grafting: Grafting | None = None
         self._idle = False
         self._open = False
-        self._observed = 0
         self._outputs: int | None = None
         self._said: list[str] = []
-
-    # --- torch's contract -------------------------------------------------------------------------------------------
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base's own."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.base.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        """The base's own."""
-        return self.base.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.base.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base's own."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.base.defaults = value
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The base's."""
-        self.base.zero_grad(set_to_none)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Give the base a group; its blocks are found when statistics are due next."""
-        self.base.add_param_group(param_group)
 
     # --- statistics -------------------------------------------------------------------------------------------------
 
@@ -184,7 +141,7 @@ class Preconditioned(torch.optim.Optimizer):
 
     @property
     def _inverse(self) -> Any:
-        return None if self.preconditioner is None else self.preconditioner.inverse
+        return None if self.curvature is None else self.curvature.preconditioner.inverse
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -198,7 +155,9 @@ class Preconditioned(torch.optim.Optimizer):
         if self._open:
             raise ConfigError("watch() is open already: one `with optimizer.watch():` a forward pass, none inside it")
         self._hear()
-        if self.network.find(self._own()):  # parameters were unfrozen or added
+        if self.network.find(self.own()):
+            if self.curvature is not None:
+                self._say("parameters were unfrozen or added: the blocks were found anew, statistics begin again")
             self._forget()
         self._idle = not (self.due and torch.is_grad_enabled())
         if self._idle:
@@ -242,15 +201,12 @@ class Preconditioned(torch.optim.Optimizer):
             raise ConfigError("observe was called twice for one watch(): once a forward pass, with its outputs")
         z = self._outputs_of(z, recording)
         self.network.order(recording, z)
-        self._prepare()
-        bound, targets_given = self.loss, targets is not None
-        if not targets_given:
-            targets = sampled_targets(bound, z.detach(), valid, self.estimator, self.generator)
-        vectors, mask, total = vectors_of(bound, z, targets, valid, self.estimator, self.generator, self._dtype)
-        samples = self.network.samples(recording, z, vectors, mask, total)
+        if targets is None:
+            targets = sampled_targets(self.loss, z.detach(), valid, self.estimator, self.generator)
+        vectors, mask, total = vectors_of(self.loss, z, targets, valid, self.estimator, self.generator, self._dtype)
+        self._prepare().add(self.network.samples(recording, z, vectors, mask, total))
         recording.observed = True
-        self._add(samples)
-        recording.calls, recording.order = [[] for _ in self.network.layers], []  # the graph is the user's again
+        recording.calls = [[] for _ in self.network.layers]  # the graph is the user's again
 
     def _outputs_of(self, found: Any, recording: Recording) -> Tensor:
         """Z, if it can be observed."""
@@ -262,16 +218,7 @@ class Preconditioned(torch.optim.Optimizer):
             z = self.loss.pack(found)
         if z.shape[0] == 0:
             raise DataError("observe(z): the mini-batch has no examples")
-        if not z.requires_grad:
-            raise ConfigError(
-                "observe(z): z has no graph; it was computed under no_grad, or detached, or only frozen parameters are "
-                "before it"
-            )
-        if not any(recording.calls):
-            raise ConfigError(
-                "observe(z): no layer of the optimizer's model ran while it was watched; is z of another model?"
-            )
-        self.network.require_reached(z, recording)
+        self.network.require_observable(z, recording)
         if self._outputs not in (None, z.dim()):
             raise DataError(
                 f"observe(z): outputs of shape {tuple(z.shape)}, in earlier steps they had {self._outputs} dimensions; "
@@ -293,44 +240,22 @@ class Preconditioned(torch.optim.Optimizer):
             )
         samples = self.network.heard(recording)
         if samples is not None:
-            self._prepare()
-            self._add(samples)
+            self._prepare().add(samples)
         self.network.release()
 
-    def _add(self, samples: Sequence[LayerSamples | None]) -> None:
-        """Take in a micro-batch, unless it holds NaN or infinity."""
-        assert self.preconditioner is not None
-        assert self._scales is not None
-        numbers = [torch.zeros((), device=self.generator.device)]
-        numbers += [x.sum() for s in samples if s is not None for x in (s.gradients, s.inputs) if x.is_floating_point()]
-        if not bool(torch.isfinite(torch.stack(numbers)).all()):
-            self._say(
-                "statistics of a mini-batch were left out: its outputs or gradients hold NaN or infinity (the loss is "
-                "not finite, or float16 overflowed)"
-            )
-            return
-        self.preconditioner.add(samples)
-        self._scales.add(samples)
-        self._observed += 1
-
-    def _prepare(self) -> None:
+    def _prepare(self) -> GuestCurvature:
         """What needs the blocks' order."""
-        if self.preconditioner is not None:
-            return
-        infos = [block.info for block in self.network.layers]
-        like = self.network.layers[0].parameters[0]
-        pairs = forest(self.network.following, [1.0 / abs(j - i) for i, j in self.network.following])
-        self.preconditioner = Preconditioner(self.approx, infos, like, self.estimator.config.decay, pairs)
-        self._scales = Moments((MeanScales,), infos, like)
-        self._grafting = Grafting(self.base, self.network.layers, self.options.decoupled)
+        if self.curvature is None:
+            decay = self.estimator.config.decay
+            self.curvature = GuestCurvature(self.network, self.approx, decay, self.options, self._say)
+            self._grafting = Grafting(self.base, self.network.layers, self.options.decoupled)
+        return self.curvature
 
     def _forget(self) -> None:
         """Statistics of blocks that are no longer these."""
-        if self.preconditioner is not None:
-            self.preconditioner.discard()
-            self._say("parameters were unfrozen or added: the blocks were found anew, statistics begin again")
-        self.preconditioner = self._scales = self._grafting = None
-        self._observed = 0
+        if self.curvature is not None:
+            self.curvature.preconditioner.discard()
+        self.curvature = self._grafting = None
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
@@ -363,36 +288,20 @@ class Preconditioned(torch.optim.Optimizer):
 
     def _refresh(self) -> None:
         """Average in what was observed, and a new inverse when it is due."""
-        if self.due and not self._observed and any(movable(block) for block in self.network.layers):
+        nothing = self.curvature is None or not self.curvature.added
+        if self.due and nothing and self._moves():
             how = "observe(z) was not called" if self.loss is not None else "no pass ran"
             self._say(
                 f"statistics were due in step {self.steps + 1} and there were none: {how} in "
                 "`with optimizer.watch():`; it goes on with what it has"
             )
-        pre, scales = self.preconditioner, self._scales
-        if pre is None or scales is None:
-            return
-        if self._observed:
-            pre.commit()
-            scales.commit(pre.decay)
-            self._observed = 0
-        if pre.moments.updates == 0:
-            return
-        gamma = gammas(scales[MeanScales], self.options.damping)
-        if self.options.gamma is not None:
-            gamma = torch.full_like(gamma[0], self.options.gamma)
-        try:
-            found, notices = pre.candidates(self.steps + 1, [gamma], pi=self.options.pi)
-        except NumericalError as error:
-            self._say(f"{error} (the base optimizer steps alone until the next statistics)")
-            return
-        for _, inverse in found:
-            pre.use(inverse)
-        for notice in notices:
-            self._say(str(notice))
+        if self.curvature is not None:
+            self.curvature.refresh(self.steps + 1)
 
-    def _own(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+    def _moves(self) -> bool:
+        """Whether this is a step of a training: tools make one with rates of 0, to see what the state is like."""
+        rates = any(bool(group.get("lr", 1.0) != 0) for group in self.param_groups)
+        return rates and any(movable(block) for block in self.network.layers)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -405,10 +314,11 @@ class Preconditioned(torch.optim.Optimizer):
             warnings.warn(f"Preconditioned: {text}", UserWarning, stacklevel=4)
 
     def _mark(self) -> None:
-        """Leave the number of steps in the state, so that tools see that it has one: SGD's own may be empty."""
-        block = self.network.layers[0]
-        if movable(block):
-            self.state[block.parameters[0]][_STEPS] = torch.tensor(float(self.steps))
+        """Leave the number of steps at every parameter that moved: tools ask whether it has a state, SGD's is empty."""
+        count = torch.tensor(float(self.steps))
+        for p in self.own():
+            if p.grad is not None:
+                self.state[p][_STEPS] = count
 
     # --- what is told and kept --------------------------------------------------------------------------------------
 
@@ -419,12 +329,16 @@ class Preconditioned(torch.optim.Optimizer):
         return explain(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's state with curvature at its parameters, tensors alone, copied."""
+        """The base's state with curvature at its parameters, in tensors alone, copied."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        state, _ = split_state(self.base.state_dict())
+        given = self.base.state_dict()
+        state, _ = split_state(given)
+        for key, entry in given["state"].items():
+            if _STEPS in entry:
+                state["state"].setdefault(key, {})[_STEPS] = entry[_STEPS].clone()
         numbers: dict[int, int] = {}
-        for p in self._own():
+        for p in self.own():
             numbers.setdefault(id(p), len(numbers))
         owners = [numbers[id(block.parameters[0])] for block in self.network.layers]
         for owner, tensors in pack(self._curvature(), owners).items():
@@ -435,7 +349,6 @@ class Preconditioned(torch.optim.Optimizer):
         return state
 
     def _curvature(self) -> dict[str, Any]:
-        pre = self.preconditioner
         return {
             "approx": self.approx.config.kind,
             "estimated": "own gradients" if self.loss is None else self.estimator.config.kind,
@@ -444,8 +357,7 @@ class Preconditioned(torch.optim.Optimizer):
             "dtype": str(self._dtype).removeprefix("torch."),
             "generator": self.generator.get_state(),
             "device": self.generator.device.type,
-            "preconditioner": None if pre is None else pre.state_dict(),
-            "scales": None if self._scales is None else self._scales.state_dict(),
+            "curvature": None if self.curvature is None else self.curvature.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -467,7 +379,7 @@ class Preconditioned(torch.optim.Optimizer):
             )
         self._forget()
         self.network.release()
-        self.network.find(self._own())
+        self.network.find(self.own())
         if nest is not None:
             self.network.load_state_dict(nest["network"])
         self.base.load_state_dict(state)
@@ -475,6 +387,10 @@ class Preconditioned(torch.optim.Optimizer):
             self._say("the loaded state has no curvature: statistics begin anew")
         else:
             self._take(nest)
+            keys = [key for group in given["param_groups"] for key in group["params"]]  # numbers, or names
+            for key, p in zip(keys, self.own(), strict=True):
+                if _STEPS in given["state"].get(key, {}):
+                    self.state[p][_STEPS] = torch.tensor(float(self.steps))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -486,18 +402,8 @@ class Preconditioned(torch.optim.Optimizer):
             self.generator.set_state(nest["generator"].cpu())
         else:
             self.generator.manual_seed(self.options.seed + self.steps)
-        if nest["preconditioner"] is not None:
-            self._prepare()
-            assert self.preconditioner is not None
-            assert self._scales is not None
-            like, saved = self.network.layers[0].parameters[0], getattr(torch, nest["dtype"])
-            self.preconditioner.load_state_dict(as_parameters(nest["preconditioner"], saved, like))
-            self._scales.load_state_dict(as_parameters(nest["scales"], saved, like))
-        self._mark()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Not asked for: see `__reduce__`."""
-        return {}
+        if nest["curvature"] is not None:
+            self._prepare().load_state_dict(nest["curvature"], getattr(torch, nest["dtype"]))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Model, base, options and state: a copy has a model of its own unless both are copied together."""

@@ -329,12 +329,21 @@ class GuestNetwork:
         return gather(self.layers, calls, passes, Counting(n, n, None, S), self.reduced)
 
     @staticmethod
-    def require_reached(z: Tensor, recording: Recording) -> None:
-        """Refuse outputs that do not come from the watched pass.
+    def require_observable(z: Tensor, recording: Recording) -> None:
+        """Refuse outputs that do not come from the watched pass, or have no graph.
 
         Raises:
             ConfigError: They do not, or a part of the model is checkpointed in a form without such gradients.
         """
+        if not z.requires_grad:
+            raise ConfigError(
+                "observe(z): z has no graph; it was computed under no_grad, or detached, or only frozen parameters are "
+                "before it"
+            )
+        if not any(recording.calls):
+            raise ConfigError(
+                "observe(z): no layer of the optimizer's model ran while it was watched; is z of another model?"
+            )
         if is_reentrant(z):
             raise ConfigError(
                 "observe(z): a part of the model is checkpointed in torch's reentrant form, which gives no gradients "

@@ -29,7 +29,7 @@ def explain(guest: Preconditioned) -> str:
             sides = f"{block.info.kind}, {' x '.join(map(str, block.info.shape))}"
             frozen = "" if all(p.requires_grad for p in block.parameters) else "; frozen, left alone"
             blocks.setdefault(name, []).append(f"K-FAC, block {block.info.name} ({sides}){frozen}")
-    own = {id(p) for p in guest._own()}
+    own = {id(p) for p in guest.own()}
     for name, parameter in guest.network.model.named_parameters():
         if name in blocks:
             lines += [f"{name}: {line}" for line in blocks[name]]

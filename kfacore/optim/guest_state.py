@@ -64,12 +64,19 @@ def unpack(tensors: Mapping[str, Tensor]) -> Any:
 
 
 def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A state of an optimizer without what is ours, and that."""
+    """A state of an optimizer without what is ours, and that.
+
+    Scalars are copied: torch's optimizers take up the tensors of their counts as they are, so that two would share one.
+    """
     ours: dict[str, Tensor] = {}
     rest: dict[Any, Any] = {}
     for key, entry in state["state"].items():
         ours |= {name: value for name, value in entry.items() if str(name).startswith(PREFIX)}
-        others = {name: value for name, value in entry.items() if not str(name).startswith(PREFIX)}
+        others = {
+            name: value.clone() if isinstance(value, Tensor) and value.dim() == 0 else value
+            for name, value in entry.items()
+            if not str(name).startswith(PREFIX)
+        }
         if others or not entry:
             rest[key] = others
     return {**state, "state": rest}, ours
