@@ -154,6 +154,8 @@ class Preconditioned(Sharing):
         """
         if self._open:
             raise ConfigError("watch() is open already: one `with optimizer.watch():` a forward pass, none inside it")
+        if torch.is_inference_mode_enabled():
+            raise ConfigError("watch() inside torch.inference_mode(): no gradients are kept there; leave that mode")
         self._hear()
         if self.network.find(self.own()):
             if self.curvature is not None:
@@ -164,8 +166,6 @@ class Preconditioned(Sharing):
             self.network.release()
             yield
             return
-        if torch.is_inference_mode_enabled():
-            raise ConfigError("watch() inside torch.inference_mode(): no gradients are kept there; leave that mode")
         self._open = True
         try:
             with self.network.watching():
@@ -308,8 +308,8 @@ class Preconditioned(Sharing):
         return self.network.layers[0].parameters[0].dtype
 
     def _say(self, text: str) -> None:
-        """What must not pass in silence, once."""
-        if text.partition(":")[0] not in {said.partition(":")[0] for said in self._said}:
+        """What must not pass in silence, once, whatever numbers are in it."""
+        if not any(_words(text) == _words(said) for said in self._said):
             self._said.append(text)
             warnings.warn(f"Preconditioned: {text}", UserWarning, stacklevel=4)
 
@@ -410,6 +410,10 @@ class Preconditioned(Sharing):
         parts = {"likelihood": self.loss, "approx": self.approx, "estimator": self.estimator}
         nest = self._curvature()
         return _copied, (type(self), self.network.model, self.base, {**parts, **self.options.chosen}, nest)
+
+
+def _words(text: str) -> str:
+    return "".join(character for character in text if not character.isdigit())
 
 
 def _copied(
