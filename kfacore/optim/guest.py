@@ -20,7 +20,7 @@ from kfacore.optim.grafting import Grafting, movable
 from kfacore.optim.guest_capture import GuestNetwork, Recording
 from kfacore.optim.guest_curvature import GuestCurvature
 from kfacore.optim.guest_options import GuestOptions
-from kfacore.optim.guest_state import PREFIX, pack, split_state, unpack
+from kfacore.optim.guest_state import joined_state, mark, marked, split_state, unpack
 from kfacore.optim.guest_targets import sampled_targets, vectors_of
 from kfacore.optim.joint import Joint, joint_or_loss
 from kfacore.optim.loss import Loss
@@ -28,8 +28,6 @@ from kfacore.optim.sharing import Sharing
 from kfacore.registry import get_registry
 
 __all__ = ["Preconditioned"]
-
-_STEPS = PREFIX + "steps"
 
 
 class Preconditioned(Sharing):
@@ -283,7 +281,7 @@ class Preconditioned(Sharing):
                 self._grafting.replace(self._inverse, self.options.kappa if self.options.scale == "kl" else None)
         self.network.release()
         self.steps += 1
-        self._mark()
+        mark(self.state, [p for p in self.own() if p.grad is not None], self.steps)
         return loss
 
     def _refresh(self) -> None:
@@ -313,13 +311,6 @@ class Preconditioned(Sharing):
             self._said.append(text)
             warnings.warn(f"Preconditioned: {text}", UserWarning, stacklevel=4)
 
-    def _mark(self) -> None:
-        """Leave the number of steps at every parameter that moved: tools ask whether it has a state, SGD's is empty."""
-        count = torch.tensor(float(self.steps))
-        for p in self.own():
-            if p.grad is not None:
-                self.state[p][_STEPS] = count
-
     # --- what is told and kept --------------------------------------------------------------------------------------
 
     def explain(self) -> str:
@@ -332,17 +323,9 @@ class Preconditioned(Sharing):
         """The base's state with curvature at its parameters, in tensors alone, copied."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        given = self.base.state_dict()
-        state, _ = split_state(given)
-        for key, entry in given["state"].items():
-            if _STEPS in entry:
-                state["state"].setdefault(key, {})[_STEPS] = entry[_STEPS].clone()
-        numbers: dict[int, int] = {}
-        for p in self.own():
-            numbers.setdefault(id(p), len(numbers))
-        owners = [numbers[id(block.parameters[0])] for block in self.network.layers]
-        for owner, tensors in pack(self._curvature(), owners).items():
-            state["state"][owner] = {**state["state"].get(owner, {}), **tensors}
+        own = self.own()
+        first = [block.parameters[0] for block in self.network.layers]
+        state = joined_state(self.base.state_dict(), own, first, self._curvature())
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state)
             state = state if changed is None else changed
@@ -377,20 +360,17 @@ class Preconditioned(Sharing):
             raise ConfigError(
                 f"the state is of approx = {nest['approx']!r}, this optimizer has {self.approx.config.kind!r}"
             )
-        self._forget()
         self.network.release()
         self.network.find(self.own())
         if nest is not None:
             self.network.load_state_dict(nest["network"])
+        self._forget()
         self.base.load_state_dict(state)
         if nest is None:
             self._say("the loaded state has no curvature: statistics begin anew")
         else:
             self._take(nest)
-            keys = [key for group in given["param_groups"] for key in group["params"]]  # numbers, or names
-            for key, p in zip(keys, self.own(), strict=True):
-                if _STEPS in given["state"].get(key, {}):
-                    self.state[p][_STEPS] = torch.tensor(float(self.steps))
+            mark(self.state, marked(given, self.own()), self.steps)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PREFIX", "pack", "split_state", "unpack"]
+__all__ = ["joined_state", "mark", "marked", "pack", "split_state", "unpack"]
 
 PREFIX = "kfac."
 """Begins every name of ours."""
 
+_STEPS = PREFIX + "steps"
 _TREE = PREFIX + "tree"
 _TENSOR = "tensor:"
 
@@ -80,3 +81,39 @@ def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Ten
         if others or not entry:
             rest[key] = others
     return {**state, "state": rest}, ours
+
+
+def joined_state(
+    base: Mapping[str, Any], own: Sequence[Tensor], first: Sequence[Tensor], curvature: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The state of the base optimizer with what is ours.
+
+    Args:
+        base: Its own, marks among it.
+        own: All its parameters.
+        first: The first parameter of each block.
+        curvature: What is to be kept.
+    """
+    state, _ = split_state(base)
+    for key, entry in base["state"].items():
+        if _STEPS in entry:  # one tensor for all, which some formats refuse
+            state["state"].setdefault(key, {})[_STEPS] = entry[_STEPS].clone()
+    numbers: dict[int, int] = {}
+    for p in own:
+        numbers.setdefault(id(p), len(numbers))
+    for owner, tensors in pack(curvature, [numbers[id(p)] for p in first]).items():
+        state["state"][owner] = {**state["state"].get(owner, {}), **tensors}
+    return state
+
+
+def mark(state: Any, parameters: Sequence[Tensor], steps: int) -> None:
+    """Leave the number of steps at parameters that moved: tools ask whether there is a state, and SGD's is empty."""
+    count = torch.tensor(float(steps))
+    for p in parameters:
+        state[p][_STEPS] = count
+
+
+def marked(state: Mapping[str, Any], own: Sequence[Tensor]) -> list[Tensor]:
+    """The parameters that have such a mark in a saved state, whose keys are numbers, or names."""
+    keys = [key for group in state["param_groups"] for key in group["params"]]
+    return [p for key, p in zip(keys, own, strict=True) if _STEPS in state["state"].get(key, {})]
