@@ -246,11 +246,11 @@ class Linearizer:
         else:
             chunks = [self._forward(inputs, low)]
             n = chunks[0].z.shape[0] if kept is None else min(kept, chunks[0].z.shape[0])
-        self._order(chunks)
         for chunk in chunks if self._axes else ():
             for layer, calls in zip(self.layers, chunk.calls, strict=True):
                 for call in calls:
                     call.axis = self._axes.get(layer.info.name, 0)
+        self._order(chunks)
         return Linearization(self, inputs, chunks, n, start)
 
     def _forward(self, inputs: Any, low: torch.dtype | None, output: Output = None) -> Chunk:
