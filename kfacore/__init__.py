@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         ResourceError,
         UnsupportedModelError,
     )
+    from kfacore.optim.guest import Preconditioned
     from kfacore.optim.joint import Joint
     from kfacore.optim.kfac import KFAC
     from kfacore.optim.options import KFACConfig
@@ -36,6 +37,7 @@ __all__ = [
     "KfacError",
     "NumericalError",
     "PluginError",
+    "Preconditioned",
     "Preconditioner",
     "ResourceError",
     "StepReport",
@@ -46,6 +48,7 @@ _HOMES = {
     "KFAC": "kfacore.optim.kfac",
     "Joint": "kfacore.optim.joint",
     "KFACConfig": "kfacore.optim.options",
+    "Preconditioned": "kfacore.optim.guest",
     "Preconditioner": "kfacore.curvature.preconditioner",
     "StepReport": "kfacore.roles.optimizer",
 }

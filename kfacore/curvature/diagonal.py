@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from kfacore.curvature.batched import DampedBatch, Undamped, damp_batches
+from kfacore.curvature.linalg import gammas_of
 from kfacore.curvature.moments import add_squares
 from kfacore.roles.approx import Factorisation
 from kfacore.roles.block import Block
@@ -83,8 +84,11 @@ class EntriesFactorisation(Factorisation):
 
     def damped(self, gamma: Tensor, *, pi: PiRule = "layer") -> EntriesInverse:
         """D + gamma^2, tempered; pi has nothing to split."""
-        shift = gamma.square().expand(1)
-        items = [Undamped(D, shift, block.name, "F") for block, D in zip(self._layers, self._D, strict=True)]
+        shifts = gammas_of(gamma.square(), len(self._layers))
+        items = [
+            Undamped(D, shift.expand(1), block.name, "F")
+            for block, D, shift in zip(self._layers, self._D, shifts, strict=True)
+        ]
         return EntriesInverse(self._layers, damp_batches(items, self._power)[0])
 
 
@@ -96,6 +100,7 @@ class Entries:
     """
 
     moments = (SquareMoment,)
+    damps_each = True
 
     def __init__(self, power: float = 1.0) -> None:
         self._power = power

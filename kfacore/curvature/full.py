@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from kfacore.curvature.batched import DampedBatch, Undamped, damp_batches, symmetric_batch
+from kfacore.curvature.linalg import gammas_of
 from kfacore.curvature.moments import add_products
 from kfacore.roles.approx import Factorisation
 from kfacore.roles.block import Block
@@ -95,9 +96,10 @@ class FullFactorisation(Factorisation):
 
     def damped(self, gamma: Tensor, *, pi: PiRule = "layer") -> FullInverse:
         """F + gamma^2 I, tempered; pi has nothing to split."""
-        shift = gamma.square()
+        shifts = gammas_of(gamma.square(), len(self._layers))
         items = [
-            Undamped(F, shift.expand(len(F)), block.name, "F") for block, F in zip(self._layers, self._F, strict=True)
+            Undamped(F, shift.expand(len(F)), block.name, "F")
+            for block, F, shift in zip(self._layers, self._F, shifts, strict=True)
         ]
         return FullInverse(self._layers, *damp_batches(items, self._power))
 
@@ -110,6 +112,7 @@ class Full:
     """
 
     moments = (FullMoment,)
+    damps_each = True
 
     def __init__(self, power: float = 1.0) -> None:
         self._power = power

@@ -39,6 +39,10 @@ class Curvature(Protocol):
     """What makes inverses of some blocks: an `Approximation`, or one of the built-in kinds."""
 
     @property
+    def damps_each(self) -> bool:
+        """Whether gamma may be a vector with one entry a block."""
+
+    @property
     def moments(self) -> Sequence[type[Moment]]:
         """The running averages that it needs."""
 
@@ -207,8 +211,17 @@ class JoinedFactorisation(Factorisation):
             total, count = (sum(terms[1:], terms[0]) for terms in zip(*known, strict=True))
             shared = (total.double() / count.clamp_min(1)).exp()
             rules = [pi if told is None else shared for told in logs]
-        each = [f.damped(gamma, pi=rule) for f, rule in zip(self._each, rules, strict=True)]
+        parts = zip(self._each, rules, self._joined.parts, strict=True)
+        each = [f.damped(_gamma_of(gamma, part), pi=rule) for f, rule, part in parts]
         return JoinedInverse(self._joined.layers, self._joined.parts, each)
+
+
+def _gamma_of(gamma: Tensor, part: Part) -> Tensor:
+    """Gamma of a part's blocks: a scalar; of one for each block theirs, or their geometric mean for who takes one."""
+    if gamma.dim() == 0:
+        return gamma
+    own = gamma[part.indices]
+    return own if part.curvature.damps_each else own.log().mean().exp()
 
 
 class Joined:
@@ -289,14 +302,14 @@ class Joined:
         return JoinedFactorisation(self, each)
 
     def damped(self, factorisation: Factorisation, gamma: Tensor, pi: PiRule) -> Inverse:
-        """The inverse at one gamma.
+        """The inverse at one gamma, or at one for each block.
 
         Raises:
             NumericalError: Something failed; names the block.
             PluginError: The approximation raised what is no error of kfacore; names it.
         """
         with named(self._approx, self._own, "damped"):
-            return factorisation.damped(gamma, pi=pi)
+            return factorisation.damped(_gamma_of(gamma, self.parts[0]) if self._alone else gamma, pi=pi)
 
     def try_out(self, inverse: Inverse, like: Tensor) -> None:
         """Solve for ones and look at what comes: a wrong shape would only be noticed much later.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kfacore.curvature.batched import DampedBatch, Undamped, apply_sides, damp_batches, symmetric_batch
-from kfacore.curvature.linalg import balanced
+from kfacore.curvature.linalg import balanced, gammas_of
 from kfacore.curvature.moments import InputFactor, OutputFactor
 from kfacore.roles.approx import Factorisation
 from kfacore.roles.block import Block, Side
@@ -118,10 +118,11 @@ class KronFactorisation(Factorisation):
         if pi == "net" and logs is not None:
             pi = (logs[0] / logs[1].clamp_min(1)).exp()
         A, G = list[Undamped](), list[Undamped]()
-        for block, a, g in zip(self._layers, self._A, self._G, strict=True):
+        gammas = gammas_of(gamma, len(self._layers))
+        for block, a, g, own in zip(self._layers, self._A, self._G, gammas, strict=True):
             split = split_of(a, g, pi).to(gamma.dtype)
-            A.append(Undamped(a, split * gamma, block.name, "A"))
-            G.append(Undamped(g, gamma / split, block.name, "G"))
+            A.append(Undamped(a, split * own, block.name, "A"))
+            G.append(Undamped(g, own / split, block.name, "G"))
         found, notices = damp_batches([*A, *G], self._power)
         return KronInverse(self._layers, found[: len(A)], found[len(A) :], notices)
 
@@ -134,6 +135,7 @@ class Kron:
     """
 
     moments = (InputFactor, OutputFactor)
+    damps_each = True
 
     def __init__(self, power: float = 1.0) -> None:
         self._power = power

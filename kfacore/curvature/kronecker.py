@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kfacore.curvature.linalg import CholeskyRoot, Root, Spd, factor_spd, pi_of
+from kfacore.curvature.linalg import CholeskyRoot, Root, Spd, factor_spd, gammas_of, pi_of
 from kfacore.curvature.tempering import Tempered, temper
 from kfacore.roles.block import Block
 from kfacore.roles.inverse import Notice
@@ -98,7 +98,7 @@ def damp(
         layers: The layers.
         A: Input factors, as `ready` gives them.
         G: Output factors, likewise.
-        gamma: Strength, a scalar on the device.
+        gamma: Strength, a scalar on the device, or one for each layer.
         pi: How gamma is split, see `pi_of`.
         power: Exponent of `kfacore.curvature.tempering.temper`; 1 leaves the factors as they are.
         keep_roots: Whether roots, which cross moments need, are wanted.
@@ -107,7 +107,11 @@ def damp(
         NumericalError: A factor could not be factorised; names the layer.
     """
     splits = [split.to(gamma.dtype) for split in pi_of(A, G, pi)]
-    shifts = [*(split * gamma for split in splits), *(gamma / split for split in splits)]
+    gammas = gammas_of(gamma, len(splits))
+    shifts = [
+        *(split * own for split, own in zip(splits, gammas, strict=True)),
+        *(own / split for split, own in zip(splits, gammas, strict=True)),
+    ]
     names = [(layer.name, side) for side in "AG" for layer in layers]
     factors: Sequence[Factor]
     roots: Sequence[Root]

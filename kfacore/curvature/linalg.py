@@ -33,6 +33,7 @@ __all__ = [
     "eigh_psd",
     "factor_again",
     "factor_spd",
+    "gammas_of",
     "in_batches",
     "log_pi_of",
     "pi_of",
@@ -81,6 +82,11 @@ def pi_of(A: Sequence[Tensor], G: Sequence[Tensor], rule: PiRule | Tensor = "lay
     if rule == "net":
         pi = (pi.log().sum() / alive.sum().clamp_min(1)).exp().expand_as(pi)
     return list(pi.unbind())
+
+
+def gammas_of(gamma: Tensor, blocks: int) -> list[Tensor]:
+    """Gamma of each block: that of all, or its own from a vector (blocks,)."""
+    return list(gamma.expand(blocks).unbind())
 
 
 def log_pi_of(A: Sequence[Tensor], G: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:

@@ -23,9 +23,9 @@ from kfacore.roles.moment import Moments
 from kfacore.roles.samples import Samples
 from kfacore.schema.slots import PiRule
 
-__all__ = ["Preconditioner"]
+__all__ = ["FIRST_REFRESHES", "Preconditioner"]
 
-_FIRST_REFRESHES = 3
+FIRST_REFRESHES = 3
 """The first steps always refresh: their averages still change much (method, section 2, step 4)."""
 
 
@@ -72,7 +72,7 @@ class Preconditioner:
         self.inverse: Inverse | None = None
         self.counts: Counter[str] = Counter()
         self._background = BackgroundRefresh(like.device)
-        self._walked = _FIRST_REFRESHES
+        self._walked = FIRST_REFRESHES
         self._hurried = self._owed = False
         self._worked = self._refreshed = 0.0
 
@@ -115,13 +115,13 @@ class Preconditioner:
         return self._owed and refreshes <= share * (self._worked + refreshes)
 
     def _scheduled(self, step: int) -> bool:
-        if step <= _FIRST_REFRESHES:
+        if step <= FIRST_REFRESHES:
             return True
         period, growth = self.approx.config.refresh_every, self.approx.config.refresh_growth
         if growth is None:
             return step % period == 0
         if self._walked > step:  # asked about an earlier step than before
-            self._walked = _FIRST_REFRESHES
+            self._walked = FIRST_REFRESHES
         while self._walked < step:
             self._walked += min(period, max(1, int(growth * self._walked)))
         return self._walked == step
@@ -147,7 +147,7 @@ class Preconditioner:
         """
         wanted = self._wanted(step, gammas)
         config = self.approx.config
-        if config.refresh == "inline" or self.inverse is None or step <= _FIRST_REFRESHES:
+        if config.refresh == "inline" or self.inverse is None or step <= FIRST_REFRESHES:
             return self.refresh(gammas, pi=pi) if wanted else ([], [])
         self._background.advance()
         found: tuple[Sequence[tuple[Tensor, Inverse]], list[Notice]] = ([], [])

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kfacore.curvature.batched import Undamped, apply_sides, damp_batches, symmetric_batch
 from kfacore.curvature.kron import mean_of_logs, split_of
-from kfacore.curvature.linalg import EIGENPROBLEM, eigh_psd
+from kfacore.curvature.linalg import EIGENPROBLEM, eigh_psd, gammas_of
 from kfacore.curvature.moments import add_products, add_squares, frequencies
 from kfacore.errors import NumericalError
 from kfacore.parallel.cores import share
@@ -198,14 +198,14 @@ class TiedFactorisation(Factorisation):
         Raises:
             NumericalError: A factor is not finite, or an eigenproblem failed; names the block.
         """
-        logs, each = self.log_pi(), gamma / math.sqrt(2.0)
+        logs, each = self.log_pi(), gammas_of(gamma / math.sqrt(2.0), len(self._layers))
         if pi == "net" and logs is not None:
             pi = (logs[0] / logs[1].clamp_min(1)).exp()
         items = []
-        for factors in self._factors:
+        for factors, own in zip(self._factors, each, strict=True):
             for A, G in (factors[:2], factors[2:]):
                 split = split_of(A, G, pi).to(gamma.dtype)
-                items += [(A, split * each), (G, each / split)]
+                items += [(A, split * own), (G, own / split)]
         undamped = [Undamped(X, shift, self._layers[k // 4].name, _NAMES[k % 4]) for k, (X, shift) in enumerate(items)]
         found, notices = self._temper(undamped)
         jobs, costs = [], []
@@ -252,6 +252,7 @@ class Tied:
     """
 
     moments = (TiedMoment,)
+    damps_each = True
 
     def __init__(self, power: float = 1.0) -> None:
         self._power = power

@@ -18,7 +18,19 @@ from kfacore.network.blocks import ModelBlock, User
 from kfacore.network.outputs import Output, find_output
 from kfacore.roles.layer import Emit, Use
 
-__all__ = ["Call", "Chunk", "as_written", "autocast", "capture", "first_argument", "silenced"]
+__all__ = [
+    "Call",
+    "Chunk",
+    "Recorder",
+    "as_written",
+    "autocast",
+    "capture",
+    "first_argument",
+    "installed",
+    "listening",
+    "silenced",
+    "tells",
+]
 
 
 @dataclass
@@ -116,13 +128,28 @@ class Chunk:
         ]
 
 
-class _Recorder:
-    """Turns calls of modules into `Call`s of blocks."""
+class Recorder:
+    """Turns calls of modules into `Call`s of blocks.
 
-    def __init__(self, blocks: Sequence[ModelBlock], low: torch.dtype | None, dtype: torch.dtype) -> None:
+    Args:
+        blocks: The blocks.
+        low: Dtype that autocast converts weights to.
+        dtype: That of the parameters.
+        checks: Whether what a Linear is called with is looked at before the call.
+
+    Attributes:
+        calls: The calls of each block.
+        order: Positions of the blocks in the order in which they were first called.
+        closed: Whether nothing is taken up any more.
+    """
+
+    def __init__(
+        self, blocks: Sequence[ModelBlock], low: torch.dtype | None, dtype: torch.dtype, *, checks: bool = True
+    ) -> None:
         self.calls: list[list[Call]] = [[] for _ in blocks]
         self.order: list[int] = []
-        self._blocks, self._low, self._dtype = blocks, low, dtype
+        self.closed = False
+        self._blocks, self._low, self._dtype, self._checks = blocks, low, dtype, checks
         self._users: dict[int, dict[str, tuple[int, User]]] = {}
         for index, block in enumerate(blocks):
             for user in block.users:
@@ -131,7 +158,9 @@ class _Recorder:
     def emit(self, module: nn.Module, use: Use) -> None:
         """Take up a use; one outside the graph (under no_grad, in a recomputation) is none."""
         found = self._users[id(module)].get(use.part)
-        if found is None or not torch.is_grad_enabled() or not use.output.requires_grad:
+        if self.closed or found is None or not torch.is_grad_enabled() or not use.output.requires_grad:
+            return
+        if torch._C._current_graph_task_id() != -1:  # a backward pass runs a checkpointed part again
             return
         index, user = found
         s = use.output.detach()
@@ -139,12 +168,17 @@ class _Recorder:
         if not self.calls[index]:
             self.order.append(index)
         kept = Use(use.part, use.inputs, s, use.extras)
-        self.calls[index].append(Call(self._blocks[index], user, kept, s, edge, version, self._dtype))
+        call = Call(self._blocks[index], user, kept, s, edge, version, self._dtype)
+        self.calls[index].append(call)
+        self.took(call, use.output)
+
+    def took(self, call: Call, output: Tensor) -> None:
+        """Called with each use that was taken up, and its output in the graph; nothing by default."""
 
     def hooks(self, user: User) -> Iterator[Any]:
         """Hooks on a module that is seen from outside."""
         module = user.module
-        if linear.is_linear(module):
+        if self._checks and linear.is_linear(module):
             yield module.register_forward_pre_hook(self._check(user), with_kwargs=True)
         yield module.register_forward_hook(self._record(user), with_kwargs=True)
 
@@ -194,20 +228,15 @@ def capture(
         low: Run it under autocast to this dtype.
         output: Where z is in what the model returns.
     """
-    recorder = _Recorder(blocks, low, like.dtype)
-    handles: list[Any] = []
-    seen: set[int] = set()
-    try:
-        with torch.enable_grad(), as_written(model), autocast(like.device.type, low), _installed(blocks, recorder.emit):
-            for block in blocks:
-                for user in block.users:
-                    if id(user.module) not in seen and not _tells(user):
-                        handles += recorder.hooks(user)
-                    seen.add(id(user.module))
-            z = find_output(call(), output)
-    finally:
-        for handle in handles:
-            handle.remove()
+    recorder = Recorder(blocks, low, like.dtype)
+    with (
+        torch.enable_grad(),
+        as_written(model),
+        autocast(like.device.type, low),
+        installed(blocks, recorder.emit),
+        listening(blocks, recorder),
+    ):
+        z = find_output(call(), output)
     return Chunk(z.unsqueeze(1) if z.dim() == 1 else z, recorder.calls, recorder.order, z.dim() == 1)
 
 
@@ -235,12 +264,30 @@ def _without_reentrance() -> Iterator[None]:
         checkpoint.CheckpointFunction = own  # type: ignore[misc]
 
 
-def _tells(user: User) -> bool:
+@contextmanager
+def listening(blocks: Sequence[ModelBlock], recorder: Recorder) -> Iterator[None]:
+    """Hooks on all modules that are seen from outside; the others tell of their uses, see `installed`."""
+    handles: list[Any] = []
+    seen: set[int] = set()
+    try:
+        for block in blocks:
+            for user in block.users:
+                if id(user.module) not in seen and not tells(user):
+                    handles += recorder.hooks(user)
+                seen.add(id(user.module))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tells(user: User) -> bool:
+    """Whether the module runs a forward that tells of its uses, because hooks do not see into it."""
     return user.type is not None and user.type.forward(user.module, lambda _: None) is not None
 
 
 @contextmanager
-def _installed(blocks: Sequence[ModelBlock], emit: Callable[[nn.Module, Use], None]) -> Iterator[None]:
+def installed(blocks: Sequence[ModelBlock], emit: Callable[[nn.Module, Use], None]) -> Iterator[None]:
     """Forwards that tell of their uses, instead of those of modules which hooks cannot see into."""
     patched: dict[int, tuple[nn.Module, Any]] = {}
     try:
@@ -265,7 +312,7 @@ def _installed(blocks: Sequence[ModelBlock], emit: Callable[[nn.Module, Use], No
 
 def silenced(blocks: Sequence[ModelBlock]) -> AbstractContextManager[None]:
     """The same forwards as in a capture, while nobody listens."""
-    return _installed(blocks, lambda _module, _use: None)
+    return installed(blocks, lambda _module, _use: None)
 
 
 def autocast(device: str, low: torch.dtype | None) -> AbstractContextManager[Any]:

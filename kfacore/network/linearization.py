@@ -25,8 +25,9 @@ from kfacore.network import jvp, linear
 from kfacore.network.blocks import ModelBlock
 from kfacore.network.capture import Chunk, as_written, silenced
 from kfacore.network.outputs import read_output
+from kfacore.network.passes import gather, send_back
 from kfacore.network.pulling import pulled
-from kfacore.network.rows import Counting, samples_of
+from kfacore.network.rows import Counting
 from kfacore.network.state import ModelState
 from kfacore.network.vectors import BlockVector
 from kfacore.roles.estimator import Estimator
@@ -177,29 +178,12 @@ class Linearization:
         self, chunk: Chunk, vectors: Tensor, valid: Tensor | None, total: float | Tensor | None
     ) -> list[LayerSamples | None]:
         n = chunk.z.shape[0]
-        loose = [block.parameters[0] for block in self.layers if not block.users]
-        edges = [call.edge for calls in chunk.calls for call in calls]
-        passes = []
-        for v in vectors.unbind(0):
-            with self._same_forwards():
-                roots: list[Any] = [*edges, *loose]
-                passes.append(pulled(chunk.z, roots, _padded(v, n), retain=True))
+        with self._same_forwards():
+            passes = send_back(self.layers, chunk, _padded(vectors, n, 1))
         kept = n if self._linearizer.mixes else self._kept
         mask = None if valid is None else _padded(valid.reshape(valid.shape[0], -1), n)
         counting = Counting(n, kept, mask, vectors.shape[1] if total is None else total)
-        samples: list[LayerSamples | None] = []
-        at, other = 0, len(edges)
-        for index, (block, calls) in enumerate(zip(self.layers, chunk.calls, strict=True)):
-            if not block.users:
-                found = [one[other] for one in passes]
-                other += 1
-                samples.append(_diagonal_samples(block, found, counting))
-                continue
-            mine = [one[at : at + len(calls)] for one in passes]
-            at += len(calls)
-            reduce = index in self._linearizer.reduced
-            samples.append(samples_of(block, calls, mine, counting, reduce) if calls else None)
-        return samples
+        return gather(self.layers, chunk.calls, passes, counting, self._linearizer.reduced)
 
     def gradient(
         self,
@@ -369,17 +353,7 @@ class Linearization:
                 part += share
 
 
-def _padded(v: Tensor, n: int) -> Tensor:
+def _padded(v: Tensor, n: int, dim: int = 0) -> Tensor:
     """Zero beyond its cases."""
-    missing = n - v.shape[0]
-    return v if missing == 0 else torch.cat([v, v.new_zeros(missing, *v.shape[1:])])
-
-
-def _diagonal_samples(block: ModelBlock, found: Sequence[Tensor | None], counting: Counting) -> LayerSamples:
-    """Each pass's whole gradient: with vectors independent between cases its square is S times the diagonal, in the
-    mean, because the products of two cases vanish.
-    """  # noqa: D205
-    like = block.parameters[0]
-    rows = [torch.zeros_like(like, requires_grad=False) if g is None else g for g in found]
-    gradients = torch.stack([g.reshape(1, -1) for g in rows]).to(like.dtype)
-    return LayerSamples(gradients.new_empty(0), gradients, None, None, counting.total)
+    missing = n - v.shape[dim]
+    return v if missing == 0 else torch.cat([v, v.new_zeros(*v.shape[:dim], missing, *v.shape[dim + 1 :])], dim)

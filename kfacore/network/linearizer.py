@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from kfacore.errors import ConfigError, DataError, UnsupportedModelError, nearest
 from kfacore.nest import cases_of, map_nest, slice_cases, tensors_of
 from kfacore.network.blocks import ModelBlock, with_diagonals
-from kfacore.network.capture import Chunk, capture
+from kfacore.network.capture import Chunk, capture, tells
 from kfacore.network.checks import StrictChecks, require_outputs
 from kfacore.network.draws import Draws
 from kfacore.network.facts import Facts, Way, common_cases
@@ -246,11 +246,11 @@ class Linearizer:
         else:
             chunks = [self._forward(inputs, low)]
             n = chunks[0].z.shape[0] if kept is None else min(kept, chunks[0].z.shape[0])
-        self._order(chunks)
         for chunk in chunks if self._axes else ():
             for layer, calls in zip(self.layers, chunk.calls, strict=True):
                 for call in calls:
                     call.axis = self._axes.get(layer.info.name, 0)
+        self._order(chunks)
         return Linearization(self, inputs, chunks, n, start)
 
     def _forward(self, inputs: Any, low: torch.dtype | None, output: Output = None) -> Chunk:
@@ -338,11 +338,7 @@ class Linearizer:
             self.layers = strict_blocks(self.model)
         else:
             self.layers = whole_model(self.model, self._types, self._max_dim)
-        self.tells = any(
-            user.type is not None and user.type.forward(user.module, lambda _: None) is not None
-            for layer in self.layers
-            for user in layer.users
-        )
+        self.tells = any(tells(user) for layer in self.layers for user in layer.users)
         self.draws = Draws(self.model, self.layers[0].parameters[0].device)
         self._reduce_blocks()
         known = {layer.info.name for layer in self.layers}

@@ -28,7 +28,7 @@ from kfacore.network.rows import explained
 from kfacore.network.standing import call_with
 from kfacore.network.state import ModelState
 
-__all__ = ["Study"]
+__all__ = ["Study", "all_equal", "as_vector", "is_reentrant"]
 
 
 class Study:
@@ -273,9 +273,9 @@ class Study:
             wanted = block.view(lambda parameter: whole[self._names[parameter]])
             told = explained(block, calls, arrived)
             # As one vector: a part of it may be zero but for rounding, as that of a bias before a norm of the batch is.
-            if not close(_vector(told), _vector(wanted), loose=True):
+            if not close(as_vector(told), as_vector(wanted), loose=True):
                 outside.add(index)
-            elif block.info.kind == "kron" and _all_equal(calls, arrived, chunk.z.shape[0]):
+            elif block.info.kind == "kron" and all_equal(calls, arrived, chunk.z.shape[0]):
                 pooled.add(index)
         return whole, frozenset(outside), frozenset(pooled)
 
@@ -341,7 +341,7 @@ class Study:
 
 
 def _grad(z: Tensor, roots: Sequence[Any], v: Tensor) -> list[Tensor | None]:
-    if _is_reentrant(z):  # it would give no gradients at all, without a word
+    if is_reentrant(z):  # it would give no gradients at all, without a word
         raise UnsupportedModelError(
             "a part of the model is checkpointed by a reentrant function that is not torch's, which gives no gradients "
             "by parameters; use torch.utils.checkpoint.checkpoint"
@@ -349,7 +349,7 @@ def _grad(z: Tensor, roots: Sequence[Any], v: Tensor) -> list[Tensor | None]:
     return pulled(z, roots, v, retain=True)
 
 
-def _is_reentrant(z: Tensor) -> bool:
+def is_reentrant(z: Tensor) -> bool:
     """Whether the graph has a node of reentrant checkpoints; torch's own run in their other form here."""
     stack, seen = [z.grad_fn], set()
     while stack:
@@ -383,11 +383,12 @@ def _beside_copies(x: Tensor, kept: slice, half: int) -> Tensor:
     return copies
 
 
-def _vector(parts: Sequence[Tensor]) -> Tensor:
+def as_vector(parts: Sequence[Tensor]) -> Tensor:
+    """All their numbers, one after the other."""
     return torch.cat([part.reshape(-1) for part in parts])
 
 
-def _all_equal(calls: Sequence[Any], arrived: Sequence[Tensor | None], n: int) -> bool:
+def all_equal(calls: Sequence[Any], arrived: Sequence[Tensor | None], n: int) -> bool:
     """Whether the only call has several rows a case, and all rows of a case get one g that is not zero.
 
     Not asked of token numbers: their rows summed over a case are as wide as the vocabulary.

@@ -58,11 +58,13 @@ class Approximation(Part):
         moments: The running averages it needs; several approximations may share one.
         structure: ``"any"``, or ``"chain"`` if it couples blocks that follow each other: then the network says which
             pairs do, as `Moments.pairs`. A block without a neighbour stands alone.
+        damps_each: Whether `Factorisation.damped` takes a gamma for each block, a vector; others get one for all.
     """
 
     config: ApproxConfig
     moments: ClassVar[tuple[type[Moment], ...]]
     structure: ClassVar[Literal["any", "chain"]] = "any"
+    damps_each: ClassVar[bool] = False
 
     def serves(self, block: Block) -> bool:
         """Whether it preconditions this block; the others get built-in curvature, see `kfacore.curvature.joined`.

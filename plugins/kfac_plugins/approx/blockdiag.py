@@ -79,6 +79,7 @@ class BlockDiagonal(Approximation):
     Config = BlockDiagonalConfig
     config: BlockDiagonalConfig
     moments = (InputFactor, OutputFactor)
+    damps_each = True
 
     def factorise(self, moments: Moments) -> BlockDiagonalFactorisation:
         """Symmetrise A and G where the inverse will keep them."""

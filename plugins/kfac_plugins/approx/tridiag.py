@@ -247,6 +247,7 @@ class BlockTridiagonal(Approximation):
     Config = BlockTridiagonalConfig
     config: BlockTridiagonalConfig
     moments = (InputFactor, OutputFactor, InputCross, OutputCross)
+    damps_each = True
     structure = "chain"
 
     def factorise(self, moments: Moments) -> BlockTridiagonalFactorisation:

@@ -1,0 +1,128 @@
+"""A guest's curvature: micro-batches added up, averaged in once a step, and an inverse damped by each block's scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfacore.curvature.forest import forest
+from kfacore.curvature.preconditioner import Preconditioner
+from kfacore.curvature.scales import MeanScales, gammas
+from kfacore.errors import NumericalError
+from kfacore.optim.guards import as_parameters
+from kfacore.optim.guest_capture import GuestNetwork
+from kfacore.optim.guest_options import GuestOptions
+from kfacore.roles.approx import Approximation
+from kfacore.roles.block import Block
+from kfacore.roles.moment import Moments
+from kfacore.roles.samples import LayerSamples
+
+__all__ = ["GuestCurvature"]
+
+_OPERATIONS = 6
+"""Operations of the gradient, a row and a parameter: two forward and four backward."""
+
+
+class GuestCurvature:
+    """Statistics of a network's blocks and the inverse made of them.
+
+    Args:
+        network: The network, once its blocks are in order.
+        approx: The approximation.
+        decay: Largest weight of the past in the averages.
+        options: Of the guest.
+        say: Told what must not pass in silence.
+
+    Attributes:
+        preconditioner: Averages and inverse.
+        scales: Each block's mean scale, see `kfacore.curvature.scales`.
+        added: Micro-batches since the last step.
+    """
+
+    def __init__(
+        self,
+        network: GuestNetwork,
+        approx: Approximation,
+        decay: float,
+        options: GuestOptions,
+        say: Callable[[str], None],
+    ) -> None:
+        infos = [block.info for block in network.layers]
+        pairs = forest(network.following, [1.0 / abs(j - i) for i, j in network.following])
+        self._like = network.layers[0].parameters[0]
+        self.preconditioner = Preconditioner(approx, infos, self._like, decay, pairs)
+        self.scales = Moments((MeanScales,), infos, self._like)
+        self.added = 0
+        self._options, self._say = options, say
+        self._work = self._adding = 0.0
+
+    def add(self, samples: Sequence[LayerSamples | None]) -> None:
+        """Take in a micro-batch, unless it holds NaN or infinity."""
+        numbers = [torch.zeros((), device=self._like.device)]
+        numbers += [x.sum() for s in samples if s is not None for x in (s.gradients, s.inputs) if x.is_floating_point()]
+        if not bool(torch.isfinite(torch.stack([x.float() for x in numbers])).all()):
+            self._say(
+                "statistics of a mini-batch were left out: its outputs or gradients hold NaN or infinity (the loss is "
+                "not finite, or float16 overflowed)"
+            )
+            return
+        self.preconditioner.add(samples)
+        self.scales.add(samples)
+        self._adding += sum(_work(block, s) for block, s in zip(self.preconditioner.layers, samples, strict=True))
+        self.added += 1
+
+    def refresh(self, step: int) -> None:
+        """Average in what was added, and take up a new inverse when it is time."""
+        pre = self.preconditioner
+        if self.added:
+            pre.commit()
+            self.scales.commit(pre.decay)
+            self.added = 0
+            self._work, self._adding = self._adding, 0.0
+        pre.spent(self._work)  # other steps are taken to be as large as those that were watched
+        if pre.moments.updates == 0:
+            return
+        gamma = gammas(self.scales[MeanScales], self._options.damping)
+        if self._options.gamma is not None:
+            gamma = torch.full_like(gamma[0], self._options.gamma)
+        try:
+            found, notices = pre.candidates(step, [gamma], pi=self._options.pi)
+        except NumericalError as error:
+            self._say(f"{error} (the base optimizer steps alone until the next statistics)")
+            return
+        for _, inverse in found:
+            pre.use(inverse)
+        for notice in notices:
+            self._say(str(notice))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Averages, inverse, a refresh under way."""
+        return {
+            "preconditioner": self.preconditioner.state_dict(),
+            "scales": self.scales.state_dict(),
+            "work": self._work,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], saved: torch.dtype) -> None:
+        """Take up a state of the same blocks.
+
+        Args:
+            state: What `state_dict` gave.
+            saved: Dtype of the parameters when it was saved.
+        """
+        like: Tensor = self._like
+        self.preconditioner.load_state_dict(as_parameters(state["preconditioner"], saved, like))
+        self.scales.load_state_dict(as_parameters(state["scales"], saved, like))
+        self._work = float(state["work"])
+
+
+def _work(block: Block, s: LayerSamples | None) -> float:
+    """Operations of a step for a block, from its rows; token numbers are looked up."""
+    if s is None:
+        return 0.0
+    rows = s.gradients.shape[1] if s.inputs.is_floating_point() else 0
+    return float(_OPERATIONS * math.prod(block.shape)) * (rows if s.head is None else s.head.gradients.shape[1])

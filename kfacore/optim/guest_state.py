@@ -1,0 +1,119 @@
+"""Curvature in a torch optimizer's state: tensors alone, each at a parameter of the block that it belongs to.
+
+Whatever reads states of optimizers (``torch.load(weights_only=True)``, safetensors, distributed checkpoints) finds
+tensors under names. How they hang together, and numbers and words, is JSON as bytes, one tensor more. Which parameter
+a tensor stands at is told by lists with one entry a block, and matters to nobody here: names are unique.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["joined_state", "mark", "marked", "pack", "split_state", "unpack"]
+
+PREFIX = "kfac."
+"""Begins every name of ours."""
+
+_STEPS = PREFIX + "steps"
+_TREE = PREFIX + "tree"
+_TENSOR = "tensor:"
+
+
+def pack(nest: Any, owners: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+    """Tensors by parameter and name.
+
+    Args:
+        nest: Dicts with words for keys, lists, tensors, numbers, words.
+        owners: Number of a parameter for each block.
+    """
+    found: dict[int, dict[str, Tensor]] = {}
+
+    def walk(value: Any, path: str, owner: int) -> Any:
+        if isinstance(value, Tensor):
+            found.setdefault(owner, {})[PREFIX + path] = value.detach().clone(memory_format=torch.contiguous_format)
+            return _TENSOR + path
+        if isinstance(value, Mapping):
+            return {str(key): walk(each, f"{path}.{key}" if path else str(key), owner) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            each_owner = owners if len(value) == len(owners) else [owner] * len(value)
+            return [walk(each, f"{path}.{i}", at) for i, (each, at) in enumerate(zip(value, each_owner, strict=True))]
+        return value
+
+    tree = json.dumps(walk(nest, "", owners[0]))
+    found.setdefault(owners[0], {})[_TREE] = torch.frombuffer(bytearray(tree.encode()), dtype=torch.uint8)
+    return found
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> Any:
+    """The nest, from all tensors by name, wherever they stood; None if there is none."""
+    if _TREE not in tensors:
+        return None
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, str) and value.startswith(_TENSOR):
+            return tensors[PREFIX + value.removeprefix(_TENSOR)].clone()
+        if isinstance(value, dict):
+            return {key: walk(each) for key, each in value.items()}
+        return [walk(each) for each in value] if isinstance(value, list) else value
+
+    return walk(json.loads(bytes(tensors[_TREE].to(device="cpu", dtype=torch.uint8).numpy())))
+
+
+def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A state of an optimizer without what is ours, and that.
+
+    Scalars are copied: torch's optimizers take up the tensors of their counts as they are, so that two would share one.
+    """
+    ours: dict[str, Tensor] = {}
+    rest: dict[Any, Any] = {}
+    for key, entry in state["state"].items():
+        ours |= {name: value for name, value in entry.items() if str(name).startswith(PREFIX)}
+        others = {
+            name: value.clone() if isinstance(value, Tensor) and value.dim() == 0 else value
+            for name, value in entry.items()
+            if not str(name).startswith(PREFIX)
+        }
+        if others or not entry:
+            rest[key] = others
+    return {**state, "state": rest}, ours
+
+
+def joined_state(
+    base: Mapping[str, Any], own: Sequence[Tensor], first: Sequence[Tensor], curvature: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The state of the base optimizer with what is ours.
+
+    Args:
+        base: Its own, marks among it.
+        own: All its parameters.
+        first: The first parameter of each block.
+        curvature: What is to be kept.
+    """
+    state, _ = split_state(base)
+    for key, entry in base["state"].items():
+        if _STEPS in entry:  # one tensor for all, which some formats refuse
+            state["state"].setdefault(key, {})[_STEPS] = entry[_STEPS].clone()
+    numbers: dict[int, int] = {}
+    for p in own:
+        numbers.setdefault(id(p), len(numbers))
+    for owner, tensors in pack(curvature, [numbers[id(p)] for p in first]).items():
+        state["state"][owner] = {**state["state"].get(owner, {}), **tensors}
+    return state
+
+
+def mark(state: Any, parameters: Sequence[Tensor], steps: int) -> None:
+    """Leave the number of steps at parameters that moved: tools ask whether there is a state, and SGD's is empty."""
+    count = torch.tensor(float(steps))
+    for p in parameters:
+        state[p][_STEPS] = count
+
+
+def marked(state: Mapping[str, Any], own: Sequence[Tensor]) -> list[Tensor]:
+    """The parameters that have such a mark in a saved state, whose keys are numbers, or names."""
+    keys = [key for group in state["param_groups"] for key in group["params"]]
+    return [p for key, p in zip(keys, own, strict=True) if _STEPS in state["state"].get(key, {})]
