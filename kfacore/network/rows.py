@@ -190,7 +190,7 @@ def _count(inputs: list[Tensor], masks: list[Tensor | None]) -> int | Tensor | N
     if all(mask is None for mask in masks):
         return None
     counts = [
-        mask.sum() if mask is not None else torch.tensor(x.shape[0] * x.shape[1], device=x.device)
+        mask.sum() if mask is not None else torch.full((), x.shape[0] * x.shape[1], device=x.device)
         for x, mask in zip(inputs, masks, strict=True)
     ]
     return torch.stack(counts).sum()

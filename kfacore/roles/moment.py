@@ -161,10 +161,10 @@ class Moment(ABC):
 
     def _blend_on_device(self, i: int, value: Tensor, new: Tensor, tally: Tally, decay: float) -> None:
         """The same where only the device knows how many rows there were: nothing waits for it."""
-        some = torch.as_tensor(tally.seen, device=value.device) > 0
-        k = torch.as_tensor(self.updates[i], device=value.device, dtype=torch.float64) + some
+        some = _scalar(tally.seen, value) > 0
+        k = _scalar(self.updates[i], value) + some
         keep = torch.where(some, (1.0 - 1.0 / k.clamp_min(1.0)).clamp_max(decay), 1.0)
-        divisor = torch.as_tensor(tally.divisor, device=value.device, dtype=torch.float64)
+        divisor = _scalar(tally.divisor, value)
         share = torch.where(some, (1.0 - keep) / torch.where(some, divisor, 1.0), 0.0)
         old = torch.where(keep > 0, value, torch.zeros_like(value))  # what was NaN must not show through
         value.copy_(old * keep.to(value.dtype) + new * share.to(value.dtype))
@@ -204,6 +204,13 @@ def blend(value: Tensor, new: Tensor, beta: float, alpha: float) -> None:
         torch.mul(new.to(value.dtype), alpha, out=value)
     else:
         value.mul_(beta).add_(new, alpha=alpha)
+
+
+def _scalar(number: Number, like: Tensor) -> Tensor:  # () float64
+    """A number on the device: filled there, since a copy of a host number would have to be waited for."""
+    if isinstance(number, Tensor):
+        return number.to(like.device, torch.float64)
+    return torch.full((), number, dtype=torch.float64, device=like.device)
 
 
 class Moments:

@@ -539,7 +539,9 @@ def test_an_output_of_the_wrong_shape_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.body(x).view(-1, 2, 2)
 
-    with pytest.raises(DataError, match=r"^targets: .* needs shape"):  # outputs (n, 2, 2) for targets (n, 3)
+    with pytest.raises(
+        DataError, match=r"^targets: outputs of shape \(40, 2, 2\) need .* found \(40, 3\)"
+    ):  # outputs (n, 2, 2) for targets (n, 3)
         KFAC(Image().double(), likelihood="gaussian").step(*data())
 
 

@@ -118,7 +118,10 @@ def test_ignored_labels_and_masks_train() -> None:
         ("categorical", (x, y, valid.long())),
         ("categorical", (x[valid], y[valid])),
     ):
-        options: dict[str, Any] = {"estimator": {"kind": "exact", "tau1": 1.0}, "damping": {"kind": "fixed"}}
+        options: dict[str, Any] = {
+            "estimator": {"kind": "exact", "tau1": 1.0},
+            "damping": {"kind": "fixed", "gamma": 0.01},
+        }
         optimizer = KFAC(net().double(), likelihood=likelihood, approx="blockdiag", **options)
         rows = (batch[0].double(), *batch[1:])
         runs.append(float(optimizer.step(*rows).loss))
