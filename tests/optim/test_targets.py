@@ -151,6 +151,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA")
     monkeypatch.setattr(loss_module, "on_host", lambda tensor: False)
+    monkeypatch.setattr(KFAC, "_reads", staticmethod(lambda value: False))
     return str(request.param)
 
 
@@ -158,7 +159,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def test_a_wrong_target_on_a_device_does_not_count(likelihood: str, value: Any, message: str, device: str) -> None:
     """It leaves no trace in its own step, and is refused in the next one that waits, before the parameters move."""
     model, twin = net().to(device), net().to(device)
-    options: dict[str, Any] = {"likelihood": likelihood, "approx": {"kind": "blockdiag", "refresh_growth": None}}
+    approx = {"kind": "blockdiag", "refresh_growth": None}
+    options: dict[str, Any] = {"likelihood": likelihood, "approx": approx, "trust": "none"}
     optimizer, other = KFAC(model, **options), KFAC(twin, **options)
     x, y = inputs().to(device), good(likelihood).to(device)
     with pytest.raises(DataError, match=message):  # wholly checked while the form is new
@@ -182,7 +184,7 @@ def test_a_mini_batch_on_a_device_in_which_nothing_counts(device: str) -> None:
     x, y = inputs().to(device), good("categorical").to(device)
     model = net().to(device)
     approx = {"kind": "blockdiag", "refresh_growth": None}
-    optimizer = KFAC(model, likelihood=nn.CrossEntropyLoss(), approx=approx)
+    optimizer = KFAC(model, likelihood=nn.CrossEntropyLoss(), approx=approx, trust="none")
     for _ in range(3):
         optimizer.step(x, y)
     optimizer.step(x, torch.full_like(y, -100))

@@ -117,7 +117,7 @@ def suggested_likelihood(path: Path, task: Task | None) -> tuple[str, str]:
     if name not in raw and task is None:  # an autoencoder
         name = "x_train"
         raw = read_npz(path, optional=(name,))
-    if name not in raw:
+    if name not in raw or not raw[name].size:  # `load` says what is wrong
         return "gaussian", ""
     y = raw[name]
     if (task or _infer({"y_train": y} if name == "y_train" else {})) == "classifier":
