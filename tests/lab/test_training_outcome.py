@@ -33,7 +33,8 @@ from kfacore.roles import StepReport
         (2.3, 1e-9, 0.002, "fine"),  # from next to nothing to next to nothing
         (2.3, 1e-9, 0.0024, "diverged"),
         (4.0, 3.9, 4.0, "fine"),
-        (4.0, 3.9, 4.01, "diverged"),
+        (4.0, 3.9, 6.0, "fine"),  # half above the first
+        (4.0, 3.9, 6.01, "diverged"),
         (4.0, 0.3, 34020.0, "diverged"),
         (4.0, 4.0, 4.0, "fine"),
         (0.0, 0.0, 0.0, "fine"),
@@ -138,7 +139,7 @@ def test_the_best_parameters_are_kept_beside_the_last(tmp_path, scripted):
 
 
 def test_without_anything_better_than_the_start_there_is_no_best_file(tmp_path, scripted):
-    scripted(3.0, 3.5, 3.2, 3.1, 3.1)
+    scripted(3.0, 3.5, 3.2, 3.1, 5.1)
     result = run(tmp_path, "a", "optimizer=adam")
     assert (result.verdict, result.best) == ("diverged", None)
     assert not RunFolder(tmp_path / "a").best_file.exists()

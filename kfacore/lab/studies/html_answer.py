@@ -93,7 +93,7 @@ def lost_runs(results: Results) -> str:
         )
     note = (
         "They are counted everywhere and enter no mean. Their numbers stand here, and the figures show them up to "
-        "where they got. A run that ends at a training loss above its first, or above twice its best, has diverged."
+        "where they got. A run that ends far above its first training loss, or above twice its best, has diverged."
     )
     return f'<section><h2 id="lost">Runs that are not done</h2><p>{note}</p>{table("Runs", header, rows)}</section>'
 

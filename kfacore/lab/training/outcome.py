@@ -22,8 +22,9 @@ NOISE = 1e-3
 def verdict(first: float | None, best: float | None, last: float | None) -> Verdict:
     """Whether a run fell apart, by its training losses over the whole training set.
 
-    Diverged is a last loss that is not finite, is above the first one, or is more than twice the best one; the last two
-    by more than a thousandth of the first. With losses that may be negative, twice the best is best + |best|.
+    Diverged is a last loss that is not finite, is more than half above the first one, or is more than twice the best
+    one; the last two by more than a thousandth of the first. A run of a few steps may well end a little above its
+    start. With losses that may be negative, twice the best is best + |best|, likewise for the first.
 
     Args:
         first: The loss of the first evaluation, None if there was none.
@@ -37,7 +38,7 @@ def verdict(first: float | None, best: float | None, last: float | None) -> Verd
         return "diverged"
     start = first if first is not None and math.isfinite(first) else None
     floor = NOISE * abs(start if start is not None else best or 0.0)
-    if start is not None and last > start + floor:
+    if start is not None and last > start + 0.5 * abs(start) + floor:
         return "diverged"
     return "diverged" if best is not None and last > best + abs(best) + floor else "fine"
 
