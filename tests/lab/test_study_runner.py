@@ -121,6 +121,7 @@ name = "good"
 [[variants]]
 name = "explodes"
 optimizer = { kind = "sgd", lr = 1e30 }
+weight_decay = 1e-5
 [[variants]]
 name = "breaks"
 optimizer = "weak"
@@ -170,7 +171,7 @@ def test_one_bad_run_is_told_with_its_reason_and_the_rest_go_on(tmp_path, inline
     assert ends["good"] == ("done", "")
     assert ends["late"] == ("done", "")
     assert ends["explodes"][0] == "diverged"
-    assert "it got worse" in ends["explodes"][1]
+    assert "the loss of step 3 is nan" in ends["explodes"][1]
     assert str(tmp_path) not in ends["explodes"][1], "reasons stand in reports, which are passed on"
     assert "is kept in runs/" in ends["explodes"][1]
     assert ends["breaks"][0] == "failed"
