@@ -78,7 +78,8 @@ def kfac(
         model,
         likelihood="bernoulli",
         approx={**approx, "refresh_every": refresh_every, "refresh_growth": None, "refresh": refresh},
-        estimator={"kind": "monte-carlo", "tau1": 0.125},
+        estimator={"kind": "monte-carlo", "tau1": 0.125, "min_cases": 1},
+        trust={"kind": "undo", "settling": 1},  # the steady state: asked about where lambda adapts
         damping={"kind": "levenberg-marquardt", "gamma_rule": gamma},
         momentum={"kind": "quadratic-model", "tau2": tau2, "min_cases": 1},
     )

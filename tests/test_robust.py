@@ -36,7 +36,8 @@ def test_kfac_with_nothing_set_is_accepted(problem: str) -> None:
     assert record["steps"] == STEPS, said
     # Not yet "doubled": with 32 examples a batch one evaluation of cancer-bernoulli is twice the one before.
     assert record["error"] is None, said
-    assert not (record["nan"] or record["rose"]), said
+    assert not record["nan"], said
+    assert not record["rose"], said
     assert record["final"] < record["first"], said
 
 
