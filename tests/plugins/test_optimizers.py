@@ -127,6 +127,6 @@ def test_nesterov_needs_momentum_in_torch():
 
 def test_only_kfac_uses_the_slots_of_curvature():
     uses = {component.name: component.uses for component in COMPONENTS}
-    assert uses.pop("kfac") == {"estimator", "approx", "damping", "momentum"}
+    assert uses.pop("kfac") == {"estimator", "approx", "damping", "momentum", "trust"}
     assert set(uses) == {"nesterov", "sgd", "adam"}
     assert not any(uses.values())
