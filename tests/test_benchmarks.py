@@ -137,15 +137,15 @@ def test_every_benchmark_is_listed_and_has_help(
 
 
 def test_an_ordinary_step_is_within_its_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """46 operations a layer, 66 for the tridiagonal form, and no wait (on the net that the limits are for).
+    """50 operations a layer, 70 for the tridiagonal form, and no wait (on the net that the limits are for).
 
-    Five of them keep the parameters and confirm the step before.
+    Some ten of them keep the parameters and confirm the step before.
     """
     monkeypatch.setattr(KFAC, "_reads", staticmethod(lambda value: False))
     report = Report("launches")
     launches.measure(report, "mnist", CPU)
     rows = {row[""]: row for row in report.tables[0]["rows"]}
-    for name, limit in (("blockdiag", 46), ("tridiag", 66), ("tridiag, tolerance 0", 66)):
+    for name, limit in (("blockdiag", 50), ("tridiag", 70), ("tridiag, tolerance 0", 70)):
         assert rows[f"{name}, ordinary"]["a layer"] <= limit
         assert rows[f"{name}, ordinary"]["waits"] == 0
 
