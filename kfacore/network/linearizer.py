@@ -160,8 +160,13 @@ class Linearizer:
         ]
         return found
 
-    def set_order(self, names: Sequence[str]) -> None:
-        """Take up the execution order of a saved state; blocks that it has as `diagonal` ones become so.
+    def set_order(self, names: Sequence[str], *, final: bool = True) -> None:
+        """Take up the order of a saved state; blocks that it has as `diagonal` ones become so.
+
+        Args:
+            names: Of the blocks.
+            final: Whether it is the order of execution; that of a state from before the first step is not, and the
+                first mini-batch tells it.
 
         Raises:
             UnsupportedModelError: The model does not have exactly these blocks.
@@ -179,7 +184,7 @@ class Linearizer:
                 f"the saved optimizer state has layers {', '.join(names)}; this model has {', '.join(known)}"
             )
         self.layers = [known[name] for name in names]
-        self.ordered = True
+        self.ordered = final
 
     # --- a mini-batch -----------------------------------------------------------------------------------------------
 

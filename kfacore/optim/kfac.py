@@ -518,7 +518,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             UnsupportedModelError: The state is of a model with other layers.
         """
         own = require_state(state, self.approx.config.kind, {x.info.name: x.info.shape for x in self.linearizer.layers})
-        self.linearizer.set_order(own["layers"])
+        self.linearizer.set_order(own["layers"], final=own["preconditioner"] is not None)
         pairs = own.get("following")
         self.linearizer.following = None if pairs is None else [(int(i), int(j)) for i, j in pairs]
         super().load_state_dict({key: value for key, value in state.items() if key != "kfac"})
