@@ -18,6 +18,7 @@ from kfacore.nest import cases_of, slice_cases
 from kfacore.network import linear
 from kfacore.network.blocks import ModelBlock
 from kfacore.network.capture import Chunk, as_written, first_argument
+from kfacore.network.pairs import nearest
 
 __all__ = ["StrictChecks", "check_cases", "check_chain", "check_gradient"]
 
@@ -127,25 +128,10 @@ def check_chain(layers: Sequence[ModelBlock], chunk: Chunk) -> None:
     """
     calls = [each[0] for each in chunk.calls]
     owner = {call.edge.node: i for i, call in enumerate(calls)}
-
-    def parents(roots: list[Any]) -> set[int]:
-        found: set[int] = set()
-        stack, seen = list(roots), set()
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if node in owner:
-                found.add(owner[node])
-            else:
-                stack.extend(following for following, _ in node.next_functions)
-        return found
-
     for i, (layer, call) in enumerate(zip(layers, calls, strict=True)):
         above = [following for following, _ in call.edge.node.next_functions]
-        _require_parent(layer.info.name, parents(above), i - 1, layers)
-    _require_parent("the model's output", parents([chunk.z.grad_fn]), len(layers) - 1, layers)
+        _require_parent(layer.info.name, nearest(above, owner), i - 1, layers)
+    _require_parent("the model's output", nearest([chunk.z.grad_fn], owner), len(layers) - 1, layers)
 
 
 def _require_parent(name: str, found: set[int], wanted: int, layers: Sequence[ModelBlock]) -> None:

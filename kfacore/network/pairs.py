@@ -10,7 +10,7 @@ for a chain).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from kfacore.network.blocks import ModelBlock
 from kfacore.network.capture import Chunk
 from kfacore.network.rows import rows_of
 
-__all__ = ["following"]
+__all__ = ["following", "nearest"]
 
 
 def following(layers: Sequence[ModelBlock], chunk: Chunk, reduced: Collection[int] = ()) -> list[tuple[int, int]]:
@@ -45,7 +45,7 @@ def following(layers: Sequence[ModelBlock], chunk: Chunk, reduced: Collection[in
     candidates = [
         (i, j)
         for j, call in single.items()
-        for i in _nearest([following for following, _ in call.edge.node.next_functions], owner)
+        for i in nearest([following for following, _ in call.edge.node.next_functions], owner)
         if i in single
     ]
     with torch.no_grad():  # the layer type tells: a convolution's rows are not its input's
@@ -53,10 +53,10 @@ def following(layers: Sequence[ModelBlock], chunk: Chunk, reduced: Collection[in
     return sorted((i, j) for i, j in candidates if rows[i] == rows[j])
 
 
-def _nearest(roots: list[Any], owner: dict[Any, int]) -> set[int]:
+def nearest(roots: Iterable[Any], owner: Mapping[Any, int]) -> set[int]:
     """The blocks that are reached first on the way back from some nodes of the graph."""
     found: set[int] = set()
-    stack, seen = roots, set()
+    stack, seen = list(roots), set()
     while stack:
         node = stack.pop()
         if node is None or node in seen:
