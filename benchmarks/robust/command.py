@@ -2,8 +2,9 @@
 
 Every run is a problem with a seed, an optimizer, and the same processor seconds on one thread. Adam, Muon and SOAP run
 with several learning rates, of which the best on each problem counts. K-FAC is rerun often and the others never change,
-so their runs of an earlier file can be taken with --baseline. A file that is there already is gone on with: runs of the
-same budget stay, K-FAC's as long as its source is the same.
+so their runs of an earlier file can be taken with --baseline. Where other work would disturb the seconds, --pace counts
+each step for what it took in a file that was made on a quiet machine: then runs depend on nothing else. A file that is
+there already is gone on with: runs of the same budget stay, K-FAC's as long as its source is the same.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from benchmarks.report import Report
 from benchmarks.robust.contenders import CONTENDERS, choose_contenders, family, missing
 from benchmarks.robust.problems import QUICK, choose
 from benchmarks.robust.race import Budget, Record, race
-from benchmarks.robust.store import Key, Store
+from benchmarks.robust.store import Key, Store, paces
 from benchmarks.robust.table import rows, standing, strangers, summary
 
 __all__ = ["main"]
@@ -44,7 +45,9 @@ def main(arguments: list[str]) -> int:
         taken = store.take(options.baseline, kfac=False)
         print(f"{taken} runs taken from {options.baseline}", flush=True)
     todo = [run for run in plan if run not in store]
-    for at, record in enumerate(_run(todo, budget, options.jobs), 1):
+    known = {} if options.pace is None else paces(options.pace)
+    costs = [known.get((problem, name), known.get((problem, family(name)))) for problem, _, name in todo]
+    for at, record in enumerate(_run(todo, costs, budget, options.jobs), 1):
         store.add(record)
         _say(record, at, len(todo))
     return _answer(store, plan, options.baseline is not None)
@@ -62,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help=f"{len(QUICK)} small problems, one seed, one second")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side, at most one a core")
     parser.add_argument("--baseline", type=Path, help="an earlier file: runs of the others are taken from it")
+    parser.add_argument("--pace", type=Path, help="a file of runs: its seconds a step are taken, none are measured")
     parser.add_argument("--out", type=Path, help="the file that everything goes to; gone on with if it is there")
     return parser
 
@@ -88,13 +92,15 @@ def _plan(options: argparse.Namespace) -> list[Key]:
     ]
 
 
-def _run(todo: list[Key], budget: Budget, jobs: int) -> Iterator[Record]:
+def _run(todo: list[Key], costs: list[float | None], budget: Budget, jobs: int) -> Iterator[Record]:
     if jobs == 1 or len(todo) < 2:
-        for run in todo:
-            yield race(*run, budget)
+        for run, cost in zip(todo, costs, strict=True):
+            yield race(*run, budget, cost)
         return
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        for done in as_completed([pool.submit(race, *run, budget) for run in todo]):
+        for done in as_completed(
+            [pool.submit(race, *run, budget, cost) for run, cost in zip(todo, costs, strict=True)]
+        ):
             yield done.result()
 
 

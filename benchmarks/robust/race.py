@@ -53,6 +53,7 @@ class _Run:
 
     task: Task
     budget: Budget
+    cost: float | None = None
     losses: list[float] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     seconds: float = 0.0
@@ -85,7 +86,7 @@ class _Run:
             except Exception as error:  # whatever it is, the run has failed, and the other runs go on
                 self.error = f"{type(error).__name__}: {error}"
                 break
-            self.seconds += time.process_time() - began
+            self.seconds += time.process_time() - began if self.cost is None else self.cost
             self.losses.append(stepped.loss)
             self.rejected += not stepped.accepted
         self.evaluate()
@@ -95,7 +96,7 @@ class _Run:
         return len(last) == GIVE_UP and not any(map(math.isfinite, last))
 
 
-def race(problem: str, seed: int, contender: str, budget: Budget) -> Record:
+def race(problem: str, seed: int, contender: str, budget: Budget, cost: float | None = None) -> Record:
     """Run it on one thread.
 
     Args:
@@ -103,6 +104,7 @@ def race(problem: str, seed: int, contender: str, budget: Budget) -> Record:
         seed: Of data, split, initialisation and the order of mini-batches; every contender gets the same.
         contender: Name of a contender.
         budget: When to end.
+        cost: Processor seconds that a step counts for, known from runs on a quiet machine; measured if left out.
 
     Returns:
         A record without tensors: losses at the first, best and last evaluation, steps, the verdicts of
@@ -113,7 +115,7 @@ def race(problem: str, seed: int, contender: str, budget: Budget) -> Record:
     try:
         warm_up(contender)
         task = PROBLEMS[problem].build(seed)
-        run = _Run(task, budget)
+        run = _Run(task, budget, cost)
         run.go(start(contender, task.model, task.likelihood), _batches(task, seed))
     finally:
         torch.set_num_threads(threads)
@@ -139,6 +141,7 @@ def _outcome(run: _Run) -> Record:
         "budget": asdict(run.budget),
         "steps": len(run.losses),
         "used": run.seconds,
+        "paced": run.cost is not None,
         "rejected": run.rejected,
         "error": run.error,
         "diverged": verdict.nan or verdict.rose or verdict.doubled or run.error is not None,

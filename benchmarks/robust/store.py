@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from benchmarks.robust.contenders import family
 from benchmarks.robust.race import Budget, Record
 
-__all__ = ["Key", "Store", "code", "facts", "key"]
+__all__ = ["Key", "Store", "code", "facts", "key", "paces"]
 
 Key = tuple[str, int, str]
 """Problem, seed, contender."""
@@ -29,6 +30,16 @@ _ROOT = Path(__file__).parents[2]
 def key(record: Record) -> Key:
     """What there is one record of."""
     return record["problem"], record["seed"], record["contender"]
+
+
+def paces(file: Path) -> dict[tuple[str, str], float]:
+    """Processor seconds of a step, by problem and by contender or family: the medians of a file's runs."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for record in json.loads(file.read_text())["runs"]:
+        if record["steps"] and record["error"] is None:
+            name = record["contender"] if family(record["contender"]) == "kfac" else family(record["contender"])
+            found.setdefault((record["problem"], name), []).append(record["used"] / record["steps"])
+    return {key: median(costs) for key, costs in found.items()}
 
 
 class Store:
