@@ -22,6 +22,7 @@ class At:
 
     Attributes:
         step: Number of the step, k.
+        eta: Weight decay.
         inputs: Of the mini-batch.
         targets: Of the mini-batch.
         valid: Positions that count.
@@ -38,6 +39,7 @@ class At:
     """
 
     step: int
+    eta: float
     inputs: Any
     targets: Any
     valid: Tensor | None

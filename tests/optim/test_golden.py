@@ -41,13 +41,19 @@ class RecordingKFAC(KFAC):
 
     record: dict[str, Any]
 
-    def _inverses(self, *args: Any, **options: Any) -> Any:
-        result = super()._inverses(*args, **options)
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__(model, **options)
+        self._inverses, self._planes = self._directions.inverses, self._directions.planes
+        self._directions.inverses = self.inverses  # type: ignore[method-assign]  # a spy
+        self._directions.planes = self.planes  # type: ignore[method-assign]  # likewise
+
+    def inverses(self, *args: Any, **options: Any) -> Any:
+        result = self._inverses(*args, **options)
         self.record["gammas"] = [float(gamma) for gamma, _ in result[0]]
         return result
 
-    def _model(self, local: Any, proposals: Any, used: bool = True) -> tuple[Tensor, Tensor]:
-        M, b = super()._model(local, proposals, used)
+    def planes(self, local: Any, proposals: Any, *, moving: bool) -> tuple[Tensor, Tensor]:
+        M, b = self._planes(local, proposals, moving=moving)
         self.record["grad"] = local.grad.flat.clone()
         self.record["proposals"] = [proposal.flat.clone() for proposal in proposals]
         self.record["values"] = model_value(M, b, self.momentum.coefficients(M, b)).tolist()
@@ -129,8 +135,8 @@ def test_every_step_of_the_authors_program(approx: str) -> None:
         step = flat(as_blocks(model, arrays["step"][k - 1]))
         walked += step
         close(k, "parameters after", parameters_of(model), start + walked)
-        assert optimizer._delta is not None
-        close(k, "step", optimizer._delta.flat, step)
+        assert optimizer._directions.delta is not None
+        close(k, "step", optimizer._directions.delta.flat, step)
         close(k, "gradient", record["grad"], flat(as_blocks(model, arrays["grad"][k - 1])))
         used = record["gammas"].index(float(report.gamma)) if report.gamma is not None else -1
         close(k, "Delta", record["proposals"][used], -flat(as_blocks(model, arrays["prec_grad"][k - 1])))

@@ -226,8 +226,8 @@ def test_steps_that_are_not_finite_move_nothing_in_a_refresh_step(monkeypatch: p
     """Neither the parameters nor the previous step, so that the next mini-batch starts from where this one did."""
     kfac = optimizer(dense.net(SIZES), 3)
     kfac.step(*data())
-    assert kfac._delta is not None
-    before, delta = dense.theta(kfac.model).clone(), kfac._delta.flat.clone()
+    assert kfac._directions.delta is not None
+    before, delta = dense.theta(kfac.model).clone(), kfac._directions.delta.flat.clone()
     original = LocalModel.go_on
 
     def overflow(self: LocalModel, further: BlockVector, *given: Any) -> Tensor:
@@ -237,7 +237,7 @@ def test_steps_that_are_not_finite_move_nothing_in_a_refresh_step(monkeypatch: p
     with pytest.raises(NumericalError, match="step 2: the quadratic model is not finite"):
         kfac.step(*data(seed=1))
     assert torch.equal(dense.theta(kfac.model), before)
-    assert torch.equal(kfac._delta.flat, delta)
+    assert torch.equal(kfac._directions.delta.flat, delta)
 
 
 @pytest.mark.parametrize(("key", "value"), [("iterations", 0), ("iterations", 1.5), ("iterations_from", 0)])

@@ -301,11 +301,11 @@ def test_the_best_of_three_gammas_is_kept() -> None:
     assert float(report.model_value) == pytest.approx(float(values[0].min()), rel=1e-12)
     assert report.refreshed
     assert optimizer.preconditioner is not None
-    assert optimizer._grad is not None
-    assert optimizer._delta is not None
-    blocks = optimizer.preconditioner.solve(optimizer._grad.blocks)
+    assert optimizer._directions.grad is not None
+    assert optimizer._directions.delta is not None
+    blocks = optimizer.preconditioner.solve(optimizer._directions.grad.blocks)
     step = [float(report.alpha) * -b for b in blocks]
-    found = [d.clone() for d in optimizer._delta.blocks]
+    found = [d.clone() for d in optimizer._directions.delta.blocks]
     assert all(torch.isfinite(s).all() for s in step)
     assert len(found) == len(step)
 
@@ -553,8 +553,8 @@ def test_a_quadratic_model_that_is_not_finite_moves_nothing_in_a_refresh_step(mo
         trust="none",
     )
     train(optimizer, 1)
-    model = optimizer._model
-    monkeypatch.setattr(optimizer, "_model", lambda *given: tuple(part * math.inf for part in model(*given)))
+    model = optimizer._iteration._model
+    monkeypatch.setattr(optimizer._iteration, "_model", lambda *given: tuple(part * math.inf for part in model(*given)))
     before = [parameter.detach().clone() for parameter in optimizer.model.parameters()]
     with pytest.raises(NumericalError, match="step 2: the quadratic model is not finite"):
         optimizer.step(*data(seed=1))

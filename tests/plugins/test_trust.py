@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kfac_plugins.trust import UndoConfig
 from kfac_plugins.trust.undo import Undo
 from kfacore import KFAC, DataError
+from kfacore.optim.iteration import Iteration
 
 Float = torch.float64
 
@@ -79,8 +80,8 @@ def test_an_undone_step_leaves_the_parameters_bit_for_bit(monkeypatch: pytest.Mo
     report = optimizer.step(x, y)
     assert not bool(report.accepted)
     assert torch.equal(before, dense.theta(optimizer.model))
-    assert optimizer._delta is not None
-    assert not bool(optimizer._delta.flat.any())
+    assert optimizer._directions.delta is not None
+    assert not bool(optimizer._directions.delta.flat.any())
     assert float(optimizer.damping.lam) == pytest.approx(10.0 * lam, rel=1e-9)
 
 
@@ -90,15 +91,15 @@ def test_host_and_device_undo_alike(monkeypatch: pytest.MonkeyPatch, reads: bool
     optimizer, x, y = steep()
     optimizer.trust = Undo(UndoConfig(settling=1))
     optimizer.step(x, y)
-    monkeypatch.setattr(KFAC, "_reads", staticmethod(lambda value: reads))
-    model = optimizer._model
-    monkeypatch.setattr(optimizer, "_model", lambda *given: tuple(part * math.nan for part in model(*given)))
+    monkeypatch.setattr(Iteration, "_reads", staticmethod(lambda value: reads))
+    model = optimizer._iteration._model
+    monkeypatch.setattr(optimizer._iteration, "_model", lambda *given: tuple(part * math.nan for part in model(*given)))
     before = dense.theta(optimizer.model)
     report = optimizer.step(x, y)
     assert not bool(report.accepted)
     assert torch.equal(before, dense.theta(optimizer.model))
-    assert optimizer._delta is not None
-    assert not bool(optimizer._delta.flat.any())
+    assert optimizer._directions.delta is not None
+    assert not bool(optimizer._directions.delta.flat.any())
 
 
 def test_a_step_that_harmed_is_undone_by_the_next_mini_batch() -> None:
@@ -110,7 +111,7 @@ def test_a_step_that_harmed_is_undone_by_the_next_mini_batch() -> None:
     with torch.no_grad():  # as if that step had gone wrong where its own mini-batch did not see it
         for parameter in optimizer.model.parameters():
             parameter.mul_(-3.0)
-    before = [view.clone() for view in optimizer._keeper._copies]
+    before = [view.clone() for view in optimizer._iteration.keeper._copies]
     report = optimizer.step(x, y)
     assert any("step 7 was undone" in notice for notice in report.notices)
     assert torch.equal(torch.cat([view.flatten() for view in before]).sort().values, good.flatten().sort().values)

@@ -1,0 +1,127 @@
+r"""The vectors of a step, in buffers that are kept: grad h, the proposals -F-hat^-1 grad h, and the step before.
+
+Fresh memory is dear to touch, so each is taken once, when the first forward pass has told the order of the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kfacore.curvature.forest import nearest
+from kfacore.curvature.joined import Joined
+from kfacore.curvature.preconditioner import Preconditioner
+from kfacore.network import BlockVector, Linearization
+from kfacore.optim.joint import BoundJoint
+from kfacore.optim.local import LocalModel
+from kfacore.optim.loss import BoundLoss
+from kfacore.optim.parts import Parts
+from kfacore.roles.inverse import Inverse, Notice
+
+__all__ = ["Directions"]
+
+
+class Directions:
+    """Gradient, proposals and step of one optimizer, with the curvature that they are made with.
+
+    Args:
+        parts: The optimizer's parts.
+
+    Attributes:
+        preconditioner: Statistics and inverse; None before the first step, as the vectors.
+        grad: grad h.
+        delta: The last step.
+        size: Number of parameters.
+        spare: Four vectors for steps of several iterations, once there was one.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self.preconditioner: Preconditioner | None = None
+        self.grad: BlockVector | None = None
+        self.delta: BlockVector | None = None
+        self.spare: list[BlockVector] = []
+        self.size = 0
+        self._proposals: list[BlockVector] = []
+
+    def clear(self) -> None:
+        """Forget all of it, and a refresh that is under way."""
+        if self.preconditioner is not None:
+            self.preconditioner.discard()
+        self.preconditioner = self.grad = self.delta = None
+        self._proposals, self.spare = [], []
+
+    def prepare(self) -> Preconditioner:
+        """The preconditioner, made when the first forward pass has told the order of the layers."""
+        if self.preconditioner is None:
+            parts, layers = self._parts, self._parts.linearizer.layers
+            self.size = sum(parameter.numel() for parameter in parts.linearizer.parameters)
+            infos = [layer.info for layer in layers]
+            like, decay = layers[0].parameters[0], parts.estimator.config.decay
+            pairs = nearest(parts.linearizer.following)
+            self.preconditioner = Preconditioner(parts.approx, infos, like, decay, pairs)
+            self.grad, self.delta = self._vector(), self._vector()
+        return self.preconditioner
+
+    def curvature(self) -> Joined | None:
+        """Who serves which blocks; None while the model's parameters are not initialised."""
+        if self.preconditioner is not None:
+            return self.preconditioner.joined
+        linearizer = self._parts.linearizer
+        infos = [layer.info for layer in linearizer.layers]
+        return Joined(self._parts.approx, infos, nearest(linearizer.following)) if infos else None
+
+    def parameters(self) -> list[Tensor]:
+        """The parameters in execution order, aligned with the parts of a `BlockVector`, without their graph."""
+        return [view for layer in self._parts.linearizer.layers for view in layer.views()]
+
+    def gradient(
+        self, batch: Linearization, bound: BoundLoss | BoundJoint, eta: float, *, retain: bool = False
+    ) -> BlockVector:
+        """Grad h = mean of J^T (d nll / dz) + eta theta."""
+        assert self.grad is not None
+        grad = batch.gradient(bound.residuals(batch.outputs()), self.grad, retain=retain)
+        torch._foreach_add_(grad.parts, self.parameters(), alpha=eta)
+        return grad
+
+    def inverses(
+        self, preconditioner: Preconditioner, k: int, *, again: bool
+    ) -> tuple[Sequence[tuple[Tensor, Inverse]], list[Notice], bool]:
+        """The inverses to compare in this step, with their gammas: new ones, or the one in use."""
+        damping = self._parts.damping
+        gammas, pi = damping.candidates(k), damping.config.pi
+        found, notices = preconditioner.refresh(gammas, pi=pi) if again else preconditioner.candidates(k, gammas, pi=pi)
+        return found or [(damping.gamma, preconditioner.in_use)], notices, bool(found)
+
+    def propose(self, inverses: list[Inverse], grad: BlockVector) -> list[BlockVector]:
+        """Delta = -F-hat^-1 grad for each inverse."""
+        self._proposals += [self._vector() for _ in inverses[len(self._proposals) :]]
+        proposals = self._proposals[: len(inverses)]
+        for inverse, proposal in zip(inverses, proposals, strict=True):
+            inverse.solve_into(grad.blocks, proposal.blocks)
+            proposal.flat.neg_()
+        return proposals
+
+    def local(self, batch: Linearization, bound: BoundLoss | BoundJoint, grad: BlockVector, eta: float) -> LocalModel:
+        """The quadratic model on the mini-batch's first cases."""
+        momentum = self._parts.momentum
+        n = batch.model_cases(momentum.cases(batch.cases))
+        own = self.parameters() if momentum.config.slope == "model" and n < batch.cases else None
+        return LocalModel(batch, bound, grad, self._parts.damping.lam, eta, n, own)
+
+    def planes(self, local: LocalModel, proposals: list[BlockVector], *, moving: bool) -> tuple[Tensor, Tensor]:
+        """M and b on (Delta, delta_prev) for each candidate, or on Delta alone where there is no step before."""
+        assert self.delta is not None
+        return local.planes([*proposals, self.delta] if moving else proposals, last=moving)
+
+    def copy_of_delta(self) -> BlockVector:
+        """The previous step beside itself: what is made of it may turn out not to be finite."""
+        assert self.delta is not None
+        self.spare = self.spare or [self._vector() for _ in range(4)]
+        self.spare[0].flat.copy_(self.delta.flat)
+        return self.spare[0]
+
+    def _vector(self) -> BlockVector:
+        return BlockVector.zeros(self._parts.linearizer.layers)

@@ -1,0 +1,234 @@
+r"""One iteration, phase by phase: begin, look back, try, judge, undo (method.md, section 2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfacore.curvature.preconditioner import Preconditioner
+from kfacore.network import BlockVector, Linearization
+from kfacore.optim.directions import Directions
+from kfacore.optim.guards import require_finite
+from kfacore.optim.joint import BoundJoint
+from kfacore.optim.keeper import Keeper
+from kfacore.optim.local import LocalModel, combine
+from kfacore.optim.loss import BoundLoss
+from kfacore.optim.objective import penalty
+from kfacore.optim.parts import Parts
+from kfacore.optim.phases import At, Trial
+from kfacore.optim.quadratic import model_value
+from kfacore.optim.statistics import seen
+from kfacore.roles.optimizer import StepReport
+from kfacore.roles.samples import Samples, mean_diagonal
+
+__all__ = ["Iteration"]
+
+_OPERATIONS = 10
+"""Operations of a step an example and a parameter: six of the gradient, the others of statistics and J v."""
+
+
+class Iteration:
+    """What one step of `kfacore.KFAC` does, with what is remembered for the next one.
+
+    Args:
+        parts: The optimizer's parts.
+        directions: Its vectors and curvature.
+
+    Attributes:
+        keeper: The parameters before the last step, where the rule of trust looks back.
+        predicted: Change of h that the model predicted of the last step, () float64.
+    """
+
+    def __init__(self, parts: Parts, directions: Directions) -> None:
+        self._parts, self._directions = parts, directions
+        self.keeper = Keeper()
+        parameters = parts.linearizer.parameters
+        self.predicted = torch.full((), torch.nan, dtype=torch.float64, device=parameters[0].device)
+
+    def run(
+        self, inputs: Any, targets: Any, valid: Any, *, step: int, eta: float, low: torch.dtype | None
+    ) -> StepReport:
+        """Forward, backward, statistics, inverse, quadratic model, update, damping.
+
+        Args:
+            inputs: Of the mini-batch.
+            targets: Of the mini-batch.
+            valid: Positions that count.
+            step: Number of the step, k.
+            eta: Weight decay.
+            low: Autocast dtype of the forward and backward passes.
+        """
+        parts, directions = self._parts, self._directions
+        at = self._look_back(self._begin(inputs, targets, valid, step, eta, low), low)
+        preconditioner = directions.prepare()
+        at.waits = at.adapts or at.asks or preconditioner.waits(step, parts.damping.candidates(step))
+        if at.waits or self._reads(at.objective):
+            self._require_finite("objective", at.objective, at)
+        samples = self._samples(at.batch, at.bound)
+        preconditioner.update(samples)
+        preconditioner.spent(_OPERATIONS * at.batch.cases * directions.size)
+        if step == 1:
+            parts.damping.observe(mean_diagonal(samples, preconditioner.layers))
+        grad = directions.gradient(at.batch, at.bound, eta, retain=at.iterations > 1)
+        undone = 0
+        # Several iterations walk back through the graph, which parameters that were put back have left.
+        for attempt in range(parts.trust.attempts(step) if at.iterations == 1 else 1):
+            trial = self._try(at, grad, preconditioner, again=attempt > 0)
+            self._take(trial)
+            rho, accepted = self._judge(at, trial)
+            if not self._undone(at, accepted):
+                break
+            undone += 1
+        return trial.report(at, rho, accepted, undone)
+
+    def _begin(self, inputs: Any, targets: Any, valid: Any, k: int, eta: float, low: torch.dtype | None) -> At:
+        """The forward pass, and the objective before the step."""
+        parts = self._parts
+        m = parts.linearizer.cases(inputs, targets)
+        adapts, asks, iterations = parts.damping.adapts(k), parts.trust.asks(k), parts.momentum.iterations(m)
+        pulled = parts.momentum.cases(m) if iterations > 1 else 0
+        batch = parts.linearizer(
+            inputs, parts.estimator.cases(m), None if adapts or asks or iterations > 1 else low, pulled
+        )
+        if batch.bare and isinstance(targets, Tensor) and targets.dim() == 1:
+            targets = targets.unsqueeze(1)  # one number a case, as the model's outputs
+        bound = parts.loss.bind(batch.outputs(), targets, valid, step=k)
+        loss, error = bound.value(batch.outputs())
+        objective = loss + penalty(self._directions.parameters(), eta)
+        return At(k, eta, inputs, targets, valid, batch, bound, loss, objective, error, adapts, asks, iterations)
+
+    def _look_back(self, at: At, low: torch.dtype | None) -> At:
+        """Undo the step before if the new mini-batch shows that it did harm; one forward pass where it is in doubt."""
+        trust = self._parts.trust
+        if not (trust.looks_back and self._reads(at.objective)):
+            return at
+        now = float(at.objective)
+        if self.keeper.full and trust.doubts(now):
+            parameters, delta = self._directions.parameters(), self._directions.delta
+            assert delta is not None
+            with self.keeper.swapped(parameters):
+                earlier = float(self._measure(at))
+            if trust.disowns(now, earlier):
+                self.keeper.restore(parameters, delta)
+                self._distrust(at.step, trust.late)
+                at = self._begin(at.inputs, at.targets, at.valid, at.step, at.eta, low)
+                said = f"objective {now:.4g} on a new mini-batch, {earlier:.4g} without it"
+                at.undone = (f"step {at.step - 1} was undone: {said}",)
+                now = earlier
+        trust.saw(now)
+        return at
+
+    def _try(self, at: At, grad: BlockVector, preconditioner: Preconditioner, *, again: bool) -> Trial:
+        """Delta, and how far to go along it and the step before, by the quadratic model of the mini-batch."""
+        directions, damping, momentum = self._directions, self._parts.damping, self._parts.momentum
+        candidates, notices, refreshed = directions.inverses(preconditioner, at.step, again=again)
+        proposals = directions.propose([inverse for _, inverse in candidates], grad)
+        local = directions.local(at.batch, at.bound, grad, at.eta)
+        used = momentum.uses_model or damping.uses_model or at.iterations > 1
+        M, b = self._model(local, proposals, at.step, used)
+        if not again:
+            damping.confirm(local.change_before() / self.predicted)
+        x = momentum.coefficients(M, b)
+        values = model_value(M, b, x)
+        best = 0
+        if len(candidates) > 1:
+            best = int(torch.where(torch.isnan(values), torch.inf, values).argmin())
+        gamma, inverse = candidates[best]
+        if refreshed:
+            preconditioner.use(inverse)
+            damping.choose(gamma)
+        (alpha, mu), value = x[best], values[best]
+        further = None
+        if at.iterations > 1:
+            further = directions.copy_of_delta()
+            further.combine(mu, proposals[best], alpha)
+            previous = local.J[len(proposals) :].sum(0)  # zero in the first step, which has none
+            Jdelta = combine(alpha, local.J[best], mu, previous)
+            value = value + local.go_on(further, Jdelta, inverse, momentum, at.iterations - 1, directions.spare[1:])
+        if (at.waits or refreshed) and not self._parts.trust.looks_back:
+            self._require_finite("quadratic model", value, at)
+        return Trial(proposals[best], inverse, further, alpha, mu, value, used, damping.lam, gamma, refreshed, notices)
+
+    def _model(self, local: LocalModel, proposals: list[BlockVector], step: int, used: bool) -> tuple[Tensor, Tensor]:
+        """M and b for each candidate; zeros if nothing uses the model."""
+        if not used:
+            empty = proposals[0].flat.new_zeros(len(proposals), 2, 2, dtype=torch.float64)
+            return empty, empty[:, 0]
+        return self._directions.planes(local, proposals, moving=self._parts.momentum.uses_previous and step > 1)
+
+    def _take(self, trial: Trial) -> None:
+        """theta <- theta + delta, with delta = alpha Delta + mu delta_prev."""
+        parameters, delta = self._directions.parameters(), self._directions.delta
+        assert delta is not None
+        if self._parts.trust.looks_back:
+            self.keeper.keep(parameters)
+        if trial.further is None:
+            delta.combine(trial.mu, trial.proposal, trial.alpha)
+        else:
+            delta.flat.copy_(trial.further.flat)
+        torch._foreach_add_(parameters, delta.parts)
+
+    def _judge(self, at: At, trial: Trial) -> tuple[Tensor | None, Tensor]:
+        """rho = (h(theta + delta) - h(theta)) / model value where it is wanted, -inf if h went up; and the verdict."""
+        rho, accepted = None, torch.isfinite(trial.value)
+        if at.adapts or at.asks:
+            change = self._measure(at) - at.objective
+            rho = torch.where(change > 0, -torch.inf, change / trial.value)
+            accepted = accepted & self._parts.trust.accepts(at.objective, change)
+            if at.adapts:
+                self._parts.damping.adapt(rho)
+        self.predicted = trial.value
+        return rho, accepted
+
+    def _undone(self, at: At, accepted: Tensor) -> bool:
+        """Undo the step unless it was accepted, and say whether the host knows that it was not.
+
+        Where the host would have to wait, the device decides alone.
+        """
+        trust, parameters, delta = self._parts.trust, self._directions.parameters(), self._directions.delta
+        if not trust.looks_back:
+            return False
+        assert delta is not None
+        if not (at.waits or self._reads(accepted)):
+            self.keeper.restore(parameters, delta, accepted)
+            self._parts.damping.strengthen(trust.early, ~accepted)
+            return False
+        kept = bool(accepted)
+        trust.judged(at.step, kept)
+        if not kept:
+            self.keeper.restore(parameters, delta)
+            self._distrust(at.step, trust.early)
+        return not kept
+
+    def _distrust(self, step: int, factor: float) -> None:
+        """After a step was undone: lambda rises, the inverse is made anew, the next steps are asked about."""
+        damping, preconditioner = self._parts.damping, self._directions.preconditioner
+        damping.strengthen(factor, torch.ones((), dtype=torch.bool, device=damping.lam.device))
+        self.predicted = torch.full_like(self.predicted, torch.nan)
+        self._parts.trust.judged(step, False)
+        assert preconditioner is not None
+        preconditioner.hurry()
+
+    def _measure(self, at: At) -> Tensor:
+        """h of the mini-batch at the parameters as they are now."""
+        with torch.no_grad():
+            loss, _ = at.bound.value([at.batch.again()])
+        return loss + penalty(self._directions.parameters(), at.eta)
+
+    @staticmethod
+    def _reads(value: Tensor) -> bool:
+        """Whether reading a number costs no wait."""
+        return value.device.type == "cpu"
+
+    def _require_finite(self, what: str, value: Tensor, at: At) -> None:
+        damping, deferred = self._parts.damping, self._parts.loss.deferred
+        found = damping.lam, damping.gamma
+        require_finite(what, value, at.inputs, at.targets, step=at.step, damping=found, deferred=deferred)
+
+    def _samples(self, batch: Linearization, bound: BoundLoss | BoundJoint) -> Samples:
+        """What the estimator's backward passes show of each block, with the S that their squares are divided by."""
+        estimator, generator = self._parts.estimator, self._parts.generator
+        vectors = bound.statistics(batch.statistics_outputs(), estimator, generator)
+        return seen(batch, bound, vectors, generator, drawn=estimator.draws)

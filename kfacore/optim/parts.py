@@ -1,0 +1,114 @@
+"""What an optimizer is composed of, in one place that every phase of its step reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, overload
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from kfacore.network import Linearizer
+from kfacore.optim.joint import Joint, joint_or_loss
+from kfacore.optim.loss import Loss
+from kfacore.registry import Registry
+from kfacore.roles.approx import Approximation
+from kfacore.roles.damping import Damping
+from kfacore.roles.estimator import Estimator
+from kfacore.roles.momentum import Momentum
+from kfacore.roles.trust import Trust
+
+__all__ = ["Part", "Parts", "compose"]
+
+P = TypeVar("P")
+
+_AFFORDABLE = 1280, 5e4
+"""Widest side of which a whole factor is always kept, and parameters' worth of further work that one may cost: a side d
+costs about 5 d^3 operations a refresh, a step about 10 an example and a parameter."""
+
+
+@dataclass
+class Parts:
+    """The parts of a `kfacore.KFAC`. One that is replaced is used from the next step on.
+
+    Attributes:
+        linearizer: What turns mini-batches into linearizations.
+        loss: What the model is trained on.
+        approx: The approximation of the Fisher.
+        estimator: The statistics estimator.
+        damping: The damping strategy.
+        momentum: The momentum rule.
+        trust: The rule of trust.
+        generator: Source of every draw.
+    """
+
+    linearizer: Linearizer
+    loss: Loss | Joint
+    approx: Approximation
+    estimator: Estimator
+    damping: Damping
+    momentum: Momentum
+    trust: Trust
+    generator: torch.Generator
+
+
+class Part(Generic[P]):
+    """An attribute of an optimizer that lies in its `Parts`, ``optimizer._parts``."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Part[P]: ...
+    @overload
+    def __get__(self, instance: Any, owner: type) -> P: ...
+    def __get__(self, instance: Any, owner: type) -> Part[P] | P:
+        return self if instance is None else getattr(instance._parts, self._name)
+
+    def __set__(self, instance: Any, value: P) -> None:
+        setattr(instance._parts, self._name, value)
+
+
+def compose(registry: Registry, model: nn.Module, chosen: Mapping[str, Any]) -> Parts:
+    """Build the parts.
+
+    Args:
+        registry: Where components come from.
+        model: The model.
+        chosen: Every option with its value, see `kfacore.optim.options.complete`.
+
+    Raises:
+        ConfigError: An option of a part is wrong.
+        UnsupportedModelError: A module cannot be preconditioned; the message names it.
+    """
+    loss = joint_or_loss(chosen["likelihood"])
+    approx: Approximation = registry.build("approx", chosen["approx"])
+    estimator: Estimator = registry.build("estimator", chosen["estimator"])
+    damping: Damping = registry.build("damping", chosen["damping"])
+    momentum: Momentum = registry.build("momentum", chosen["momentum"])
+    trust: Trust = registry.build("trust", chosen["trust"])
+    linearizer = Linearizer(
+        model,
+        approx.structure,
+        layers=registry.layers(),
+        max_dim=_widest(model, approx.config.max_dim),
+        unsupported=chosen["unsupported"],
+        output=loss.pack if isinstance(loss, Joint) else chosen["output"],
+        reduce=chosen["reduce"],
+        tangents=momentum.uses_model or damping.uses_model,
+    )
+    approx.check_layers([x.info for x in linearizer.layers if approx.serves(x.info)])
+    generator = torch.Generator(linearizer.parameters[0].device).manual_seed(chosen["seed"])
+    return Parts(linearizer, loss, approx, estimator, damping, momentum, trust, generator)
+
+
+def _widest(model: nn.Module, limit: int) -> int:
+    """Widest side of which a whole factor is kept: `approx.max_dim`, and what the rest of the net is worth.
+
+    A net 4-1500-3 would otherwise spend a hundred times as long on the factors of its wide layer as on its steps.
+    """
+    always, worth = _AFFORDABLE
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad and not is_lazy(p))
+    return min(limit, max(always, int((worth * size) ** (1 / 3)))) if size else limit
