@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfacore import KFAC
+from kfacore.optim.iteration import Iteration
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -134,7 +135,7 @@ PROBLEMS: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def _a_cpu_stands_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU numbers are read in every step, since that costs nothing there; here it does as if it did."""
-    monkeypatch.setattr(KFAC, "_reads", staticmethod(lambda value: False))
+    monkeypatch.setattr(Iteration, "_reads", staticmethod(lambda value: False))
 
 
 def optimizer_and_data(
