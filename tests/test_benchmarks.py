@@ -26,8 +26,8 @@ from benchmarks.nets import build_chain
 from benchmarks.report import Report
 from benchmarks.residual import NETS as RESIDUAL
 from benchmarks.residual import ResidualMLP
+from kfacore import host
 from kfacore.lab.diagnostics import ExactModel
-from kfacore.optim.iteration import Iteration
 from kfacore.registry import get_registry
 
 ROOT = Path(__file__).parents[1]
@@ -141,7 +141,7 @@ def test_an_ordinary_step_is_within_its_launches(monkeypatch: pytest.MonkeyPatch
 
     Some ten of them keep the parameters and confirm the step before.
     """
-    monkeypatch.setattr(Iteration, "_reads", staticmethod(lambda value: False))
+    monkeypatch.setattr(host, "is_free", lambda value: False)
     report = Report("launches")
     launches.measure(report, "mnist", CPU)
     rows = {row[""]: row for row in report.tables[0]["rows"]}

@@ -329,7 +329,7 @@ def as_written(model: nn.Module) -> Iterator[None]:
     outputs at padded positions are other ones, so that passes could not be compared. Torch's reentrant checkpoints,
     which give no gradients by parameters, run in their other form.
     """
-    inside = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+    inside = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

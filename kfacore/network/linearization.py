@@ -80,6 +80,7 @@ class Linearization:
         self._before = before or Before()
         self._dtype = self.layers[0].parameters[0].dtype
         self._fast = [all(each) for each in zip(*(chunk.fast for chunk in chunks), strict=True)]
+        self._outputs: list[Tensor] | None = None
         self.bare = chunks[0].bare
         self.cases = sum(chunk.z.shape[0] for chunk in chunks)
         self.plain = all(self._fast) and linearizer.cut and chunks[0].z.dim() == 2
@@ -99,11 +100,14 @@ class Linearization:
 
     def outputs(self) -> list[Tensor]:
         """z of each chunk, (n_c, ..., o), detached, in the order of the cases."""
-        return [chunk.z.detach().to(self._dtype) for chunk in self._chunks]
+        if self._outputs is None:
+            self._outputs = [chunk.z.detach().to(self._dtype) for chunk in self._chunks]
+        return self._outputs
 
     def statistics_outputs(self) -> Tensor:
         """z of the estimator's cases, (n, ..., o), detached."""
-        return self._chunks[0].z.detach()[: self._kept].to(self._dtype)
+        z = self.outputs()[0]
+        return z if len(z) <= self._kept else z[: self._kept]
 
     def samples(
         self,

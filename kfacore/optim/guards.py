@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfacore import host
 from kfacore.errors import ConfigError, DataError, NumericalError, UnsupportedModelError
 from kfacore.nest import map_nest, tensors_of
 from kfacore.optim.targets import DeferredRefusal
@@ -29,6 +30,13 @@ def check_form(targets: Any, cases: int, device: torch.device) -> None:
         raise DataError(f"targets: found {len(targets)} targets for {cases} cases of inputs")
     if targets.device != device:
         raise DataError(f"targets: they are on {targets.device}, the model's outputs on {device}; move them there")
+
+
+def _all_finite(x: Tensor) -> Tensor:
+    """Whether every entry is finite; on the host one sum tells it of all but sums that overflow."""
+    if host.is_free(x) and x.dtype in (torch.float32, torch.float64) and math.isfinite(float(x.sum())):
+        return torch.ones((), dtype=torch.bool)
+    return torch.isfinite(x).all()
 
 
 def require_finite(
@@ -57,7 +65,7 @@ def require_finite(
         NumericalError: It has not, so the parameters have diverged.
     """
     # The inputs as well: an infinite one may saturate its units and leave every loss finite.
-    finite = [torch.isfinite(value), *(torch.isfinite(x).all() for x in tensors_of(inputs))]
+    finite = [torch.isfinite(value), *(_all_finite(x) for x in tensors_of(inputs))]
     if deferred is not None and deferred.fine is not None:
         finite.append(deferred.fine)
     if bool(torch.stack(finite).all()):

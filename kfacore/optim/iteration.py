@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfacore import host
 from kfacore.curvature.preconditioner import Preconditioner
 from kfacore.network import BlockVector, Linearization
 from kfacore.optim.directions import Directions
@@ -64,7 +65,7 @@ class Iteration:
         at = self._look_back(self._begin(inputs, targets, valid, step, eta, low), low)
         preconditioner = directions.prepare()
         at.waits = at.adapts or at.asks or preconditioner.waits(step, parts.damping.candidates(step))
-        if at.waits or self._reads(at.objective):
+        if at.waits or host.is_free(at.objective):
             self._require_finite("objective", at.objective, at)
         samples = self._samples(at.batch, at.bound)
         preconditioner.update(samples)
@@ -102,7 +103,7 @@ class Iteration:
     def _look_back(self, at: At, low: torch.dtype | None) -> At:
         """Undo the step before if the new mini-batch shows that it did harm; one forward pass where it is in doubt."""
         trust = self._parts.trust
-        if not (trust.looks_back and self._reads(at.objective)):
+        if not (trust.looks_back and host.is_free(at.objective)):
             return at
         now = float(at.objective)
         if self.keeper.full and trust.doubts(now):
@@ -129,7 +130,7 @@ class Iteration:
         used = momentum.uses_model or damping.uses_model or at.iterations > 1
         M, b = self._model(local, proposals, at.step, used)
         if not again:
-            damping.confirm(local.change_before() / self.predicted)
+            damping.confirm(*(local.before() / self.predicted.abs()))
         x = momentum.coefficients(M, b)
         values = model_value(M, b, x)
         best = 0
@@ -191,7 +192,7 @@ class Iteration:
         if not trust.looks_back:
             return False
         assert delta is not None
-        if not (at.waits or self._reads(accepted)):
+        if not (at.waits or host.is_free(accepted)):
             self.keeper.restore(parameters, delta, accepted)
             self._parts.damping.strengthen(trust.early, ~accepted)
             return False
@@ -216,11 +217,6 @@ class Iteration:
         with torch.no_grad():
             loss, _ = at.bound.value([at.batch.again()])
         return loss + penalty(self._directions.parameters(), at.eta)
-
-    @staticmethod
-    def _reads(value: Tensor) -> bool:
-        """Whether reading a number costs no wait."""
-        return value.device.type == "cpu"
 
     def _require_finite(self, what: str, value: Tensor, at: At) -> None:
         damping, deferred = self._parts.damping, self._parts.loss.deferred

@@ -66,12 +66,14 @@ class LocalModel:
         self._given = loss
         self._damping, self._eta = lam + eta, eta
         self._cases, self._own = cases, own
-        self._before = lam.new_full((), torch.nan)
+        self._before = lam.new_full((2,), torch.nan)
 
     @cached_property
     def _z(self) -> Tensor:
         """Outputs of the cases; formed only where the model is used."""
-        return torch.cat(self._batch.outputs())[: self._cases]
+        outputs = self._batch.outputs()
+        z = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return z[: self._cases]
 
     @cached_property
     def _loss(self) -> BoundLoss | BoundJoint:
@@ -101,7 +103,7 @@ class LocalModel:
         M = gram + self._damping * inner
         b = self._slopes(directions, self.grad if grad is None else grad, beginning=grad is None)
         if last and grad is None:
-            self._before = b[-1] - 0.5 * (gram[-1, -1] + self._eta * inner[-1, -1])
+            self._before = torch.stack([b[-1], gram[-1, -1] + self._eta * inner[-1, -1]])
         if not last:
             M = nn.functional.pad(M, (0, 1, 0, 1))
             b = nn.functional.pad(b, (0, 1))
@@ -116,8 +118,8 @@ class LocalModel:
             return slopes
         return slopes + self._eta * torch.stack([_inner(self._own, v.parts) for v in directions])
 
-    def change_before(self) -> Tensor:  # () float64
-        """What the step before changed h by, to second order: b_v - v^T (F + eta I) v / 2 for v, the last direction.
+    def before(self) -> Tensor:  # (2,) float64
+        """Slope and curvature along the step before: b_v and v^T (F + eta I) v for v, the last direction.
 
         NaN where there was no such direction.
         """

@@ -252,7 +252,7 @@ class BoundLoss:
         for z, rows in self._chunks(outputs):
             losses.append(self._masked(self._row_losses(z, rows), rows).sum(dtype=torch.float64))
             errors.append(self._masked(self.likelihood.error(z, self.y[rows]), rows).sum(dtype=torch.float64))
-        loss, error = torch.stack(losses).sum(), torch.stack(errors).sum()
+        loss, error = _sum(losses), _sum(errors)
         return loss if self.factor == 1.0 else self.factor * loss, error
 
     def _row_losses(self, z: Tensor, rows: slice) -> Tensor:  # (N,)
@@ -389,6 +389,10 @@ class BoundLoss:
             rows = self.layout.to_rows(z)
             yield rows, slice(start, start + len(rows))
             start += len(rows)
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 def _embed(values: Tensor, own: slice, whole: int) -> Tensor:

@@ -10,5 +10,7 @@ __all__ = ["penalty"]
 
 def penalty(parameters: list[Tensor], eta: float) -> Tensor:  # () float64
     """Weight decay's part, eta / 2 ||theta||^2, accumulated in double precision."""
+    if eta == 0.0:
+        return parameters[0].new_zeros((), dtype=torch.float64)
     norms = torch._foreach_norm(parameters)
     return 0.5 * eta * torch.stack(norms).double().square().sum()

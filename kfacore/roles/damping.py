@@ -69,12 +69,13 @@ class Damping(Part):
             where: (), bool: whether at all.
         """
 
-    def confirm(self, ratio: Tensor) -> None:  # optional: most strategies ask the step's own mini-batch only
-        """Told in every step how much of what the step before promised a new mini-batch sees.
+    def confirm(self, slope: Tensor, curvature: Tensor) -> None:  # optional: most ask the step's own mini-batch only
+        """Told in every step what a new mini-batch sees of the step before, in units of the decrease it promised.
 
         Args:
-            ratio: (), float64: change of h by the last step, as the new mini-batch's quadratic model has it, over that
-                which was predicted; NaN if there was no step.
+            slope: (), float64: derivative of h along the last step v where it ended, b_v; NaN if there was none. It is
+                0 after a step to the minimum, and v^T F v after one that went twice as far.
+            curvature: (), float64: v^T (F + eta I) v.
         """
 
     def state_dict(self) -> dict[str, Any]:

@@ -138,7 +138,8 @@ class TestHash:
                 "damping.pi=net", "momentum.tau2=0.125", "momentum.min_cases=250", "approx.tolerance=0.02",
                 "approx.refresh_growth=0.4", "approx.power=0.85", "batch.start=500", "batch.sampling=epochs",
                 "averaging.start=20", "averaging.decay=0.9", "estimator.min_cases=250", "damping.confirmed=true",
-                "momentum.slope=model", "trust=undo", "approx.refresh_share=0.33"]  # fmt: skip
+                "momentum.slope=model", "momentum.mu_min=0", "momentum.mu_max=1", "trust=undo",
+                "approx.refresh_share=0.33"]  # fmt: skip
         values = resolve(registry, sets=["preset=heskes", "estimator=monte-carlo", "damping=levenberg-marquardt",
                                          "momentum=quadratic-model", *same[1:]])  # fmt: skip
         assert run_hash(registry, values) == run_hash(registry, resolve(registry, sets=same))

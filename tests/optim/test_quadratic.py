@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import dense
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from kfac_plugins.likelihoods.bernoulli import Bernoulli
 from kfac_plugins.likelihoods.categorical import Categorical
 from kfac_plugins.likelihoods.gaussian import Gaussian
+from kfacore import host
 from kfacore.network import Linearizer
 from kfacore.optim.quadratic import fisher_gram, minimise_one, minimise_two, model_value, on_planes
 
@@ -70,6 +73,41 @@ def test_minimum_on_planes_is_the_dense_solution() -> None:
     assert dense.relative(model_value(M, b, x), 0.5 * (b * wanted).sum(1)) < 1e-10
     for i in range(50):
         assert abs(float(model_value(M, b, x)[i] - value(M[i], b[i], x[i]))) < 1e-12
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-0.5, 0.5), (0.3, math.inf)])
+def test_minimum_within_bounds_is_the_best_point_there(bounds: tuple[float, float]) -> None:
+    roots, b = dense.randn(40, 2, 2), dense.randn(40, 2, seed=1)
+    M = roots @ roots.mT + 1e-2 * torch.eye(2, dtype=Float)
+    x = minimise_two(M, b, bounds)
+    free = minimise_two(M, b)
+    assert bool(((x[:, 1] >= bounds[0]) & (x[:, 1] <= bounds[1])).all())
+    inside = (free[:, 1] >= bounds[0]) & (free[:, 1] <= bounds[1])
+    assert 0 < int(inside.sum()) < 40
+    assert torch.equal(x[inside], free[inside])
+    best = model_value(M, b, x)
+    for y in torch.linspace(max(bounds[0], -20.0), min(bounds[1], 20.0), 101, dtype=Float):
+        alpha = minimise_one(M[:, 0, 0], b[:, 0] + M[:, 0, 1] * y)
+        there = model_value(M, b, torch.stack([alpha, y.expand(40)], 1))
+        assert bool((best <= there + 1e-12 * there.abs()).all())
+
+
+def test_host_and_device_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is nothing to solve: zero and parallel directions, and what is not a number."""
+    roots, b = dense.randn(20, 2, 2), dense.randn(20, 2, seed=1)
+    M = roots @ roots.mT
+    M[3] = 0.0
+    M[4] = torch.tensor([[1.0, 2.0], [2.0, 4.0]], dtype=Float)
+    M[5, 0, 0] = M[5, 0, 1] = M[5, 1, 0] = 0.0
+    M[6] = math.nan
+    for bounds in ((-math.inf, math.inf), (0.0, 1.0)):
+        monkeypatch.undo()
+        x = minimise_two(M, b, bounds)
+        value_here = model_value(M, b, x)
+        monkeypatch.setattr(host, "is_free", lambda value: False)
+        there = minimise_two(M, b, bounds)
+        torch.testing.assert_close(x, there, rtol=1e-14, atol=0.0, equal_nan=True)
+        torch.testing.assert_close(value_here, model_value(M, b, there), rtol=1e-12, atol=1e-14, equal_nan=True)
 
 
 def test_minimum_on_lines() -> None:

@@ -16,9 +16,8 @@ from kfac_plugins.damping import FixedDampingConfig, LevenbergMarquardtConfig
 from kfac_plugins.estimators import ExactConfig
 from kfac_plugins.likelihoods.categorical import Categorical
 from kfac_plugins.momentum.none import NoMomentum
-from kfacore import KFAC, KFACConfig
+from kfacore import KFAC, KFACConfig, host
 from kfacore.errors import ConfigError, DataError, NumericalError
-from kfacore.optim.iteration import Iteration
 from kfacore.roles import StepReport
 from kfacore.schema.presets import PRESETS
 
@@ -520,7 +519,7 @@ def test_data_that_is_not_finite_in_steps_that_look(value: float, case: int, ste
 def test_not_a_number_in_an_ordinary_step_is_found_at_the_next_look(monkeypatch: pytest.MonkeyPatch) -> None:
     approx = {"kind": "blockdiag", "refresh_growth": None}
     optimizer = KFAC(dense.net(SIZES), likelihood="gaussian", approx=approx, trust="none")
-    monkeypatch.setattr(Iteration, "_reads", staticmethod(lambda value: False))
+    monkeypatch.setattr(host, "is_free", lambda value: False)
     train(optimizer, 6)
     x, y = data()
     x[0, 0] = math.nan

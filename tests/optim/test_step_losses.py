@@ -9,8 +9,7 @@ import torch
 from test_step_sync import watch
 from torch import Tensor, nn
 
-from kfacore import KFAC
-from kfacore.optim.iteration import Iteration
+from kfacore import KFAC, host
 
 Float = torch.float64
 
@@ -88,7 +87,7 @@ def test_training_lowers_the_users_own_loss(criterion: nn.Module) -> None:
 )
 def test_masks_and_options_wait_for_nothing(likelihood: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums over positions that count stay on the device; a CPU, where reading costs nothing, stands for one."""
-    monkeypatch.setattr(Iteration, "_reads", staticmethod(lambda value: False))
+    monkeypatch.setattr(host, "is_free", lambda value: False)
     y = inputs()[:, :3].argmax(1)
     y[::5] = -100
     valid = torch.arange(64) % 2 == 0

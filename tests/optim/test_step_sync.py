@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kfacore import KFAC
-from kfacore.optim.iteration import Iteration
+from kfacore import KFAC, host
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -135,7 +134,7 @@ PROBLEMS: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def _a_cpu_stands_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU numbers are read in every step, since that costs nothing there; here it does as if it did."""
-    monkeypatch.setattr(Iteration, "_reads", staticmethod(lambda value: False))
+    monkeypatch.setattr(host, "is_free", lambda value: False)
 
 
 def optimizer_and_data(

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import kfacore.optim.loss as loss_module
-from kfacore import KFAC
+from kfacore import KFAC, host
 from kfacore.errors import DataError
 from kfacore.optim.guards import require_finite
-from kfacore.optim.iteration import Iteration
 from kfacore.optim.targets import DeferredRefusal, true_on_host
 
 SMALL = [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.uint64]
@@ -152,7 +151,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA")
     monkeypatch.setattr(loss_module, "on_host", lambda tensor: False)
-    monkeypatch.setattr(Iteration, "_reads", staticmethod(lambda value: False))
+    monkeypatch.setattr(host, "is_free", lambda value: False)
     return str(request.param)
 
 

@@ -11,6 +11,7 @@ import torch
 from kfac_plugins.damping import FixedDampingConfig, LevenbergMarquardtConfig
 from kfac_plugins.damping.fixed import FixedDamping
 from kfac_plugins.damping.levenberg_marquardt import LevenbergMarquardt
+from kfacore import host
 from kfacore.errors import ConfigError
 from kfacore.registry import get_registry
 
@@ -197,3 +198,40 @@ def test_no_damping_at_all_can_be_asked_for() -> None:
     damping = FixedDamping(FixedDampingConfig())
     damping.start(0.0, CPU)
     assert float(damping.gamma) == float(damping.lam) == 0.0
+
+
+def told(slope: float, times: int, **options: Any) -> float:
+    """lambda after so many new mini-batches with this slope left and a curvature of 2, each with a rho of 1."""
+    damping = started(lambda0=1.0, confirmed=True, **options)
+    for _ in range(times):
+        damping.confirm(scalar(slope), scalar(2.0))
+        damping.adapt(scalar(1.0))
+    return float(damping.lam)
+
+
+def test_lambda_falls_only_while_new_mini_batches_see_no_overshoot() -> None:
+    assert told(0.0, 40) < 1e-3  # steps end at the minimum
+    assert told(-1.0, 40) == pytest.approx(told(0.0, 40))  # before it
+    assert told(2.0, 40) > 100.0  # twice as far
+    late = [told(0.9, times) for times in (40, 50)]  # between 0.4 and 0.5 of the curvature
+    assert late[0] == late[1]
+
+
+def test_a_slope_that_may_be_noise_raises_nothing() -> None:
+    damping = started(lambda0=1.0, confirmed=True)
+    for k in range(60):
+        damping.confirm(scalar(4.0 if k % 2 else -3.0), scalar(0.1))  # 0.5 on average, but hardly sure
+        damping.adapt(scalar(0.5))
+    assert float(damping.lam) == 1.0
+
+
+def test_what_is_not_a_number_is_no_witness_and_host_and_device_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for free in (True, False):
+        monkeypatch.setattr(host, "is_free", lambda value, free=free: free)
+        damping = started(lambda0=1.0, confirmed=True)
+        for slope, curvature in ((0.3, 1.0), (math.nan, 1.0), (1e9, 2.0), (0.1, math.inf), (-0.5, math.nan)):
+            damping.confirm(scalar(slope), scalar(curvature))
+        seen.append(damping.state_dict()["seen"])
+    assert torch.equal(*seen)
+    assert bool(seen[0].isfinite().all())

@@ -35,6 +35,15 @@ def test_mu_is_not_clipped() -> None:
     assert QuadraticModelMomentum().coefficients(M, b)[:, 1].tolist() == [2.0, -0.5]
 
 
+def test_mu_keeps_to_its_bounds_and_alpha_follows() -> None:
+    M = torch.tensor([[[2.0, 1.0], [1.0, 1.0]]], dtype=Float)
+    b = torch.tensor([[-1.0, 3.0]], dtype=Float)
+    assert float(QuadraticModelMomentum(QuadraticModelConfig()).coefficients(M, b)[0, 1]) < 0.0
+    bounded = QuadraticModelMomentum(QuadraticModelConfig(mu_min=0.0, mu_max=1.0))
+    assert bounded.coefficients(M, b).tolist() == [[0.5, 0.0]]
+    assert bounded.coefficients(M, -b * 9)[0].tolist() == [-5.0, 1.0]
+
+
 def test_first_step_has_no_previous_direction() -> None:
     M, b = torch.zeros(1, 2, 2, dtype=Float), torch.zeros(1, 2, dtype=Float)
     M[0, 0, 0], b[0, 0] = 4.0, -2.0

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from kfac_plugins.trust import UndoConfig
 from kfac_plugins.trust.undo import Undo
-from kfacore import KFAC, DataError
-from kfacore.optim.iteration import Iteration
+from kfacore import KFAC, DataError, host
 
 Float = torch.float64
 
@@ -91,7 +90,7 @@ def test_host_and_device_undo_alike(monkeypatch: pytest.MonkeyPatch, reads: bool
     optimizer, x, y = steep()
     optimizer.trust = Undo(UndoConfig(settling=1))
     optimizer.step(x, y)
-    monkeypatch.setattr(Iteration, "_reads", staticmethod(lambda value: reads))
+    monkeypatch.setattr(host, "is_free", lambda value: reads)
     model = optimizer._iteration._model
     monkeypatch.setattr(optimizer._iteration, "_model", lambda *given: tuple(part * math.nan for part in model(*given)))
     before = dense.theta(optimizer.model)

@@ -11,9 +11,10 @@ Without a lambda_0, lambda starts at 0.15 times the mean diagonal entry of the F
 that it follows the scale of the objective: h and F times c need lambda times c. The factor was measured, see docs.
 
 Small mini-batches flatter a step: it fits their own noise, rho is near 1 whatever lambda is, and lambda would fall for
-ever. With ``confirmed`` it falls only while new mini-batches see at least a tenth of the decrease that steps promise (a
-running mean over ten steps), and rises where they see h go up by as much. The ratio is free: slope and curvature of a
-new mini-batch along the step before are in its quadratic model.
+ever. A new mini-batch tells whether a step v went too far: the slope along it that is left where it ended, b_v, is 0
+after a step to the minimum, and half of v^T F v after one that changed nothing. With ``confirmed`` lambda falls only
+while the running mean of slopes is below 0.4 of that of curvatures, and rises where it is above half of it by more than
+twice its standard error. Both are free: they are in the new mini-batch's quadratic model.
 
 Tied, gamma is sqrt(lambda + eta) at every refresh: the paper's first value, kept up, which Ba et al. (2017, section
 A.2) use throughout. It needs one inverse where the comparison needs three.
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from kfac_plugins.damping import LevenbergMarquardtConfig
+from kfacore import host
 from kfacore.roles.damping import Damping
 
 __all__ = ["LevenbergMarquardt"]
@@ -38,10 +40,17 @@ _LEAST = 1e-3
 """Share of an automatic lambda_0 below which lambda does not fall: far below the mean curvature it bounds nothing."""
 
 _MEMORY = 0.9
-"""Decay of the running mean of what new mini-batches confirm."""
+"""Decay of the running means of what new mini-batches see."""
 
-_CONFIRMED, _REFUTED = 0.1, -0.1
-"""Running means above and below which lambda may fall, and rises."""
+_LEFT, _LOST = 0.4, 0.5
+"""Slope left, in units of the curvature, up to which lambda may fall, and above which it rises: at one half a step has
+changed nothing."""
+
+_SURE = 2.0
+"""Standard errors by which the slope must be above that before lambda rises."""
+
+_LARGEST = 4.0
+"""Slopes and curvatures, in units of the promised decrease, count no more than this: no mini-batch decides alone."""
 
 _AUTOMATIC = 0.15
 """The automatic lambda_0, in units of the mean diagonal entry of the Fisher."""
@@ -59,7 +68,7 @@ class LevenbergMarquardt(Damping):
         first = _AUTOMATIC if c.lambda0 is None else c.lambda0
         self.lam = torch.tensor(first, dtype=torch.float64, device=device)
         self.gamma = torch.tensor(math.sqrt(first + weight_decay), dtype=torch.float64, device=device)
-        self._confirmed, self._least = torch.ones_like(self.lam), torch.zeros_like(self.lam)
+        self._seen, self._least = _unseen(self.lam), torch.zeros_like(self.lam)
         self.follow(weight_decay)
 
     def follow(self, weight_decay: float) -> None:
@@ -95,7 +104,10 @@ class LevenbergMarquardt(Damping):
         w1 = self.config.rate**self.config.lambda_every
         bad, good = ~(rho >= 0.25), rho > 0.75
         if self.config.confirmed:
-            bad, good = bad | (self._confirmed < _REFUTED), good & (self._confirmed > _CONFIRMED)
+            slope, curvature, square = self._seen
+            error = ((square - slope * slope).clamp(min=0.0) * ((1.0 - _MEMORY) / (1.0 + _MEMORY))).sqrt()
+            bad = bad | (slope > _LOST * curvature + _SURE * error)
+            good = good & (slope < _LEFT * curvature)
         # Chosen among tensors of lambda's dtype: between plain numbers torch.where answers in its default dtype.
         lower = torch.maximum(self.lam * w1, torch.minimum(self.lam, self._least))
         self.lam = torch.where(bad, self.lam / w1, torch.where(good, lower, self.lam))
@@ -104,17 +116,27 @@ class LevenbergMarquardt(Damping):
         """lambda times the factor."""
         self.lam = torch.where(where, self.lam * factor, self.lam)
 
-    def confirm(self, ratio: Tensor) -> None:
-        """A running mean of the ratio between -1 and 1.5, so that no single mini-batch decides."""
-        mean = _MEMORY * self._confirmed + (1.0 - _MEMORY) * ratio.clamp(-1.0, 1.5)
-        self._confirmed = torch.where(torch.isfinite(ratio), mean, self._confirmed)
+    def confirm(self, slope: Tensor, curvature: Tensor) -> None:
+        """Running means of both and of the slope's square, which tells how sure its mean is."""
+        x = slope.clamp(-_LARGEST, _LARGEST)
+        new = torch.stack([x, curvature.clamp(max=_LARGEST), x * x])
+        if host.is_free(new):
+            if math.isfinite(float(new.sum())):
+                self._seen = self._seen.lerp(new, 1.0 - _MEMORY)
+            return
+        self._seen = torch.where(torch.isfinite(new.sum()), self._seen.lerp(new, 1.0 - _MEMORY), self._seen)
 
     def state_dict(self) -> dict[str, Any]:
-        """Lambda, gamma, what was confirmed, and the least lambda."""
-        return {**super().state_dict(), "confirmed": self._confirmed, "least": self._least}
+        """Lambda, gamma, what new mini-batches saw, and the least lambda."""
+        return {**super().state_dict(), "seen": self._seen, "least": self._least}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up all of it; a state from before there was more than lambda and gamma has no more."""
         super().load_state_dict(state)
-        self._confirmed = state.get("confirmed", torch.ones_like(self.lam)).to(self.lam)
+        self._seen = state.get("seen", _unseen(self.lam)).to(self.lam)
         self._least = state.get("least", torch.zeros_like(self.lam)).to(self.lam)
+
+
+def _unseen(like: Tensor) -> Tensor:  # (3,)
+    """Slope, curvature and squared slope before there was a step: as after one that stopped half-way."""
+    return like.new_tensor([-1.0, 2.0, 1.0])

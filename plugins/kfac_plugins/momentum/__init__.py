@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kfacore.plugin import Component, MomentumConfig
 
@@ -16,6 +16,17 @@ class QuadraticModelConfig(MomentumConfig):
 
     kind: Literal["quadratic-model"] = "quadratic-model"
     """Name of the implementation."""
+
+    mu_min: float | None = None
+    """Least mu; beyond it alpha is the best one for this mu. The minimum is anywhere if left out."""
+    mu_max: float | None = None
+    """Largest mu, likewise."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> QuadraticModelConfig:
+        if self.mu_min is not None and self.mu_max is not None and self.mu_min > self.mu_max:
+            raise ValueError(f"mu_min must not be above mu_max, found {self.mu_min:g} and {self.mu_max:g}")
+        return self
 
 
 class NoMomentumConfig(MomentumConfig):
