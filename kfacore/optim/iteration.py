@@ -174,7 +174,7 @@ class Iteration:
     def _judge(self, at: At, trial: Trial) -> tuple[Tensor | None, Tensor]:
         """rho = (h(theta + delta) - h(theta)) / model value where it is wanted, -inf if h went up; and the verdict."""
         rho, accepted = None, torch.isfinite(trial.value)
-        if at.adapts or at.asks:
+        if at.adapts or at.asks or self._wonders(at, trial):
             change = self._measure(at) - at.objective
             rho = torch.where(change > 0, -torch.inf, change / trial.value)
             accepted = accepted & self._parts.trust.accepts(at.objective, change)
@@ -182,6 +182,12 @@ class Iteration:
                 self._parts.damping.adapt(rho)
         self.predicted = trial.value
         return rho, accepted
+
+    def _wonders(self, at: At, trial: Trial) -> bool:
+        """Whether h after the step is wanted because it promises much; where asking that would cost a wait, no."""
+        if not (trial.used and host.is_free(trial.value) and host.is_free(at.objective)):
+            return False
+        return self._parts.trust.wonders(float(at.objective), float(trial.value))
 
     def _undone(self, at: At, accepted: Tensor) -> bool:
         """Undo the step unless it was accepted, and say whether the host knows that it was not.

@@ -32,6 +32,15 @@ class Trust(Part):
     def asks(self, step: int) -> bool:
         """Whether h after this step is wanted, beyond the steps that adapt lambda and compute it anyway."""
 
+    def wonders(self, objective: float, predicted: float) -> bool:
+        """Whether h after a step is wanted because of what the quadratic model promises of it.
+
+        Args:
+            objective: h before the step.
+            predicted: The change of h that the model promises.
+        """
+        return False
+
     @abstractmethod
     def attempts(self, step: int) -> int:
         """How often a mini-batch may be solved, each time with a larger lambda, before its step is given up."""

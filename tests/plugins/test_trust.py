@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import dense
 import pytest
@@ -144,3 +145,16 @@ def test_a_resumed_run_asks_and_doubts_as_before() -> None:
             optimizer.step(x[:n], y[:n])
         runs.append(dense.theta(optimizer.model))
     assert all(torch.equal(runs[0], other) for other in runs[1:])
+
+
+def test_a_step_that_promises_most_of_the_objective_is_asked_about() -> None:
+    rule = Undo(UndoConfig(bold=0.5))
+    assert not rule.wonders(2.0, -0.9)
+    assert rule.wonders(2.0, -1.1)
+    assert rule.wonders(2.0, math.nan)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = dense.randn(40, 4), dense.randn(40, 3, seed=1)
+    for bold, asked in ((1e-12, [True] * 4), (1e12, [True, False, False, False])):
+        optimizer = KFAC(deepcopy(model), likelihood="gaussian", trust={"kind": "undo", "settling": 1, "bold": bold})
+        assert [optimizer.step(x, y).rho is not None for _ in range(4)] == asked

@@ -31,6 +31,8 @@ class UndoConfig(TrustConfig):
     """How often the first mini-batches are solved, with lambda raised in between, until a step is accepted."""
     settling: Count = 10
     """Steps at the start, and after every step undone, in which each step is asked about."""
+    bold: Annotated[float, Field(gt=0.0)] = 0.5
+    """A step is asked about if the quadratic model promises to take away more than this share of the objective."""
     doubt: Above1 = 1.5
     """A mini-batch whose objective is this many times the mean of the last ten makes the step before it doubtful."""
     worse: Above1 = 1.2

@@ -8,7 +8,7 @@ makes the step before doubtful, and one forward pass without that step tells whe
 is a hard one. Either way the step goes, the previous step is forgotten, and lambda rises.
 
 Every step is asked about while it is new: at the start, and after a step undone. Later the steps that adapt lambda are,
-which compute h anyway.
+which compute h anyway, and bold ones, which promise to take away most of h.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ class Undo(Trust):
     def asks(self, step: int) -> bool:
         """While the step is new."""
         return step <= self._undone + self.config.settling
+
+    def wonders(self, objective: float, predicted: float) -> bool:
+        """If the step would take away more than a share of h, which no model of second order knows so far away."""
+        return not -predicted <= self.config.bold * abs(objective)
 
     def attempts(self, step: int) -> int:
         """Several at the very start, where lambda is only a guess."""
