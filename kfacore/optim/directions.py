@@ -45,13 +45,18 @@ class Directions:
         self.spare: list[BlockVector] = []
         self.size = 0
         self._proposals: list[BlockVector] = []
+        self._views: list[Tensor] | None = None
+
+    def begin(self) -> None:
+        """A step begins: parameters may have got other storage since the last one."""
+        self._views = None
 
     def clear(self) -> None:
         """Forget all of it, and a refresh that is under way."""
         if self.preconditioner is not None:
             self.preconditioner.discard()
         self.preconditioner = self.grad = self.delta = None
-        self._proposals, self.spare = [], []
+        self._proposals, self.spare, self._views = [], [], None
 
     def prepare(self) -> Preconditioner:
         """The preconditioner, made when the first forward pass has told the order of the layers."""
@@ -75,7 +80,9 @@ class Directions:
 
     def parameters(self) -> list[Tensor]:
         """The parameters in execution order, aligned with the parts of a `BlockVector`, without their graph."""
-        return [view for layer in self._parts.linearizer.layers for view in layer.views()]
+        if self._views is None:
+            self._views = [view for layer in self._parts.linearizer.layers for view in layer.views()]
+        return self._views
 
     def gradient(
         self, batch: Linearization, bound: BoundLoss | BoundJoint, eta: float, *, retain: bool = False

@@ -62,6 +62,7 @@ class Iteration:
             low: Autocast dtype of the forward and backward passes.
         """
         parts, directions = self._parts, self._directions
+        directions.begin()
         at = self._look_back(self._begin(inputs, targets, valid, step, eta, low), low)
         preconditioner = directions.prepare()
         at.waits = at.adapts or at.asks or preconditioner.waits(step, parts.damping.candidates(step))

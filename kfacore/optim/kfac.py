@@ -284,8 +284,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         again, directions = self._iteration, self._directions
         again.predicted = own.get("predicted", torch.full((), torch.nan)).to(again.predicted)
         self.trust.load_state_dict(own.get("trust", self.trust.state_dict()))
-        again.keeper.load(own.get("before"), directions.parameters())
         directions.clear()
+        again.keeper.load(own.get("before"), directions.parameters())
         if own["preconditioner"] is not None:
             like = self.linearizer.layers[0].parameters[0]
             directions.prepare().load_state_dict(as_parameters(own["preconditioner"], own["delta"].dtype, like))
