@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kfacore.errors import ConfigError, PluginError
-from kfacore.lab.config.resolve import resolve
+from kfacore.lab.config.resolve import read_saved, resolve
 from kfacore.lab.config.run import BatchConfig, RunConfig
 from kfacore.plugin import SLOTS
 from kfacore.registry import Registry, get_registry
@@ -79,7 +79,7 @@ def test_every_preset_serves_every_optimizer_and_survives_saving(registry, prese
         assert (getattr(config, slot) is not None) == (slot in uses)
     saved = json.loads(json.dumps(config.as_dict()))
     assert set(saved) == set(RunConfig.model_fields)
-    assert RunConfig.from_dict(registry, saved) == config
+    assert read_saved(registry, saved) == config
 
 
 @pytest.mark.parametrize("problem", ["curves", "mnist", "faces", "mnist16-classifier", "npz"])
@@ -195,7 +195,7 @@ def test_none_is_written_by_its_word(registry, write) -> None:
         resolve(registry, sets=['damping.gamma_max="none"'], flags={"threads": "none"}),
     ):
         assert (config.damping.gamma_max, config.threads) == (None, None)
-        assert RunConfig.from_dict(registry, config.as_dict()) == config
+        assert read_saved(registry, config.as_dict()) == config
     # the name of a component is a name
     assert resolve(registry, sets=["momentum=none"]).momentum.kind == "none"
 
@@ -332,9 +332,9 @@ def test_saved_configurations_are_checked(registry) -> None:
     }
     for message, values in cases.items():
         with pytest.raises(ConfigError, match=f"saved configuration: .*{message}"):
-            RunConfig.from_dict(registry, values)
+            read_saved(registry, values)
     # A preset that later versions drop must not make old runs unreadable.
-    assert RunConfig.from_dict(registry, {**saved, "preset": "retired"}).preset == "retired"
+    assert read_saved(registry, {**saved, "preset": "retired"}).preset == "retired"
 
 
 def test_component_of_a_broken_plugin(install_plugin) -> None:
@@ -371,7 +371,7 @@ def test_third_party_component_in_a_run(install_plugin) -> None:
     assert (config.approx.floor, config.approx.refresh_every, config.damping) == (0.25, 20, None)
     saved = config.as_dict()["approx"]
     assert (saved["kind"], saved["refresh_every"], saved["floor"]) == ("diagonal-test", 20, 0.25)
-    assert RunConfig.from_dict(registry, config.as_dict()) == config
+    assert read_saved(registry, config.as_dict()) == config
     with pytest.raises(ConfigError, match=r"'half-test' does not use damping \(it uses approx\)"):
         resolve(registry, flags={**flags, "damping": "fixed"})
 

@@ -130,7 +130,16 @@ def resolve_layers(registry: Registry, user: Sequence[Layer]) -> RunConfig:
 
 
 def read_saved(registry: Registry, values: Mapping[str, Any]) -> RunConfig:
-    """The configuration that `RunConfig.as_dict` wrote; see `RunConfig.from_dict`."""
+    """Read a saved configuration.
+
+    Args:
+        registry: Where the components come from.
+        values: What `RunConfig.as_dict` returned; nothing is taken from presets or suggested by the problem.
+
+    Raises:
+        ConfigError: A key, name or value is wrong, for example of a component that is not installed any more.
+        PluginError: A component's plug-in cannot be used.
+    """
     saved = table_layer(values, "saved configuration", user=True)
     if not isinstance(saved.values.get("preset", ""), str):
         raise ConfigError(f"saved configuration: preset = {saved.values['preset']!r} is not a name")

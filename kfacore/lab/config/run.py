@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
@@ -158,24 +157,8 @@ class RunConfig(Model):
         return value
 
     def as_dict(self) -> dict[str, Any]:
-        """The complete configuration in JSON types; `from_dict` reads it back."""
+        """The complete configuration in JSON types; `kfacore.lab.config.resolve.read_saved` reads it back."""
         return self.model_dump(mode="json", serialize_as_any=True)
-
-    @staticmethod
-    def from_dict(registry: Registry, values: Mapping[str, Any]) -> RunConfig:
-        """Read a saved configuration.
-
-        Args:
-            registry: Where the components come from.
-            values: What `as_dict` returned; nothing is taken from presets or suggested by the problem.
-
-        Raises:
-            ConfigError: A key, name or value is wrong, for example of a component that is not installed any more.
-            PluginError: A component's plug-in cannot be used.
-        """
-        from kfacore.lab.config.resolve import read_saved  # which needs the models above
-
-        return read_saved(registry, values)
 
 
 SECTIONS: dict[str, type[Model]] = {
