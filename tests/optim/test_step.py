@@ -136,7 +136,7 @@ def test_presets_fill_what_a_named_slot_leaves_out() -> None:
         ({"estimator": {"kind": "monte-carlo", "tau": 0.5}}, "did you mean 'tau1'"),
         ({"damping": {"lambda0": 1.0}}, "a table for damping needs kind"),
         ({"momentum": 0.9}, "momentum takes a name"),
-        ({"preset": "papr"}, "unknown preset 'papr': did you mean 'paper'"),
+        ({"preset": "papr"}, "unknown preset 'papr', did you mean 'paper'"),
         ({"weight_decay": -1.0}, "weight_decay must be a number >= 0, found -1.0"),
         ({"weight_decay": math.nan}, "weight_decay must be a number >= 0, found nan"),
         ({"weight_decay": "small"}, "weight_decay must be a number >= 0, found 'small'"),

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kfacore.errors import ConfigError, NumericalError
-from kfacore.plugin import SLOTS
 from kfacore.registry import get_registry
+from kfacore.schema.table import SLOT_DEFAULTS, SLOTS, flag_of
 
 if TYPE_CHECKING:
     from kfacore.lab.config.run import RunConfig
@@ -37,6 +37,18 @@ def _presets(incomplete: str) -> list[str]:
     return [name for name in PRESETS if name.startswith(incomplete)]
 
 
+def _choice(slot: str, what: str, others: str) -> Any:
+    """The option that chooses a slot's component.
+
+    Args:
+        slot: The slot.
+        what: What is chosen.
+        others: Names besides the default, for the help.
+    """
+    names = f"{SLOT_DEFAULTS[slot]} (default), {others}"
+    return typer.Option(metavar="NAME", help=f"{what}: {names}; kfac list {slot} has all.", autocompletion=_names(slot))
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
 
@@ -51,46 +63,11 @@ def register(app: typer.Typer) -> None:
                 show_default=False,
             ),
         ] = None,
-        problem: Annotated[
-            str | None,
-            typer.Option(
-                metavar="NAME",
-                help="What to train: curves (default), mnist, images, text, ...; kfac list problem has all.",
-                autocompletion=_names("problem"),
-            ),
-        ] = None,
-        approx: Annotated[
-            str | None,
-            typer.Option(
-                metavar="NAME",
-                help="Approximation of the Fisher: tridiag (default), blockdiag, ...; kfac list approx has all.",
-                autocompletion=_names("approx"),
-            ),
-        ] = None,
-        damping: Annotated[
-            str | None,
-            typer.Option(
-                metavar="NAME",
-                help="Damping: levenberg-marquardt (default), fixed; kfac list damping has all.",
-                autocompletion=_names("damping"),
-            ),
-        ] = None,
-        momentum: Annotated[
-            str | None,
-            typer.Option(
-                metavar="NAME",
-                help="Step size and momentum: quadratic-model (default), fixed, none; kfac list momentum has all.",
-                autocompletion=_names("momentum"),
-            ),
-        ] = None,
-        optimizer: Annotated[
-            str | None,
-            typer.Option(
-                metavar="NAME",
-                help="What trains: kfac (default), adam, sgd, nesterov; kfac list optimizer has all.",
-                autocompletion=_names("optimizer"),
-            ),
-        ] = None,
+        problem: Annotated[str | None, _choice("problem", "What to train", "mnist, images, text, ...")] = None,
+        approx: Annotated[str | None, _choice("approx", "Approximation of the Fisher", "tridiag, ...")] = None,
+        damping: Annotated[str | None, _choice("damping", "Damping", "fixed")] = None,
+        momentum: Annotated[str | None, _choice("momentum", "Step size and momentum", "fixed, none")] = None,
+        optimizer: Annotated[str | None, _choice("optimizer", "What trains", "adam, sgd, nesterov")] = None,
         config: Annotated[
             list[Path] | None, typer.Option("--config", "-c", help="A TOML file of options; may be repeated.")
         ] = None,
@@ -179,9 +156,9 @@ def _problem(what: str | None, problem: str | None) -> str | None:
         raise ConfigError(f"--problem {problem}: the problem is named twice, also as {what}; leave one out")
     registry = get_registry()
     if not any(component.name == what for component in registry.components("problem")):
-        for slot in ("approx", "damping", "momentum", "optimizer"):
+        for slot in (slot.name for slot in SLOTS.values() if slot.flag):
             if any(component.name == what for component in registry.components(slot)):
-                raise ConfigError(f"kfac train: '{what}' is no problem, did you mean '--{slot} {what}'?")
+                raise ConfigError(f"kfac train: '{what}' is no problem, did you mean '{flag_of(slot, what)}'?")
     return what
 
 

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kfacore.errors import KfacError
-from kfacore.lab.config.run import RUN_SLOTS
 from kfacore.lab.studies.state import state_folder
+from kfacore.schema.table import RUN_SLOTS
 
 __all__ = ["main", "serve"]
 

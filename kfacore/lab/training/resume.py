@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from kfacore.errors import ConfigError, DataError
 from kfacore.lab.config.resolve import read_saved, user_layers
-from kfacore.lab.config.sources import Layer, deep_update
 from kfacore.lab.training.run import RunFolder
+from kfacore.registry.compose import Layer, deep_update
 from kfacore.schema.slots import NONE
 
 if TYPE_CHECKING:
