@@ -12,6 +12,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -459,7 +460,7 @@ def test_page_holds_what_is_needed_to_run_it_again(html, study):
         "Configuration of blockdiag",
     ):
         assert text in html
-    assert "&quot;reference&quot;: &quot;tridiag&quot;" in html
+    assert '"reference": "tridiag"' in unescape(html)
     links = re.findall(r'download="([^"]+)"', html)
     assert {"runs.csv", "final.tex"} <= set(links)
 
