@@ -42,7 +42,7 @@ def test_everything_has_a_default(registry) -> None:
 
 
 def test_paper_is_the_authors_program(registry) -> None:
-    config = resolve(registry, preset="paper")
+    config = resolve(registry, preset="paper", sets=["approx=tridiag"])
     assert (config.damping.kind, config.damping.lambda0, config.damping.pi) == ("levenberg-marquardt", 150.0, "layer")
     assert (config.damping.lambda_every, config.damping.gamma_every, config.damping.rate) == (5, 20, 0.95)
     assert (config.damping.gamma_rule, config.approx.tolerance) == ("compared", 0.0)
