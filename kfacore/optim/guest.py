@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kfacore.curvature.preconditioner import FIRST_REFRESHES
+from kfacore.curvature.schedule import FIRST_REFRESHES
 from kfacore.errors import ConfigError, DataError
 from kfacore.network.outputs import Output, read_output
 from kfacore.optim.grafting import Grafting, movable
