@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from kfacore.lab.studies.figures import COLORS, FAINT, INK
+from kfacore.lab.studies.pens import COLORS, FAINT, INK
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from kfacore.lab.studies.figures import Pen
+    from kfacore.lab.studies.pens import Pen
 
 __all__ = ["Cell", "Row", "Stroke", "Table", "figure_html", "heads", "render", "strokes", "svg_text"]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import kfacore
-from kfacore.lab.studies.figures import pens
 from kfacore.lab.studies.html import Cell, Row, Stroke, Table, heads, render, strokes
 from kfacore.lab.studies.html_answer import answers, facts, key, lost_runs, share, time_text, verdicts
 from kfacore.lab.studies.identity import relevant
+from kfacore.lab.studies.pens import pens
 from kfacore.lab.studies.report_data import AXES
 from kfacore.lab.studies.report_limits import limits
 from kfacore.lab.studies.report_results import Results

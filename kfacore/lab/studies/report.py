@@ -17,9 +17,10 @@ from pathlib import Path
 from markupsafe import Markup
 
 from kfacore.errors import ConfigError
-from kfacore.lab.studies.figures import TRACE_LABELS, Draw, curves, differences, panel, pens, profile, strip, trace
+from kfacore.lab.studies.figures import TRACE_LABELS, Draw, curves, differences, panel, profile, strip, trace
 from kfacore.lab.studies.html import figure_html, svg_text
 from kfacore.lab.studies.html_page import page
+from kfacore.lab.studies.pens import pens
 from kfacore.lab.studies.plan import load_study
 from kfacore.lab.studies.report_data import AXES, read_runs
 from kfacore.lab.studies.report_results import Results, analyse
