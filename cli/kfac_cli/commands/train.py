@@ -49,76 +49,75 @@ def _choice(slot: str, what: str, others: str) -> Any:
     return typer.Option(metavar="NAME", help=f"{what}: {names}; kfac list {slot} has all.", autocompletion=_names(slot))
 
 
+def train(
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[DATA.npz | PROBLEM | MODULE:FUNCTION]",
+            help="The same as --problem: your arrays, a problem's name, or your own function (docs/command.md).",
+            autocompletion=_names("problem"),
+            show_default=False,
+        ),
+    ] = None,
+    problem: Annotated[str | None, _choice("problem", "What to train", "mnist, images, text, ...")] = None,
+    approx: Annotated[str | None, _choice("approx", "Approximation of the Fisher", "tridiag, ...")] = None,
+    damping: Annotated[str | None, _choice("damping", "Damping", "fixed")] = None,
+    momentum: Annotated[str | None, _choice("momentum", "Step size and momentum", "fixed, none")] = None,
+    optimizer: Annotated[str | None, _choice("optimizer", "What trains", "adam, sgd, nesterov")] = None,
+    config: Annotated[
+        list[Path] | None, typer.Option("--config", "-c", help="A TOML file of options; may be repeated.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One option, for example damping.lambda0=1.0; repeatable."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps in all, also when a run is resumed.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random draw.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Options by name: default, paper or heskes.", autocompletion=_presets),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the CPU computation.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the problem's data files.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; must not hold a run yet.")] = None,
+    init: Annotated[Path | None, typer.Option(help="Start from a .safetensors, .npz or .pt (checkpoint) file.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue the run in this folder.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the configuration, each parameter and memory; train nothing.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print every event as a line of JSON on stdout.")] = False,
+) -> None:
+    """Train a model and keep curves, checkpoints and pictures in a run folder.
+
+    Ctrl-C finishes the step, saves, and prints the command that continues; a second one stops at once.
+    """
+    flags: dict[str, Any] = {
+        "problem": _problem(what, problem),
+        "approx": approx,
+        "damping": damping,
+        "momentum": momentum,
+        "optimizer": optimizer,
+        "steps": steps,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "threads": threads,
+        "problem.data_dir": None if data_dir is None else str(data_dir),
+    }
+    run_config = _configure(flags, preset, config or [], sets or [], resume, out, init)
+    if resume is None:
+        _say_what_was_inferred(run_config)
+    if dry_run:
+        _dry_run(run_config, init, out, json=json)
+    else:
+        _train(run_config, out=out, resume=resume, init=init, json=json)
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
-
-    @app.command()
-    def train(
-        what: Annotated[
-            str | None,
-            typer.Argument(
-                metavar="[DATA.npz | PROBLEM | MODULE:FUNCTION]",
-                help="The same as --problem: your arrays, a problem's name, or your own function (docs/command.md).",
-                autocompletion=_names("problem"),
-                show_default=False,
-            ),
-        ] = None,
-        problem: Annotated[str | None, _choice("problem", "What to train", "mnist, images, text, ...")] = None,
-        approx: Annotated[str | None, _choice("approx", "Approximation of the Fisher", "tridiag, ...")] = None,
-        damping: Annotated[str | None, _choice("damping", "Damping", "fixed")] = None,
-        momentum: Annotated[str | None, _choice("momentum", "Step size and momentum", "fixed, none")] = None,
-        optimizer: Annotated[str | None, _choice("optimizer", "What trains", "adam, sgd, nesterov")] = None,
-        config: Annotated[
-            list[Path] | None, typer.Option("--config", "-c", help="A TOML file of options; may be repeated.")
-        ] = None,
-        sets: Annotated[
-            list[str] | None,
-            typer.Option("--set", metavar="KEY=VALUE", help="One option, for example damping.lambda0=1.0; repeatable."),
-        ] = None,
-        steps: Annotated[int | None, typer.Option(help="Steps in all, also when a run is resumed.")] = None,
-        seed: Annotated[int | None, typer.Option(help="Seed of every random draw.")] = None,
-        preset: Annotated[
-            str | None,
-            typer.Option(metavar="NAME", help="Options by name: default, paper or heskes.", autocompletion=_presets),
-        ] = None,
-        device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
-        dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
-        threads: Annotated[int | None, typer.Option(help="Threads of the CPU computation.")] = None,
-        data_dir: Annotated[Path | None, typer.Option(help="Folder of the problem's data files.")] = None,
-        out: Annotated[Path | None, typer.Option(help="The run folder; must not hold a run yet.")] = None,
-        init: Annotated[
-            Path | None, typer.Option(help="Start from a .safetensors, .npz or .pt (checkpoint) file.")
-        ] = None,
-        resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue the run in this folder.")] = None,
-        dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Show the configuration, each parameter and memory; train nothing.")
-        ] = False,
-        json: Annotated[bool, typer.Option("--json", help="Print every event as a line of JSON on stdout.")] = False,
-    ) -> None:
-        """Train a model and keep curves, checkpoints and pictures in a run folder.
-
-        Ctrl-C finishes the step, saves, and prints the command that continues; a second one stops at once.
-        """
-        flags: dict[str, Any] = {
-            "problem": _problem(what, problem),
-            "approx": approx,
-            "damping": damping,
-            "momentum": momentum,
-            "optimizer": optimizer,
-            "steps": steps,
-            "seed": seed,
-            "device": device,
-            "dtype": dtype,
-            "threads": threads,
-            "problem.data_dir": None if data_dir is None else str(data_dir),
-        }
-        run_config = _configure(flags, preset, config or [], sets or [], resume, out, init)
-        if resume is None:
-            _say_what_was_inferred(run_config)
-        if dry_run:
-            _dry_run(run_config, init, out, json=json)
-        else:
-            _train(run_config, out=out, resume=resume, init=init, json=json)
+    app.command()(train)
 
 
 def _configure(
