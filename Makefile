@@ -26,6 +26,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # A file of tests stays in one process, which makes its shared fixtures once; more threads would only wait on each other.
 test: lint

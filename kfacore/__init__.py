@@ -6,8 +6,9 @@ manifests of plug-ins) does not import torch.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kfacore.lazy import lazy_names
 
 if TYPE_CHECKING:
     from kfacore.curvature.preconditioner import Preconditioner
@@ -44,18 +45,23 @@ __all__ = [
     "UnsupportedModelError",
 ]
 
-_HOMES = {
-    "KFAC": "kfacore.optim.kfac",
-    "Joint": "kfacore.optim.joint",
-    "KFACConfig": "kfacore.optim.options",
-    "Preconditioned": "kfacore.optim.guest",
-    "Preconditioner": "kfacore.curvature.preconditioner",
-    "StepReport": "kfacore.roles.optimizer",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Load a public name on first use."""
-    if name not in __all__:
-        raise AttributeError(f"module 'kfacore' has no attribute {name!r}")
-    return getattr(import_module(_HOMES.get(name, "kfacore.errors")), name)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "curvature.preconditioner": ("Preconditioner",),
+        "errors": (
+            "ConfigError",
+            "DataError",
+            "KfacError",
+            "NumericalError",
+            "PluginError",
+            "ResourceError",
+            "UnsupportedModelError",
+        ),
+        "optim.guest": ("Preconditioned",),
+        "optim.joint": ("Joint",),
+        "optim.kfac": ("KFAC",),
+        "optim.options": ("KFACConfig",),
+        "roles.optimizer": ("StepReport",),
+    },
+)

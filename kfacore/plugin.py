@@ -41,6 +41,7 @@ from kfacore.schema.slots import (
     Suggestions,
     TrustConfig,
 )
+from kfacore.schema.table import SLOTS, Slot
 
 __all__ = [
     "API_VERSION",
@@ -57,6 +58,7 @@ __all__ = [
     "PiRule",
     "ProblemConfig",
     "SinkConfig",
+    "Slot",
     "SlotConfig",
     "Suggestions",
     "TrustConfig",
@@ -69,22 +71,6 @@ PROJECT = "kfac"
 
 API_VERSION = 1
 """Raised whenever a role changes in a way that breaks plug-ins. A module may state ``KFAC_API = 1``."""
-
-SLOTS: dict[str, type[SlotConfig]] = {
-    "problem": ProblemConfig,
-    "likelihood": LikelihoodConfig,
-    "optimizer": OptimizerConfig,
-    "estimator": EstimatorConfig,
-    "approx": ApproxConfig,
-    "damping": DampingConfig,
-    "momentum": MomentumConfig,
-    "trust": TrustConfig,
-    "layer": LayerConfig,
-    "sink": SinkConfig,
-    "executor": ExecutorConfig,
-}
-"""Every slot and the base class of its config models. All but ``executor`` and ``layer`` are keys of a run's
-configuration: one belongs to a study, of the other every one is taken."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

@@ -11,19 +11,21 @@ from typing import Any
 
 from pydantic import create_model
 
-from kfacore.lab.config.resolve import SLOT_DEFAULTS
 from kfacore.lab.config.run import SECTIONS, RunConfig
 from kfacore.plugin import SLOTS, Component
 from kfacore.registry import get_registry
 from kfacore.schema.describe import KeyHelp, describe
 from kfacore.schema.slots import Model
+from kfacore.schema.table import SLOT_DEFAULTS
 
 REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
 
-DOCUMENTS = [REFERENCE / "keys.md", REFERENCE / "component-keys.md"]
-"""Pages with keys of a run, and with those of the components."""
+ARCHITECTURE = REFERENCE.parent / "explanation" / "architecture.md"
 
-RUN, COMPONENTS = "## The keys", "## By slot"
+DOCUMENTS = [REFERENCE / "keys.md", REFERENCE / "component-keys.md", ARCHITECTURE]
+"""Pages with keys of a run, with those of the components, and with the slots."""
+
+RUN, COMPONENTS, ROLES = "## The keys", "## By slot", "## The slots"
 
 NOTES = {
     "sink": "A run may have several, each a `[[sink]]` table in a file. Plots, reports and studies need `jsonl`.",
@@ -41,10 +43,9 @@ def run_table() -> str:
     for name, field in RunConfig.model_fields.items():
         if name in SLOTS:
             kind = SLOT_DEFAULTS.get(name)
-            kind = kind[0] if isinstance(kind, list) else kind
             default = f"`{kind}`" if kind else "the problem's"
             text = (field.description or "").removesuffix(".")
-            rows.append([f"`{name}`", "list of slots" if name == "sink" else "slot", default, text])
+            rows.append([f"`{name}`", "list of slots" if SLOTS[name].many else "slot", default, text])
         elif name in SECTIONS:
             rows += [_cells(key) for key in describe(SECTIONS[name], f"{name}.")]
         else:
@@ -57,9 +58,23 @@ def component_tables() -> str:
     return "\n".join(part for slot in SLOTS for part in _slot(slot)).rstrip("\n") + "\n"
 
 
-def _slot(slot: str) -> Iterator[str]:
+def slot_table() -> str:
+    """Every slot, with what is built in."""
+    rows = []
+    for slot in SLOTS.values():
+        default = f"`{slot.default}`" if slot.default else "every one" if slot.used_by == "network" else "the problem's"
+        names = ", ".join(component.name for component in _own(slot.name))
+        rows.append([f"`{slot.name}`", f"`{slot.role}`", slot.answers, default, names])
+    return _table(["slot", "role", "answers", "default", "built in"], rows)
+
+
+def _own(slot: str) -> list[Component]:
     registry = get_registry()
-    own = [part for part in registry.components(slot) if registry.origin(part).distribution == "kfacore"]
+    return [part for part in registry.components(slot) if registry.origin(part).distribution == "kfacore"]
+
+
+def _slot(slot: str) -> Iterator[str]:
+    own = _own(slot)
     yield f"### {slot}\n"
     names = f"Components: {', '.join(f'`{component.name}`' for component in own)}."
     yield f"{textwrap.fill(names, 120, break_long_words=False, break_on_hyphens=False)}\n"
@@ -93,9 +108,9 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def written(text: str) -> str:
     """A document with the tables under these headings made anew, where it has one of them."""
-    if not any(f"\n{heading}\n" in text for heading in (RUN, COMPONENTS)):
-        raise ValueError(f"the document has no heading '{RUN}' or '{COMPONENTS}'")
-    for heading, table in ((RUN, run_table), (COMPONENTS, component_tables)):
+    if not any(f"\n{heading}\n" in text for heading in (RUN, COMPONENTS, ROLES)):
+        raise ValueError(f"the document has no heading '{RUN}', '{COMPONENTS}' or '{ROLES}'")
+    for heading, table in ((RUN, run_table), (COMPONENTS, component_tables), (ROLES, slot_table)):
         before, found, rest = text.partition(f"\n{heading}\n")
         if not found:
             continue

@@ -61,7 +61,8 @@ def vec(blocks: Sequence[Tensor]) -> Tensor:
 def unvec(vector: Tensor, layers: Sequence[Block]) -> list[Tensor]:
     blocks, start = [], 0
     for layer in layers:
-        blocks.append(vector[start : start + layer.size].reshape(layer.d_in, layer.d_out).T)
+        columns = vector[start : start + layer.size].reshape(*layer.shape[:-2], layer.d_in, layer.d_out)
+        blocks.append(columns.mT)
         start += layer.size
     assert start == len(vector)
     return blocks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +19,17 @@ def test_every_public_name_loads() -> None:
         assert getattr(kfacore, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Kfac'"):
         kfacore.Kfac  # noqa: B018  # the access is what is tested
+
+
+@pytest.mark.parametrize("package", ["kfacore", "kfacore.roles", "kfacore.lab.training", "kfacore.lab.diagnostics"])
+def test_every_public_name_is_shown_before_it_is_loaded(package: str) -> None:
+    script = (
+        f"import sys, {package} as p; assert {{*p.__all__}} <= {{*dir(p)}}; print('torch' in sys.modules)\n"
+        "assert all(getattr(p, name) is getattr(p, name) for name in p.__all__)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "False\n", done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_error_can_be_caught_by_its_public_name() -> None:

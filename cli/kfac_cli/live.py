@@ -101,7 +101,6 @@ class LiveLine:
         self.console: Console = Console(stderr=True, highlight=False, soft_wrap=not terminal)
         self._live: Live | None = None
         self._steps = 0
-        self._started = 0
         self._rho: object = None
         self._rejected = 0
         self._recent: list[tuple[int, float]] = []

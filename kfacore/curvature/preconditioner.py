@@ -6,13 +6,13 @@ estimator saw, refresh it at chosen gammas, and ask for F-hat^-1 v.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from kfacore.curvature.joined import Joined
+from kfacore.curvature.schedule import FIRST_REFRESHES, scheduled
 from kfacore.errors import ConfigError, NumericalError
 from kfacore.parallel.background import BackgroundRefresh, Made
 from kfacore.parallel.pace import Pace
@@ -23,11 +23,7 @@ from kfacore.roles.moment import Moments
 from kfacore.roles.samples import Samples
 from kfacore.schema.slots import PiRule
 
-__all__ = ["FIRST_REFRESHES", "Preconditioner"]
-
-FIRST_REFRESHES = 3
-"""The first steps always refresh: their averages still change much (method, section 2, step 4)."""
-
+__all__ = ["Preconditioner"]
 
 _CHEAP = 2e7
 """Operations, a millisecond or two, below which a refresh costs what its calls cost: no share of anything."""
@@ -52,7 +48,6 @@ class Preconditioner:
         moments: The running averages.
         joined: Who serves which blocks.
         inverse: The inverse in use, or None before the first refresh.
-        counts: How often each notice was given, by its text.
     """
 
     def __init__(
@@ -70,9 +65,7 @@ class Preconditioner:
         self.moments = self.joined.start(like)
         self._like = like
         self.inverse: Inverse | None = None
-        self.counts: Counter[str] = Counter()
         self._background = BackgroundRefresh(like.device)
-        self._walked = FIRST_REFRESHES
         self._hurried = self._owed = False
         self._worked = self._refreshed = 0.0
 
@@ -97,34 +90,20 @@ class Preconditioner:
         self.moments.commit(self.decay)
 
     def due(self, step: int) -> bool:
-        """Whether the inverse is refreshed in this step: the first three, and every T_3 or sooner.
+        """Whether the inverse is refreshed in this step: when it is `scheduled`.
 
         With a share a refresh waits for the first step in which all of them, itself included, are no more than this
         share of the work; one after a step undone does not wait.
-
-        With a growth g the refresh after step s comes at s + min(T_3, max(1, floor(g s))): the parameters move most
-        in the first steps, and the averages, whose weights are 1/k there, with them.
         """
         if self.inverse is None or self._hurried:
             return True
-        share, cost = self.approx.config.refresh_share, self._background.operations
+        config, cost = self.approx.config, self._background.operations
+        share, planned = config.refresh_share, scheduled(step, config.refresh_every, config.refresh_growth)
         if share is None or cost is None or cost < _CHEAP:
-            return self._scheduled(step)
-        self._owed = self._owed or self._scheduled(step)
+            return planned
+        self._owed = self._owed or planned
         refreshes = self._refreshed + cost
         return self._owed and refreshes <= share * (self._worked + refreshes)
-
-    def _scheduled(self, step: int) -> bool:
-        if step <= FIRST_REFRESHES:
-            return True
-        period, growth = self.approx.config.refresh_every, self.approx.config.refresh_growth
-        if growth is None:
-            return step % period == 0
-        if self._walked > step:  # asked about an earlier step than before
-            self._walked = FIRST_REFRESHES
-        while self._walked < step:
-            self._walked += min(period, max(1, int(growth * self._walked)))
-        return self._walked == step
 
     def waits(self, step: int, gammas: Sequence[Tensor]) -> bool:
         """Whether `candidates` waits for the device in this step: it refreshes, or takes up a refresh."""
@@ -214,7 +193,7 @@ class Preconditioner:
         return Made(pairs, [notice for _, inverse in pairs for notice in inverse.notices], failure)
 
     def _report(self, made: Made) -> tuple[Sequence[tuple[Tensor, Inverse]], list[Notice]]:
-        """Count what must be reported, and say what became of a failure."""
+        """What must be reported, and what became of a failure."""
         notices = list(made.notices)
         if made.failure is not None:
             if not made.pairs and self.inverse is None:
@@ -222,7 +201,6 @@ class Preconditioner:
             layer, _, message = made.failure.partition(": ")
             kept = "the other candidates were used" if made.pairs else "the previous inverse was kept"
             notices.append(Notice(layer, f"{message} ({kept})"))
-        self.counts.update(str(notice) for notice in notices)
         return made.pairs, notices
 
     def _load(self, state: Any) -> Inverse:
@@ -258,14 +236,13 @@ class Preconditioner:
         self._background.load_state_dict(None, self._load)
 
     def state_dict(self) -> dict[str, Any]:
-        """Averages, the inverse in use, a refresh under way, and counts."""
+        """Averages, the inverse in use, and a refresh under way."""
         return {
             "layers": [layer.name for layer in self.layers],
             "moments": self.moments.state_dict(),
             "inverse": None if self.inverse is None else self.inverse.state_dict(),
             "background": self._background.state_dict(),
             "schedule": [self._hurried, self._owed, self._worked, self._refreshed, self._background.operations],
-            "counts": dict(self.counts),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -276,4 +253,3 @@ class Preconditioner:
         self._background.load_state_dict(state["background"], self._load)
         schedule = state.get("schedule", (False, False, 0.0, 0.0, None))
         self._hurried, self._owed, self._worked, self._refreshed, self._background.operations = schedule
-        self.counts = Counter(state["counts"])

@@ -10,6 +10,7 @@ Files, from the ground up:
 * `capture`: a forward pass with every use of a block.
 * `rows`: rows and output gradients of a block as `LayerSamples`.
 * `jvp`: J v in three ways.
+* `watched`: the parameters that were found, and whether they are still the same.
 * `facts`, `study`: what kind of function a model is, found out on its first mini-batch. `checks`: the strict mode.
 * `linearization`, `linearizer`: a mini-batch as a linear map, and what makes it from a model.
 """

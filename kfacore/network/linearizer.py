@@ -23,6 +23,7 @@ from kfacore.network.outputs import Output
 from kfacore.network.pairs import following
 from kfacore.network.state import ModelState
 from kfacore.network.study import Study
+from kfacore.network.watched import Watched, materialise
 from kfacore.roles.layer import Layer
 
 __all__ = ["Linearizer"]
@@ -96,7 +97,7 @@ class Linearizer:
         self._axes: dict[str, int | None] = {}
         self.layers: list[ModelBlock] = []
         self._lazy = any(is_lazy(each) for each in (*self.model.parameters(), *self.model.buffers()))
-        self._remember()
+        self._watch()
         if not self._lazy:
             self._find()
 
@@ -145,20 +146,7 @@ class Linearizer:
 
     def changed(self) -> list[str]:
         """Trainable parameters that were frozen, unfrozen or replaced since the blocks were found, one line each."""
-        found = []
-        for name, module, key, parameter, trainable in self._watched:
-            now = module._parameters.get(key)
-            if now is not parameter:
-                found.append(f"{name} was replaced by another parameter")
-            elif parameter.requires_grad != trainable:
-                done = "frozen" if trainable else "unfrozen"
-                found.append(f"{name} was {done} (requires_grad = {parameter.requires_grad})")
-        found += [
-            f"{name} was replaced by another module"
-            for name, parent, key, module in self._modules
-            if parent._modules.get(key) is not module
-        ]
-        return found
+        return self._kept.changed()
 
     def set_order(self, names: Sequence[str], *, final: bool = True) -> None:
         """Take up the order of a saved state; blocks that it has as `diagonal` ones become so.
@@ -208,8 +196,11 @@ class Linearizer:
         if any(tensor.dim() and tensor.shape[0] == 0 for tensor in tensors_of(inputs)) and common_cases(inputs) == 0:
             raise DataError("inputs: the mini-batch has no cases")
         if self._lazy:
-            self._materialise(inputs)
-        self._require_same_parameters()
+            materialise(self.model, inputs)
+            self._lazy = False
+            self._watch()
+            self._find()
+        self._kept.require()
         if self._strict is not None:
             return self._note(self._strict_call(self._strict, inputs, statistics_cases, low, pulled_cases))
         try:
@@ -320,22 +311,10 @@ class Linearizer:
 
     # --- the model's parameters -------------------------------------------------------------------------------------
 
-    def _remember(self) -> None:
+    def _watch(self) -> None:
         """Names, and what would show that the model was changed."""
-        self.named = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
-        self.names: dict[nn.Parameter, str] = {each: name for name, each in self.named.items()}
-        self._watched = [
-            (f"{name}.{key}" if name else key, module, key, each, each.requires_grad)
-            for name, module in self.model.named_modules()
-            for key, each in module._parameters.items()
-            if each is not None
-        ]
-        self._modules = [
-            (f"{name}.{key}" if name else key, module, key, child)
-            for name, module in self.model.named_modules()
-            for key, child in module._modules.items()
-            if child is not None
-        ]
+        self._kept = Watched(self.model)
+        self.named, self.names = self._kept.named, self._kept.names
 
     def _find(self) -> None:
         """The blocks, in order of registration."""
@@ -350,36 +329,6 @@ class Linearizer:
         unknown = [name for name in self._reduce if name not in known]
         if unknown:
             raise ConfigError(f"reduce names {', '.join(unknown)}, which is no block; {nearest(unknown[0], known)}")
-
-    def _materialise(self, inputs: Any) -> None:
-        """One throw-away pass that gives lazy modules their shapes; draws and buffers are put back."""
-        device = next((tensor.device for tensor in tensors_of(inputs)), torch.device("cpu"))
-        draws = Draws(self.model, device)
-        draws.look()
-        before, state = draws.state(), ModelState(self.model)
-        fresh = {
-            id(module)
-            for module in self.model.modules()
-            if any(each is not None and is_lazy(each) for each in module._buffers.values())
-        }
-        with torch.no_grad(), draws.replaying(before):
-            self.model(inputs)
-        state.put_back()
-        for module in self.model.modules():
-            reset = getattr(module, "reset_running_stats", None)
-            if id(module) in fresh and callable(reset):
-                reset()
-        self._lazy = False
-        self._remember()
-        self._find()
-
-    def _require_same_parameters(self) -> None:
-        changed = self.changed()
-        if changed:
-            raise UnsupportedModelError(
-                f"{changed[0]} after the optimizer was built, "
-                "which keeps statistics of the parameters it found; build the optimizer again"
-            )
 
     # --- unsupported = "error" --------------------------------------------------------------------------------------
 

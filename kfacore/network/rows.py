@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from kfacore.network.blocks import ModelBlock
 from kfacore.network.capture import Call
 from kfacore.roles.samples import LayerSamples
 
-__all__ = ["Counting", "explained", "rows_of", "samples_of"]
+__all__ = ["Counting", "all_equal", "as_vector", "explained", "rows_of", "samples_of"]
 
 
 @dataclass(frozen=True)
@@ -231,3 +232,24 @@ def _product(call: Call, x: Tensor, g: Tensor) -> Tensor:
     if info.groups > 1:
         return torch.einsum("rgo,rgi->goi", g, x)
     return g.T @ x
+
+
+def as_vector(parts: Sequence[Tensor]) -> Tensor:
+    """All their numbers, one after the other."""
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def all_equal(calls: Sequence[Any], arrived: Sequence[Tensor | None], n: int) -> bool:
+    """Whether the only call has several rows a case, and all rows of a case get one g that is not zero.
+
+    Not asked of token numbers: their rows summed over a case are as wide as the vocabulary.
+    """
+    if len(calls) != 1 or arrived[0] is None or calls[0].user.type is None:
+        return False
+    call, g = calls[0], arrived[0]
+    if not call.x.is_floating_point():
+        return False
+    rows = call.user.type.gradients(call.user.block, call.user.module, call.typed, g.to(call.dtype))
+    if rows.shape[0] != n or rows.shape[1] < 2 or not bool(rows.any()):
+        return False
+    return bool((rows == rows[:, :1]).all())

@@ -23,12 +23,12 @@ from kfacore.network.draws import Draws, Watch
 from kfacore.network.facts import Facts, Way, close, common_cases, equal
 from kfacore.network.jvp import double_backward, forward_mode, tangents_of, within
 from kfacore.network.outputs import Output, read_output
-from kfacore.network.pulling import pulled
-from kfacore.network.rows import explained
+from kfacore.network.pulling import pulled_whole
+from kfacore.network.rows import all_equal, as_vector, explained
 from kfacore.network.standing import call_with
 from kfacore.network.state import ModelState
 
-__all__ = ["Study", "all_equal", "as_vector", "is_reentrant"]
+__all__ = ["Study"]
 
 
 class Study:
@@ -174,7 +174,12 @@ class Study:
         """Whether a pass moves what the next one reads, or a buffer, which must move once a step."""
         if not keeps or self._buffers_move:
             return keeps
-        with torch.no_grad(), self._draws.replaying(self._before), self._after.replaying(), silenced(self._blocks):
+        with (
+            torch.no_grad(),
+            self._draws.replaying(self._before),
+            self._after.replaying(),
+            silenced(self._blocks),
+        ):
             return not close(read_output(self._call(self._inputs), self._output), z)
 
     def _first_difference(self) -> str:
@@ -259,7 +264,7 @@ class Study:
         leaves = list(self._probe.values())
         edges = [call.edge for calls in chunk.calls for call in calls]
         with self._again():  # with the same parameters, draws and buffers, should it run a checkpointed part again
-            found = within(self._model, self._probe, lambda: _grad(chunk.z, [*leaves, *edges], v))
+            found = within(self._model, self._probe, lambda: pulled_whole(chunk.z, [*leaves, *edges], v))
         whole = {
             name: torch.zeros_like(leaf) if g is None else g
             for (name, leaf), g in zip(self._probe.items(), found, strict=False)
@@ -287,7 +292,7 @@ class Study:
         half = n // 2
         first = torch.cat([v[:half], torch.zeros_like(v[half:])])
         with self._again():
-            found = iter(within(self._model, self._probe, lambda: _grad(chunk.z, edges, first)))
+            found = iter(within(self._model, self._probe, lambda: pulled_whole(chunk.z, edges, first)))
         axes: dict[int, int | None] = {}
         for index, calls in enumerate(chunk.calls):
             own = {_axis(next(found), n, half) for _ in calls}
@@ -340,29 +345,6 @@ class Study:
         return tangents_of(self._blocks, self._names, matrices)
 
 
-def _grad(z: Tensor, roots: Sequence[Any], v: Tensor) -> list[Tensor | None]:
-    if is_reentrant(z):  # it would give no gradients at all, without a word
-        raise UnsupportedModelError(
-            "a part of the model is checkpointed by a reentrant function that is not torch's, which gives no gradients "
-            "by parameters; use torch.utils.checkpoint.checkpoint"
-        )
-    return pulled(z, roots, v, retain=True)
-
-
-def is_reentrant(z: Tensor) -> bool:
-    """Whether the graph has a node of reentrant checkpoints; torch's own run in their other form here."""
-    stack, seen = [z.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if "CheckpointFunction" in node.name():
-            return True
-        stack += [following for following, _ in node.next_functions]
-    return False
-
-
 def _axis(g: Tensor | None, n: int, half: int) -> int | None:
     """Which dimension has the cases, if g is that of the first half of them: the first unless the numbers deny it."""
     if g is None or not bool(g.any()):
@@ -381,27 +363,6 @@ def _beside_copies(x: Tensor, kept: slice, half: int) -> Tensor:
         copies = copies * 1.25 + 0.0625
     copies[kept] = x[kept]
     return copies
-
-
-def as_vector(parts: Sequence[Tensor]) -> Tensor:
-    """All their numbers, one after the other."""
-    return torch.cat([part.reshape(-1) for part in parts])
-
-
-def all_equal(calls: Sequence[Any], arrived: Sequence[Tensor | None], n: int) -> bool:
-    """Whether the only call has several rows a case, and all rows of a case get one g that is not zero.
-
-    Not asked of token numbers: their rows summed over a case are as wide as the vocabulary.
-    """
-    if len(calls) != 1 or arrived[0] is None or calls[0].user.type is None:
-        return False
-    call, g = calls[0], arrived[0]
-    if not call.x.is_floating_point():
-        return False
-    rows = call.user.type.gradients(call.user.block, call.user.module, call.typed, g.to(call.dtype))
-    if rows.shape[0] != n or rows.shape[1] < 2 or not bool(rows.any()):
-        return False
-    return bool((rows == rows[:, :1]).all())
 
 
 def _slack(dtype: torch.dtype) -> float:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kfacore.curvature.preconditioner import FIRST_REFRESHES
+from kfacore.curvature.schedule import FIRST_REFRESHES
 from kfacore.errors import ConfigError, DataError
 from kfacore.network.outputs import Output, read_output
 from kfacore.optim.grafting import Grafting, movable
@@ -108,8 +108,9 @@ class Preconditioned(Sharing):
         super().__init__(base)
         registry = get_registry()
         self.loss: Loss | Joint | None = None if likelihood is None else joint_or_loss(likelihood)
-        self.approx = registry.build("approx", self.options.approx(registry, approx))
-        self.estimator = registry.build("estimator", self.options.estimator(registry, estimator))
+        parts = self.options.parts(registry, approx, estimator)
+        self.approx = registry.build("approx", parts["approx"])
+        self.estimator = registry.build("estimator", parts["estimator"])
         self.network = GuestNetwork(
             model,
             registry.layers(),

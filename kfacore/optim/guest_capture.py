@@ -24,9 +24,8 @@ from kfacore.network.facts import close
 from kfacore.network.finding import unwrapped, whole_model
 from kfacore.network.pairs import following
 from kfacore.network.passes import Pass, gather, send_back
-from kfacore.network.pulling import pulled
-from kfacore.network.rows import Counting, explained
-from kfacore.network.study import all_equal, as_vector, is_reentrant
+from kfacore.network.pulling import is_reentrant, pulled
+from kfacore.network.rows import Counting, all_equal, as_vector, explained
 from kfacore.roles.layer import Layer
 from kfacore.roles.samples import LayerSamples
 

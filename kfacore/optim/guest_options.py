@@ -13,6 +13,7 @@ from torch import nn
 from kfacore.errors import ConfigError, nearest
 from kfacore.network.outputs import Output
 from kfacore.registry import Registry
+from kfacore.registry.compose import Layer, compose_slots
 from kfacore.schema.slots import PiRule
 
 __all__ = ["GuestOptions"]
@@ -69,30 +70,16 @@ class GuestOptions:
         """By name."""
         return dict(vars(self))
 
-    def approx(self, registry: Registry, value: Any) -> Any:
-        """The approximation, refreshed whenever statistics are taken, and tempered, unless it says otherwise."""
-        table = _table("blockdiag" if value is None else value)
-        if table is None:
-            return value
-        fields = registry.find("approx", table["kind"]).config.model_fields
-        own: dict[str, Any] = {"refresh_every": self.every}
-        if "power" in fields:
-            own["power"] = _POWER
-        if table.get("refresh") == "background":
-            own["refresh_delay"] = max(1, int(table.get("refresh_every", self.every)) // 2)
-        return {**own, **table}
+    def parts(self, registry: Registry, approx: Any, estimator: Any) -> dict[str, Any]:
+        """The approximation, tempered and refreshed with the statistics, and the estimator, on all of the batch.
 
-    def estimator(self, registry: Registry, value: Any) -> Any:
-        """The estimator, on all cases unless it says otherwise."""
-        table = _table("monte-carlo" if value is None else value)
-        return value if table is None else {"tau1": 1.0, **table}
-
-
-def _table(value: Any) -> dict[str, Any] | None:
-    """A name or a table with a kind as a table."""
-    if isinstance(value, str):
-        return {"kind": value}
-    return dict(value) if isinstance(value, Mapping) and isinstance(value.get("kind"), str) else None
+        Unless they say otherwise: these are a guest's preset.
+        """
+        own: dict[str, Any] = {"refresh_every": self.every, "power": _POWER}
+        if isinstance(approx, Mapping) and approx.get("refresh") == "background":
+            own["refresh_delay"] = max(1, int(approx.get("refresh_every", self.every)) // 2)
+        preset = Layer("preset of guests", user=False, values={"approx": own, "estimator": {"tau1": 1.0}})
+        return compose_slots(registry, ("approx", "estimator"), preset, {"approx": approx, "estimator": estimator})
 
 
 def _check_base(model: nn.Module, base: Any) -> None:

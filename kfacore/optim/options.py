@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from kfacore.errors import ConfigError, nearest
 from kfacore.registry import Registry
-from kfacore.schema.presets import PRESETS
+from kfacore.registry.compose import compose_slots, preset_layer
+from kfacore.schema.presets import DEFAULT_PRESET
 from kfacore.schema.slots import (
     ApproxConfig,
     DampingConfig,
@@ -19,16 +20,9 @@ from kfacore.schema.slots import (
     literals_of,
     may_be_none,
 )
+from kfacore.schema.table import PART_SLOTS, SLOT_DEFAULTS
 
 __all__ = ["KFACConfig", "complete"]
-
-_STANDARD = {
-    "estimator": "monte-carlo",
-    "damping": "levenberg-marquardt",
-    "momentum": "quadratic-model",
-    "trust": "none",
-}
-"""The component of a slot when neither the caller nor the preset names one."""
 
 
 class KFACConfig(Model):
@@ -36,7 +30,7 @@ class KFACConfig(Model):
 
     likelihood: str | dict[str, Any] | LikelihoodConfig
     """The predictive distribution."""
-    approx: str | dict[str, Any] | ApproxConfig = "blockdiag"
+    approx: str | dict[str, Any] | ApproxConfig = SLOT_DEFAULTS["approx"]
     """The approximation of the Fisher."""
     estimator: str | dict[str, Any] | EstimatorConfig | None = None
     """The statistics estimator; the preset's if left out."""
@@ -48,7 +42,7 @@ class KFACConfig(Model):
     """Whether steps that raise the objective are undone; the preset's if left out."""
     weight_decay: float | None = None
     """eta of the objective h = loss + eta/2 ||theta||^2, biases included; the preset's if left out, or none."""
-    preset: str = "default"
+    preset: str = DEFAULT_PRESET
     """Where slots that are left out come from: "default", "paper" or "heskes"."""
     seed: int = 0
     """Seed of the sampled targets."""
@@ -67,8 +61,8 @@ class KFACConfig(Model):
 def complete(registry: Registry, config: KFACConfig | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """Every option with its value: given, or the config's, or the preset's.
 
-    A slot given by name or as a table gets what it leaves out from the preset, as in `kfac train`; config objects and
-    instances are taken as they are.
+    A slot given by name or as a table gets what it leaves out from the preset, by the composer that `kfac train`
+    has too; config objects and instances are taken as they are.
 
     Raises:
         ConfigError: Both a config and single options are given, the likelihood is missing, or a name is unknown.
@@ -81,15 +75,10 @@ def complete(registry: Registry, config: KFACConfig | None, given: Mapping[str, 
     chosen = {**defaults, **{key: value for key, value in given.items() if value is not None}}
     if "likelihood" not in chosen:
         raise ConfigError("KFAC needs likelihood = 'bernoulli', 'categorical' or 'gaussian': what the outputs mean")
-    if chosen["preset"] not in PRESETS:
-        raise ConfigError(f"unknown preset '{chosen['preset']}': {nearest(chosen['preset'], PRESETS)}")
-    preset = PRESETS[chosen["preset"]]
+    preset = preset_layer(chosen["preset"])
     if chosen["weight_decay"] is None:
-        chosen["weight_decay"] = preset.get("weight_decay", 0.0)
-    for slot in ("approx", *_STANDARD):
-        table = preset.get(slot, {})
-        value = chosen[slot] if chosen[slot] is not None else {"kind": table.get("kind", _STANDARD.get(slot))}
-        chosen[slot] = _filled(registry, slot, value, table)
+        chosen["weight_decay"] = preset.values.get("weight_decay", 0.0)
+    chosen.update(compose_slots(registry, PART_SLOTS, preset, chosen))
     _check_choices(chosen)
     return chosen
 
@@ -113,13 +102,3 @@ def _check_choices(chosen: Mapping[str, Any]) -> None:
         raise ConfigError(f"output must be a name or a function of what the model returns, found {output!r}")
     if isinstance(reduce, str) or not all(isinstance(name, str) for name in reduce):
         raise ConfigError(f"reduce must be a list of names of blocks, found {reduce!r}; for one block write ['name']")
-
-
-def _filled(registry: Registry, slot: str, value: Any, preset: Mapping[str, Any]) -> Any:
-    """A name or table with what the preset has for its kind."""
-    table = {"kind": value} if isinstance(value, str) else value
-    kind = table.get("kind") if isinstance(table, Mapping) else None
-    if not isinstance(kind, str) or preset.get("kind", kind) != kind:
-        return value
-    fields = registry.find(slot, kind).config.model_fields
-    return {**{key: found for key, found in preset.items() if key in fields}, **table}

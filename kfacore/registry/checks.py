@@ -57,7 +57,7 @@ def _check_uses(component: Component) -> str | None:
 def _check_config(component: Component) -> str | None:
     """The config model fits the slot, carries the component's name, and works with its defaults alone."""
     config: Any = component.config
-    base = SLOTS[component.slot]
+    base = SLOTS[component.slot].config
     if not isinstance(config, type) or not issubclass(config, BaseModel):
         return f"the config {config!r} is not a pydantic model, derive it from kfacore.plugin.{base.__name__}"
     label = config.__name__

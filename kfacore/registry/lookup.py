@@ -33,21 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Registry", "get_registry", "reset_registry"]
 
-_ROLES = {
-    "problem": "Problem",
-    "likelihood": "Likelihood",
-    "optimizer": "Optimizer",
-    "estimator": "Estimator",
-    "approx": "Approximation",
-    "damping": "Damping",
-    "momentum": "Momentum",
-    "trust": "Trust",
-    "layer": "Layer",
-    "sink": "Sink",
-    "executor": "Executor",
-}
-"""Names in `kfacore.roles`; most of them import torch and are therefore looked up only when a target is loaded."""
-
 _ALSO_CALLED: Mapping[str, Mapping[str, str]] = {
     "likelihood": {
         **dict.fromkeys(("ce", "cross_entropy", "crossentropy", "softmax", "nll"), "categorical"),
@@ -187,8 +172,9 @@ class Registry:
             except ValidationError as error:
                 raise ConfigError(explain(error, model, prefix=(slot,))) from error
         if isinstance(value, SlotConfig):
-            if not isinstance(value, SLOTS[slot]):
-                raise ConfigError(f"{slot} takes a {SLOTS[slot].__name__}, found a {type(value).__name__}")
+            base = SLOTS[slot].config
+            if not isinstance(value, base):
+                raise ConfigError(f"{slot} takes a {base.__name__}, found a {type(value).__name__}")
             if self.find(slot, value.kind).config is not type(value):
                 raise ConfigError(
                     f"{type(value).__name__} is not the config model that the registered {slot} '{value.kind}' has"
@@ -275,8 +261,8 @@ class Registry:
 
 
 def _role(slot: str) -> type[Any]:
-    """The abstract class of a slot."""
-    return cast("type[Any]", getattr(import_module("kfacore.roles"), _ROLES[slot]))
+    """The abstract class of a slot; most need torch, and are therefore imported only when a target is loaded."""
+    return cast("type[Any]", getattr(import_module("kfacore.roles"), SLOTS[slot].role))
 
 
 def _misfit(found: object, component: Component) -> str | None:

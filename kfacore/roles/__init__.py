@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kfacore.lazy import lazy_names
 
 if TYPE_CHECKING:
     from kfacore.roles.approx import Approximation, Factorisation
@@ -53,39 +54,53 @@ __all__ = [
     "Use",
 ]
 
-_HOMES = {
-    "Approximation": "approx",
-    "Block": "block",
-    "Damping": "damping",
-    "Emit": "layer",
-    "Ended": "executor",
-    "Estimator": "estimator",
-    "Executor": "executor",
-    "Factorisation": "approx",
-    "Inverse": "inverse",
-    "Layer": "layer",
-    "LayerSamples": "samples",
-    "Likelihood": "likelihood",
-    "Momentum": "momentum",
-    "Moment": "moment",
-    "Moments": "moment",
-    "Notice": "inverse",
-    "Optimizer": "optimizer",
-    "Part": "base",
-    "Problem": "problem",
-    "ProblemData": "problem",
-    "Side": "block",
-    "Sink": "sink",
-    "Split": "problem",
-    "StepReport": "optimizer",
-    "Terms": "likelihood",
-    "Trust": "trust",
-    "Use": "layer",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Load a role on first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'kfacore.roles' has no attribute {name!r}")
-    return getattr(import_module(f"kfacore.roles.{_HOMES[name]}"), name)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "approx": (
+            "Approximation",
+            "Factorisation",
+        ),
+        "base": ("Part",),
+        "block": (
+            "Block",
+            "Side",
+        ),
+        "damping": ("Damping",),
+        "estimator": ("Estimator",),
+        "executor": (
+            "Ended",
+            "Executor",
+        ),
+        "inverse": (
+            "Inverse",
+            "Notice",
+        ),
+        "layer": (
+            "Emit",
+            "Layer",
+            "Use",
+        ),
+        "likelihood": (
+            "Likelihood",
+            "Terms",
+        ),
+        "moment": (
+            "Moment",
+            "Moments",
+        ),
+        "momentum": ("Momentum",),
+        "optimizer": (
+            "Optimizer",
+            "StepReport",
+        ),
+        "problem": (
+            "Problem",
+            "ProblemData",
+            "Split",
+        ),
+        "samples": ("LayerSamples",),
+        "sink": ("Sink",),
+        "trust": ("Trust",),
+    },
+)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kfacore.errors import ConfigError
+from kfacore.registry import get_registry
 
 if TYPE_CHECKING:
     from kfacore.roles.likelihood import Likelihood
@@ -68,8 +69,6 @@ def read_criterion(criterion: Any, **options: Any) -> Likelihood:
     Raises:
         ConfigError: No likelihood belongs to it; the message says what to use.
     """
-    from kfacore.registry import get_registry
-
     if isinstance(criterion, str) and criterion in ALIASES:
         criterion = ALIASES[criterion]()
     elif not isinstance(criterion, nn.Module) and criterion in _FUNCTIONS:

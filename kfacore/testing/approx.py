@@ -7,10 +7,7 @@ an earlier mini-batch, a transposed vec), the message says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -20,17 +17,15 @@ from torch import Tensor, nn
 from kfacore.errors import NumericalError
 from kfacore.optim.kfac import KFAC
 from kfacore.roles.approx import Approximation
-from kfacore.roles.block import Block
 from kfacore.roles.inverse import Inverse
 from kfacore.roles.moment import Moment
 from kfacore.roles.samples import Samples
-from kfacore.schema.slots import PiRule, literals_of
+from kfacore.schema.slots import PiRule
+from kfacore.testing.approx_mistakes import PI_RULES, likely_cause
 from kfacore.testing.base import ComponentSuite, devices, differs, reload, same
 from kfacore.testing.cases import ApproxCase, chain_case, feed
 
 __all__ = ["ApproxSuite"]
-
-_PI_RULES: tuple[PiRule, ...] = (*literals_of(PiRule), None)
 
 _CASES: dict[str, dict[str, Any]] = {
     "narrowing": {"sizes": (4, 3, 2)},
@@ -74,7 +69,7 @@ class ApproxSuite(ComponentSuite):
     # --- against the dense matrix --------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("shape", _CASES)
-    @pytest.mark.parametrize("pi", _PI_RULES)
+    @pytest.mark.parametrize("pi", PI_RULES)
     def test_multiply_is_the_dense_matrix(self, shape: str, pi: PiRule) -> None:
         """F-hat v, entry by entry."""
         case = chain_case(**_CASES[shape])
@@ -84,7 +79,7 @@ class ApproxSuite(ComponentSuite):
             self._compare("multiply", found, wanted, case, gamma, pi)
 
     @pytest.mark.parametrize("shape", _CASES)
-    @pytest.mark.parametrize("pi", _PI_RULES)
+    @pytest.mark.parametrize("pi", PI_RULES)
     def test_solve_is_the_dense_inverse(self, shape: str, pi: PiRule) -> None:
         """F-hat^-1 v, entry by entry."""
         case = chain_case(**_CASES[shape])
@@ -126,7 +121,7 @@ class ApproxSuite(ComponentSuite):
     def test_large_gamma_is_plain_gradient_descent(self) -> None:
         """F-hat^-1 -> I / gamma^2: the damping of a block is gamma^2 in all."""
         case, gamma = chain_case((4, 3, 2)), 1e5
-        for pi in _PI_RULES:
+        for pi in PI_RULES:
             matrix = self.inverse(case, gamma, pi=pi).dense() * gamma**2
             error = differs(matrix, torch.eye(case.size, dtype=matrix.dtype))
             assert error < 1e-2, (
@@ -381,81 +376,8 @@ class ApproxSuite(ComponentSuite):
 
     def _compare(self, what: str, found: Tensor, wanted: Tensor, case: ApproxCase, gamma: float, pi: PiRule) -> None:
         error = differs(found, wanted)
-        if error < self.tolerance:
-            return
-        causes = []
-        for text, make in self._mistakes(what, case, gamma, pi).items():
-            with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # a mistake may be singular
-                if differs(found, make()) < 1e-8:
-                    causes.append(text)
-        where = _worst_block(found - wanted, wanted, case.layers)
-        hint = f"it agrees with {' and with '.join(causes)}" if causes else f"the largest difference is in {where}"
-        pytest.fail(
-            f"{what} differs from the dense matrix by {error:.1e} relative at gamma = {gamma:g}, pi = {pi!r}; {hint}"
-        )
-
-    def _mistakes(self, what: str, case: ApproxCase, gamma: float, pi: PiRule) -> dict[str, Callable[[], Tensor]]:
-        """Matrices that well-known mistakes give."""
-
-        def matrix(of: ApproxCase = case, strength: float = gamma, split: PiRule = pi) -> Tensor:
-            F = self.fisher(of, strength, pi=split)
-            return F if what == "multiply" else torch.linalg.inv(F)
-
-        def permuted(order: Tensor) -> Tensor:
-            return matrix()[order][:, order]
-
-        rows = _rows_first(case.layers)
-        found: dict[str, Callable[[], Tensor]] = {
-            **{
-                f"pi = {other!r}: gamma is split the wrong way": partial(matrix, split=other)
-                for other in _PI_RULES
-                if other != pi
-            },
-            "no damping at all": lambda: matrix(strength=0.0),
-            "gamma squared in place of gamma": lambda: matrix(strength=gamma**2),
-            "the square root of gamma in place of gamma: where gamma^2 belongs, gamma was added": (
-                lambda: matrix(strength=gamma**0.5)
-            ),
-            "the last mini-batch alone: no running average": lambda: matrix(ApproxCase(case.layers, case.batches[-1:])),
-            "blocks whose rows are stacked, not their columns": partial(permuted, rows),
-            "moments of blocks whose rows are stacked, not their columns": partial(permuted, rows.argsort()),
-            "the inverse matrix: solve and multiply are exchanged": lambda: torch.linalg.inv(matrix()),
-        }
-        passes, cases = case.batches[0][0].gradients.shape[0], case.batches[0][0].cases
-        if passes > 1:
-            mean = partial(matrix, _scaled(case, passes**-0.5))
-            found["passes that are averaged: second moments are summed over passes and divided by cases alone"] = mean
-        found["a sum over cases: second moments are means over cases"] = partial(matrix, _scaled(case, cases**0.5))
-        positions = case.batches[0][0].positions or 1
-        if positions > 1:
-            mean = partial(matrix, _scaled(case, positions**-0.5))
-            found["rows that are averaged: gradients are summed over a case's rows and divided by S alone"] = mean
-        for k in range(1, len(case.batches)):
-            early = ApproxCase(case.layers, case.batches[:k])
-            found[f"the statistics after mini-batch {k}: stale"] = partial(matrix, early)
-        return found
-
-
-def _scaled(case: ApproxCase, factor: float) -> ApproxCase:
-    """The case with all output gradients scaled."""
-    batches = [[replace(s, gradients=factor * s.gradients) for s in samples] for samples in case.batches]
-    return ApproxCase(case.layers, batches)
-
-
-def _rows_first(layers: list[Block]) -> Tensor:
-    """Where each entry of the column-stacked vector lies in the row-stacked one."""
-    found, start = [], 0
-    for layer in layers:
-        found.append(torch.arange(layer.size).reshape(layer.d_out, layer.d_in).T.reshape(-1) + start)
-        start += layer.size
-    return torch.cat(found)
-
-
-def _worst_block(difference: Tensor, wanted: Tensor, layers: list[Block]) -> str:
-    """The pair of layers whose block differs most."""
-    sizes = [layer.size for layer in layers]
-    rows = [torch.split(row, sizes, dim=1) for row in torch.split(difference, sizes)]
-    norms = {(i, j): float(block.norm()) for i, row in enumerate(rows) for j, block in enumerate(row)}
-    i, j = max(norms, key=lambda key: norms[key])
-    share = norms[i, j] / float(wanted.norm())
-    return f"block ({layers[i].name}, {layers[j].name}), {share:.1e} of the whole"
+        if error >= self.tolerance:
+            why = likely_cause(self.fisher, what, found, wanted, case, gamma, pi)
+            pytest.fail(
+                f"{what} differs from the dense matrix by {error:.1e} relative at gamma = {gamma:g}, pi = {pi!r}; {why}"
+            )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kfacore.registry import get_registry
 from kfacore.roles.likelihood import Likelihood
 from kfacore.roles.optimizer import Optimizer, StepReport
+from kfacore.schema.table import SLOT_DEFAULTS
 from kfacore.testing.base import ComponentSuite, devices, differs, reload
 
 __all__ = ["OptimizerSuite"]
@@ -178,14 +179,7 @@ class OptimizerSuite(ComponentSuite):
             assert bool(torch.isfinite(parameter).all()), f"{name} is not finite after three steps"
 
 
-_STANDARD = {
-    "estimator": "monte-carlo",
-    "approx": "blockdiag",
-    "damping": "levenberg-marquardt",
-    "momentum": "quadratic-model",
-    "trust": "undo",
-    "likelihood": "gaussian",
-}
+_STANDARD = {**SLOT_DEFAULTS, "trust": "undo", "likelihood": "gaussian"}
 """What an optimizer gets in the slots that its manifest says it uses."""
 
 

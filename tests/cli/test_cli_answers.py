@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 import kfacore
 from kfac_cli.main import app
 from kfacore.errors import ConfigError
-from kfacore.lab.config.run import RUN_SLOTS, RunConfig
+from kfacore.lab.config.run import RunConfig
 from kfacore.plugin import SLOTS
 from kfacore.registry import get_registry
 from kfacore.schema.presets import PRESETS
+from kfacore.schema.table import RUN_SLOTS
 
 BROKEN = "raise RuntimeError('out of order')"
 

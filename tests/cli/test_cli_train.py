@@ -75,7 +75,7 @@ def test_resume_goes_on_with_more_steps(kfac, small, tmp_path):
 
 
 def test_dry_run(kfac, small, tmp_path):
-    code, out, _ = kfac("train", *small, "--dry-run")
+    code, out, _ = kfac("train", *small, "--approx", "tridiag", "--dry-run")
     assert code == 0
     assert 'problem = { kind = "npz"' in out
     lines = [line.split() for line in out.splitlines()]

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from kfacore.lab.config.run import RUN_SLOTS, RunConfig
+from kfacore.lab.config.run import RunConfig
 from kfacore.lab.config.schema import run_config_schema
 from kfacore.registry import get_registry
 from kfacore.schema.presets import PRESETS
+from kfacore.schema.table import RUN_SLOTS
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kfacore.errors import DataError
-from kfacore.lab.data.idx import idx_bytes, parse_idx, read_idx
+from kfacore.lab.data.idx import idx_bytes, parse_idx, uncompressed
 
 IMAGES = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
 
@@ -27,7 +27,7 @@ def test_round_trip_plain_and_compressed(tmp_path: Path, array: np.ndarray) -> N
     plain.write_bytes(idx_bytes(array))
     packed.write_bytes(gzip.compress(idx_bytes(array), mtime=0))
     for path in (plain, packed):
-        read = read_idx(path)
+        read = parse_idx(uncompressed(path), path.name)
         assert read.dtype == np.uint8
         np.testing.assert_array_equal(read, array)
         assert read.shape == array.shape
@@ -60,6 +60,6 @@ def test_gzip_files_that_are_spoiled(tmp_path: Path) -> None:
     for raw in (packed[:-9], bytes(flipped), b"not gzip at all", packed[:12], b"\x1f\x8b"):
         path.write_bytes(raw)
         with pytest.raises(DataError, match=r"labels\.gz: corrupt or truncated gzip file"):
-            read_idx(path)
+            uncompressed(path)
     with pytest.raises(DataError, match="cannot be read"):
-        read_idx(tmp_path / "none.gz")
+        uncompressed(tmp_path / "none.gz")

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from dense import Float, randn, relative
+from dense import Float, randn, relative, unvec
 from torch import nn
 
-from kfacore.lab.diagnostics.dense import stack, unshared, unstack
+from kfacore.lab.diagnostics.dense import stack, unshared
 from kfacore.lab.diagnostics.exact import ExactModel
 from kfacore.lab.diagnostics.inspection import inspect_subject
 from kfacore.lab.diagnostics.natural import natural_gradient
@@ -215,7 +215,7 @@ def test_vectors_of_all_kinds_of_blocks():
     exact = Truth("convolutions").exact
     v = randn(exact.parameters)
     assert [layer.groups for layer in exact.layers] == [1, 2, 1]
-    assert torch.equal(stack(unstack(v, exact.layers)), v)
+    assert torch.equal(stack(unvec(v, exact.layers)), v)
 
 
 def test_which_blocks_have_an_f_tilde():

@@ -17,6 +17,7 @@ from kfacore.errors import ConfigError
 from kfacore.lab.scaffold import plugin as scaffold
 from kfacore.lab.scaffold import write_plugin
 from kfacore.lab.scaffold.kinds import KINDS
+from kfacore.plugin import SLOTS
 from kfacore.registry import get_registry
 
 FILES = (
@@ -42,7 +43,7 @@ def test_it_is_found_and_passes_its_suite_as_generated(tmp_path: Path, slot: str
             env=variables,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=1200,
             check=False,
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr
@@ -56,6 +57,10 @@ def test_it_is_found_and_passes_its_suite_as_generated(tmp_path: Path, slot: str
     listed = run("-c", "from kfac_cli.main import main; main()", "list", slot, "--json")
     (found,) = [entry for entry in json.loads(listed.stdout) if entry["name"] == "two-words"]
     assert (found["plugin"], found["distribution"]) == ("two-words", "kfac-two-words")
+
+
+def test_every_slot_has_a_template() -> None:
+    assert list(KINDS.keys() ^ SLOTS.keys()) == []
 
 
 def test_what_is_written(tmp_path: Path) -> None:

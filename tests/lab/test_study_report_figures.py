@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from study_folders import write_study
 
-from kfacore.lab.studies.figures import COLORS, INK, curves, differences, panel, pens, profile, strip, trace
+from kfacore.lab.studies.figures import curves, differences, panel, profile, strip, trace
 from kfacore.lab.studies.html import figure_html, svg_text
+from kfacore.lab.studies.pens import COLORS, INK, pens
 from kfacore.lab.studies.plan import Target
 from kfacore.lab.studies.report_data import read_runs
 from kfacore.lab.studies.report_results import analyse

@@ -10,11 +10,13 @@ import torch
 from small_runs import small_config
 from torch import Tensor, nn
 
-from kfacore import KFAC
+from kfacore import KFAC, Preconditioned
 from kfacore.errors import ConfigError, UnsupportedModelError
+from kfacore.lab.config.resolve import resolve
 from kfacore.lab.training.setup import build_parts
 from kfacore.optim.options import KFACConfig
 from kfacore.registry import get_registry
+from kfacore.schema.table import PART_SLOTS
 
 
 class Positions(nn.Module):
@@ -61,6 +63,16 @@ def test_options_reach_the_network_and_copies(way: str) -> None:
     strict = KFAC(nn.Sequential(nn.Linear(3, 2)), likelihood="categorical", unsupported="error")
     with pytest.raises(UnsupportedModelError):
         copy.deepcopy(strict).step(x, y)
+
+
+def test_slots_that_nobody_names_are_the_same_in_python_and_in_the_command() -> None:
+    run = resolve(get_registry())
+    model = nn.Sequential(nn.Linear(3, 2))
+    opt = KFAC(model, likelihood="categorical")
+    assert {slot: getattr(opt, slot).config for slot in PART_SLOTS} == {slot: getattr(run, slot) for slot in PART_SLOTS}
+    guest = Preconditioned(model, torch.optim.SGD(model.parameters(), lr=0.1), likelihood="categorical")
+    assert guest.approx.config.kind == run.approx.kind
+    assert guest.estimator.config.kind == run.estimator.kind
 
 
 def test_run_configurations_have_them(tmp_path: Any) -> None:

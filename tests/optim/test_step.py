@@ -126,6 +126,8 @@ def test_presets_fill_what_a_named_slot_leaves_out() -> None:
     assert build(approx="tridiag").approx.config.tolerance == PRESETS["default"]["approx"]["tolerance"]
     assert build(approx="tridiag", preset="paper").approx.config.tolerance == 0.0
     assert build(approx="blockdiag").approx.config.kind == "blockdiag"
+    mine = build(damping={"lambda0": 2.0}).damping.config  # a table may leave the kind to the preset, as a file may
+    assert (mine.kind, mine.lambda0, mine.gamma_rule) == ("levenberg-marquardt", 2.0, "tied")
 
 
 @pytest.mark.parametrize(
@@ -134,9 +136,9 @@ def test_presets_fill_what_a_named_slot_leaves_out() -> None:
         ({"approx": "tridag"}, "unknown approx 'tridag', did you mean 'tridiag'"),
         ({"likelihood": "bernouli"}, "did you mean 'bernoulli'"),
         ({"estimator": {"kind": "monte-carlo", "tau": 0.5}}, "did you mean 'tau1'"),
-        ({"damping": {"lambda0": 1.0}}, "a table for damping needs kind"),
+        ({"damping": {"lamda0": 1.0}}, r"unknown key 'lamda0' in damping, did you mean 'lambda0'"),
         ({"momentum": 0.9}, "momentum takes a name"),
-        ({"preset": "papr"}, "unknown preset 'papr': did you mean 'paper'"),
+        ({"preset": "papr"}, "unknown preset 'papr', did you mean 'paper'"),
         ({"weight_decay": -1.0}, "weight_decay must be a number >= 0, found -1.0"),
         ({"weight_decay": math.nan}, "weight_decay must be a number >= 0, found nan"),
         ({"weight_decay": "small"}, "weight_decay must be a number >= 0, found 'small'"),

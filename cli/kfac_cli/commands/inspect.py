@@ -34,88 +34,85 @@ def _names(slot: str) -> Callable[[str], list[str]]:
     return complete
 
 
+def inspect(
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN|FIGURE]", help="A run folder, or figure1, figure2, figure5, figure6, figure7."),
+    ] = None,
+    problem: Annotated[
+        str | None,
+        typer.Option(
+            help="Problem to inspect at its initialisation (default curves).", autocompletion=_names("problem")
+        ),
+    ] = None,
+    approx: Annotated[
+        list[str] | None,
+        typer.Option(help="Approximation to measure; repeatable (default all).", autocompletion=_names("approx")),
+    ] = None,
+    config: Annotated[
+        list[Path] | None, typer.Option("--config", "-c", help="A TOML file of options; may be repeated.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One option, for example damping.lambda0=1.0; repeatable."),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Named set of options.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the model and of the choice of cases.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the problem's data files.")] = None,
+    cases: Annotated[
+        int | None, typer.Option(min=1, help="Training cases of the exact Fisher (default 1000, figures 5000).")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="FIRST-LAST", help="Layers of the dense matrices, counted from 1.")
+    ] = None,
+    gamma: Annotated[float | None, typer.Option(min=0.0, help="gamma instead of the run's or the damping's.")] = None,
+    lam: Annotated[
+        float | None, typer.Option("--lambda", min=0.0, help="lambda instead of the run's or the damping's.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the CPU computation.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of inspect.json and the pictures (default inspect, in the run's folder)."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """Measure how far approximations of the Fisher are from the exact one and from the exact natural gradient.
+
+    At the initialisation of a problem, or on the checkpoint of a run. Tables on stdout, pictures in a folder.
+    """
+    flags: dict[str, Any] = {
+        "problem": problem,
+        "seed": seed,
+        "threads": threads,
+        "problem.data_dir": None if data_dir is None else str(data_dir),
+    }
+    if target is not None and _FIGURE.fullmatch(target) and not Path(target).exists():
+        if target not in _FIGURES:
+            raise ConfigError(f"unknown figure '{target}'; known: {', '.join(_FIGURES)}")
+        refused = {"--approx": approx, "--layers": layers, "--gamma": gamma, "--lambda": lam}
+        given = [name for name, value in refused.items() if value is not None]
+        if given:
+            raise ConfigError(f"{given[0]}: {target} is drawn as in the paper; leave {given[0]} out")
+        _figure(target, _configure(flags, preset, config, sets, figure=True), cases=cases, out=out, json=json)
+        return
+    run = None if target is None else Path(target)
+    run_config = _configure(flags, preset, config, sets, run=run)
+    _inspect(
+        run_config,
+        run,
+        approximations=approx,
+        cases=cases,
+        layers=_layers(layers),
+        gamma=gamma,
+        lam=lam,
+        out=out,
+        json=json,
+    )
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
-
-    @app.command()
-    def inspect(
-        target: Annotated[
-            str | None,
-            typer.Argument(
-                metavar="[RUN|FIGURE]", help="A run folder, or figure1, figure2, figure5, figure6, figure7."
-            ),
-        ] = None,
-        problem: Annotated[
-            str | None,
-            typer.Option(
-                help="Problem to inspect at its initialisation (default curves).", autocompletion=_names("problem")
-            ),
-        ] = None,
-        approx: Annotated[
-            list[str] | None,
-            typer.Option(help="Approximation to measure; repeatable (default all).", autocompletion=_names("approx")),
-        ] = None,
-        config: Annotated[
-            list[Path] | None, typer.Option("--config", "-c", help="A TOML file of options; may be repeated.")
-        ] = None,
-        sets: Annotated[
-            list[str] | None,
-            typer.Option("--set", metavar="KEY=VALUE", help="One option, for example damping.lambda0=1.0; repeatable."),
-        ] = None,
-        preset: Annotated[str | None, typer.Option(help="Named set of options.")] = None,
-        seed: Annotated[int | None, typer.Option(help="Seed of the model and of the choice of cases.")] = None,
-        data_dir: Annotated[Path | None, typer.Option(help="Folder of the problem's data files.")] = None,
-        cases: Annotated[
-            int | None, typer.Option(min=1, help="Training cases of the exact Fisher (default 1000, figures 5000).")
-        ] = None,
-        layers: Annotated[
-            str | None, typer.Option(metavar="FIRST-LAST", help="Layers of the dense matrices, counted from 1.")
-        ] = None,
-        gamma: Annotated[
-            float | None, typer.Option(min=0.0, help="gamma instead of the run's or the damping's.")
-        ] = None,
-        lam: Annotated[
-            float | None, typer.Option("--lambda", min=0.0, help="lambda instead of the run's or the damping's.")
-        ] = None,
-        threads: Annotated[int | None, typer.Option(help="Threads of the CPU computation.")] = None,
-        out: Annotated[
-            Path | None,
-            typer.Option(help="Folder of inspect.json and the pictures (default inspect, in the run's folder)."),
-        ] = None,
-        json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
-    ) -> None:
-        """Measure how far approximations of the Fisher are from the exact one and from the exact natural gradient.
-
-        At the initialisation of a problem, or on the checkpoint of a run. Tables on stdout, pictures in a folder.
-        """
-        flags: dict[str, Any] = {
-            "problem": problem,
-            "seed": seed,
-            "threads": threads,
-            "problem.data_dir": None if data_dir is None else str(data_dir),
-        }
-        if target is not None and _FIGURE.fullmatch(target) and not Path(target).exists():
-            if target not in _FIGURES:
-                raise ConfigError(f"unknown figure '{target}'; known: {', '.join(_FIGURES)}")
-            refused = {"--approx": approx, "--layers": layers, "--gamma": gamma, "--lambda": lam}
-            given = [name for name, value in refused.items() if value is not None]
-            if given:
-                raise ConfigError(f"{given[0]}: {target} is drawn as in the paper; leave {given[0]} out")
-            _figure(target, _configure(flags, preset, config, sets, figure=True), cases=cases, out=out, json=json)
-            return
-        run = None if target is None else Path(target)
-        run_config = _configure(flags, preset, config, sets, run=run)
-        _inspect(
-            run_config,
-            run,
-            approximations=approx,
-            cases=cases,
-            layers=_layers(layers),
-            gamma=gamma,
-            lam=lam,
-            out=out,
-            json=json,
-        )
+    app.command()(inspect)
 
 
 def _configure(

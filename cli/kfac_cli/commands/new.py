@@ -64,4 +64,4 @@ def register(app: typer.Typer) -> None:
         typer.echo("next:")
         typer.echo(f"  pip install --no-build-isolation -e {made.folder}")
         typer.echo(f"  pytest {made.folder}")
-        typer.echo(f"  kfac train {made.use} --steps 100")
+        typer.echo(f"  {made.command}")

@@ -41,56 +41,57 @@ def _find(registry: Registry, what: str) -> Component:
     raise ConfigError(f"'{what}' is not of the form SLOT/NAME, for example approx/tridiag; kfac list has all of them")
 
 
+def show(
+    what: Annotated[
+        str, typer.Argument(metavar="SLOT/NAME", help="For example approx/tridiag.", autocompletion=_names)
+    ],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """Show a component: what it is, where it comes from, and the keys of its configuration."""
+    registry = get_registry()
+    component = _find(registry, what)
+    origin = registry.origin(component)
+    keys = describe(component.config)
+    suggestions = getattr(component.config, "run_defaults", {})
+    if json:
+        print_json(
+            {
+                "slot": component.slot,
+                "name": component.name,
+                "summary": component.summary,
+                "plugin": origin.name,
+                "distribution": origin.distribution,
+                "version": origin.version,
+                "file": origin.file,
+                "target": component.target,
+                "uses": sorted(component.uses),
+                "suggests": suggestions,
+                "keys": [asdict(key) for key in keys],
+            }
+        )
+        return
+    typer.echo(f"{heading(f'{component.slot}/{component.name}')}  {component.summary}")
+    facts = [
+        ("from", f"{origin.name} ({origin.distribution} {origin.version}, {origin.file})"),
+        ("class", component.target),
+    ]
+    if component.slot == "optimizer":
+        facts.append(("uses", ", ".join(sorted(component.uses)) or "no other slots"))
+    if suggestions:
+        facts.append(("suggests", jsonlib.dumps(suggestions)))
+    typer.echo(table(facts))
+    if not keys:
+        typer.echo("no keys besides kind")
+        return
+    typer.echo(heading("keys"))
+    for key in keys:
+        name = key.key if component.slot == "sink" else f"{component.slot}.{key.key}"
+        default = "none" if key.default is None else jsonlib.dumps(key.default)
+        typer.echo(f"  {name}  ({key.type}, default {default})")
+        if key.help:
+            typer.echo(f"      {key.help}")
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
-
-    @app.command("show")
-    def show(
-        what: Annotated[
-            str, typer.Argument(metavar="SLOT/NAME", help="For example approx/tridiag.", autocompletion=_names)
-        ],
-        json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
-    ) -> None:
-        """Show a component: what it is, where it comes from, and the keys of its configuration."""
-        registry = get_registry()
-        component = _find(registry, what)
-        origin = registry.origin(component)
-        keys = describe(component.config)
-        suggestions = getattr(component.config, "run_defaults", {})
-        if json:
-            print_json(
-                {
-                    "slot": component.slot,
-                    "name": component.name,
-                    "summary": component.summary,
-                    "plugin": origin.name,
-                    "distribution": origin.distribution,
-                    "version": origin.version,
-                    "file": origin.file,
-                    "target": component.target,
-                    "uses": sorted(component.uses),
-                    "suggests": suggestions,
-                    "keys": [asdict(key) for key in keys],
-                }
-            )
-            return
-        typer.echo(f"{heading(f'{component.slot}/{component.name}')}  {component.summary}")
-        facts = [
-            ("from", f"{origin.name} ({origin.distribution} {origin.version}, {origin.file})"),
-            ("class", component.target),
-        ]
-        if component.slot == "optimizer":
-            facts.append(("uses", ", ".join(sorted(component.uses)) or "no other slots"))
-        if suggestions:
-            facts.append(("suggests", jsonlib.dumps(suggestions)))
-        typer.echo(table(facts))
-        if not keys:
-            typer.echo("no keys besides kind")
-            return
-        typer.echo(heading("keys"))
-        for key in keys:
-            name = key.key if component.slot == "sink" else f"{component.slot}.{key.key}"
-            default = "none" if key.default is None else jsonlib.dumps(key.default)
-            typer.echo(f"  {name}  ({key.type}, default {default})")
-            if key.help:
-                typer.echo(f"      {key.help}")
+    app.command("show")(show)

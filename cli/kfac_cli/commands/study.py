@@ -38,88 +38,90 @@ def _executors(incomplete: str) -> list[str]:
     return [c.name for c in get_registry().components("executor") if c.name.startswith(incomplete)]
 
 
+def run(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A study file (TOML).")],
+    out: Out = None,
+    sets: Sets = None,
+    workers: Annotated[int | None, typer.Option(help="Runs at the same time.")] = None,
+    executor: Annotated[
+        str | None, typer.Option(help="Where the runs are executed.", autocompletion=_executors)
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the problems' data files.")] = None,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop the study when a run fails.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed runs again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs; execute nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print every event as a line of JSON on stdout.")] = False,
+) -> None:
+    """Execute what is left of a study. Finished runs are never run again.
+
+    Ctrl-C saves the runs under way and prints the command that goes on; a second one stops at once.
+    """
+    from kfacore.lab.studies.config import read_study
+    from kfacore.lab.studies.folder import plan_into
+    from kfacore.lab.studies.runner import run_study
+
+    given = [*(sets or []), *([f"executor.workers={workers}"] if workers is not None else [])]
+    config = read_study(file, sets=given, executor=executor)
+    registry = get_registry()
+    registry.config("executor", config.executor)
+    folder = out if out is not None else _default_folder(config.name)
+    place = None if data_dir is None else str(data_dir)
+    if dry_run:
+        plan = plan_into(registry, config, folder, origin=str(file), data_dir=place)
+        _show_plan(plan, json=json)
+        return
+    from kfac_cli.study_live import StudyLive
+
+    with StudyLive() as live:
+        listeners: list[Callable[[Mapping[str, Any]], None]] = [live]
+        if json:
+            listeners.append(_print_event)
+        result = run_study(
+            registry,
+            config,
+            folder,
+            origin=str(file),
+            data_dir=place,
+            fail_fast=fail_fast,
+            retry_failed=retry_failed,
+            listeners=listeners,
+        )
+    _finish(result, folder)
+
+
+def status(file: File, out: Out = None, json: Json = False) -> None:
+    """Show how far a study is, run by run."""
+    from kfacore.lab.studies.plan import load_study
+
+    study = load_study(_folder_of(file, out))
+    if json:
+        print_study(study)
+        return
+    _show_status(study)
+
+
+def report(
+    file: File,
+    out: Out = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", metavar="DIR", help="Folder of the report (default: in the study)."),
+    ] = None,
+) -> None:
+    """Write the report of a study: one HTML file, figures and tables."""
+    from kfacore.lab.studies.report import write_report
+
+    folder = _folder_of(file, out)
+    written = write_report(folder, to if to is not None else folder / "report")
+    typer.echo(str(written))
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     study = typer.Typer(name="study", help="Many runs from one file, and their comparison.", no_args_is_help=True)
     app.add_typer(study)
-
-    @study.command("run")
-    def run(
-        file: Annotated[Path, typer.Argument(metavar="FILE", help="A study file (TOML).")],
-        out: Out = None,
-        sets: Sets = None,
-        workers: Annotated[int | None, typer.Option(help="Runs at the same time.")] = None,
-        executor: Annotated[
-            str | None, typer.Option(help="Where the runs are executed.", autocompletion=_executors)
-        ] = None,
-        data_dir: Annotated[Path | None, typer.Option(help="Folder of the problems' data files.")] = None,
-        fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop the study when a run fails.")] = False,
-        retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed runs again.")] = False,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs; execute nothing.")] = False,
-        json: Annotated[bool, typer.Option("--json", help="Print every event as a line of JSON on stdout.")] = False,
-    ) -> None:
-        """Execute what is left of a study. Finished runs are never run again.
-
-        Ctrl-C saves the runs under way and prints the command that goes on; a second one stops at once.
-        """
-        from kfacore.lab.studies.config import read_study
-        from kfacore.lab.studies.folder import plan_into
-        from kfacore.lab.studies.runner import run_study
-
-        given = [*(sets or []), *([f"executor.workers={workers}"] if workers is not None else [])]
-        config = read_study(file, sets=given, executor=executor)
-        registry = get_registry()
-        registry.config("executor", config.executor)
-        folder = out if out is not None else _default_folder(config.name)
-        place = None if data_dir is None else str(data_dir)
-        if dry_run:
-            plan = plan_into(registry, config, folder, origin=str(file), data_dir=place)
-            _show_plan(plan, json=json)
-            return
-        from kfac_cli.study_live import StudyLive
-
-        with StudyLive() as live:
-            listeners: list[Callable[[Mapping[str, Any]], None]] = [live]
-            if json:
-                listeners.append(_print_event)
-            result = run_study(
-                registry,
-                config,
-                folder,
-                origin=str(file),
-                data_dir=place,
-                fail_fast=fail_fast,
-                retry_failed=retry_failed,
-                listeners=listeners,
-            )
-        _finish(result, folder)
-
-    @study.command("status")
-    def status(file: File, out: Out = None, json: Json = False) -> None:
-        """Show how far a study is, run by run."""
-        from kfacore.lab.studies.plan import load_study
-
-        study = load_study(_folder_of(file, out))
-        if json:
-            print_study(study)
-            return
-        _show_status(study)
-
-    @study.command("report")
-    def report(
-        file: File,
-        out: Out = None,
-        to: Annotated[
-            Path | None,
-            typer.Option("--to", metavar="DIR", help="Folder of the report (default: in the study)."),
-        ] = None,
-    ) -> None:
-        """Write the report of a study: one HTML file, figures and tables."""
-        from kfacore.lab.studies.report import write_report
-
-        folder = _folder_of(file, out)
-        written = write_report(folder, to if to is not None else folder / "report")
-        typer.echo(str(written))
+    for command in (run, status, report):
+        study.command()(command)
 
 
 def _default_folder(name: str) -> Path:

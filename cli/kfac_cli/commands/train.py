@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kfacore.errors import ConfigError, NumericalError
-from kfacore.plugin import SLOTS
 from kfacore.registry import get_registry
+from kfacore.schema.table import SLOT_DEFAULTS, SLOTS, flag_of
 
 if TYPE_CHECKING:
     from kfacore.lab.config.run import RunConfig
@@ -37,111 +37,87 @@ def _presets(incomplete: str) -> list[str]:
     return [name for name in PRESETS if name.startswith(incomplete)]
 
 
+def _choice(slot: str, what: str, others: str) -> Any:
+    """The option that chooses a slot's component.
+
+    Args:
+        slot: The slot.
+        what: What is chosen.
+        others: Names besides the default, for the help.
+    """
+    names = f"{SLOT_DEFAULTS[slot]} (default), {others}"
+    return typer.Option(metavar="NAME", help=f"{what}: {names}; kfac list {slot} has all.", autocompletion=_names(slot))
+
+
+def train(
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[DATA.npz | PROBLEM | MODULE:FUNCTION]",
+            help="The same as --problem: your arrays, a problem's name, or your own function (docs/command.md).",
+            autocompletion=_names("problem"),
+            show_default=False,
+        ),
+    ] = None,
+    problem: Annotated[str | None, _choice("problem", "What to train", "mnist, images, text, ...")] = None,
+    approx: Annotated[str | None, _choice("approx", "Approximation of the Fisher", "tridiag, ...")] = None,
+    damping: Annotated[str | None, _choice("damping", "Damping", "fixed")] = None,
+    momentum: Annotated[str | None, _choice("momentum", "Step size and momentum", "fixed, none")] = None,
+    optimizer: Annotated[str | None, _choice("optimizer", "What trains", "adam, sgd, nesterov")] = None,
+    config: Annotated[
+        list[Path] | None, typer.Option("--config", "-c", help="A TOML file of options; may be repeated.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One option, for example damping.lambda0=1.0; repeatable."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps in all, also when a run is resumed.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random draw.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Options by name: default, paper or heskes.", autocompletion=_presets),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the CPU computation.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the problem's data files.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; must not hold a run yet.")] = None,
+    init: Annotated[Path | None, typer.Option(help="Start from a .safetensors, .npz or .pt (checkpoint) file.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue the run in this folder.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the configuration, each parameter and memory; train nothing.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print every event as a line of JSON on stdout.")] = False,
+) -> None:
+    """Train a model and keep curves, checkpoints and pictures in a run folder.
+
+    Ctrl-C finishes the step, saves, and prints the command that continues; a second one stops at once.
+    """
+    flags: dict[str, Any] = {
+        "problem": _problem(what, problem),
+        "approx": approx,
+        "damping": damping,
+        "momentum": momentum,
+        "optimizer": optimizer,
+        "steps": steps,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "threads": threads,
+        "problem.data_dir": None if data_dir is None else str(data_dir),
+    }
+    run_config = _configure(flags, preset, config or [], sets or [], resume, out, init)
+    if resume is None:
+        _say_what_was_inferred(run_config)
+    if dry_run:
+        _dry_run(run_config, init, out, json=json)
+    else:
+        _train(run_config, out=out, resume=resume, init=init, json=json)
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
-
-    @app.command()
-    def train(
-        what: Annotated[
-            str | None,
-            typer.Argument(
-                metavar="[DATA.npz | PROBLEM | MODULE:FUNCTION]",
-                help="The same as --problem: your arrays, a problem's name, or your own function (docs/command.md).",
-                autocompletion=_names("problem"),
-                show_default=False,
-            ),
-        ] = None,
-        problem: Annotated[
-            str | None,
-            typer.Option(
-                metavar="NAME",
-                help="What to train: curves (default), mnist, images, text, ...; kfac list problem has all.",
-                autocompletion=_names("problem"),
-            ),
-        ] = None,
-        approx: Annotated[
-            str | None,
-            typer.Option(
-                metavar="NAME",
-                help="Approximation of the Fisher: tridiag (default), blockdiag, ...; kfac list approx has all.",
-                autocompletion=_names("approx"),
-            ),
-        ] = None,
-        damping: Annotated[
-            str | None,
-            typer.Option(
-                metavar="NAME",
-                help="Damping: levenberg-marquardt (default), fixed; kfac list damping has all.",
-                autocompletion=_names("damping"),
-            ),
-        ] = None,
-        momentum: Annotated[
-            str | None,
-            typer.Option(
-                metavar="NAME",
-                help="Step size and momentum: quadratic-model (default), fixed, none; kfac list momentum has all.",
-                autocompletion=_names("momentum"),
-            ),
-        ] = None,
-        optimizer: Annotated[
-            str | None,
-            typer.Option(
-                metavar="NAME",
-                help="What trains: kfac (default), adam, sgd, nesterov; kfac list optimizer has all.",
-                autocompletion=_names("optimizer"),
-            ),
-        ] = None,
-        config: Annotated[
-            list[Path] | None, typer.Option("--config", "-c", help="A TOML file of options; may be repeated.")
-        ] = None,
-        sets: Annotated[
-            list[str] | None,
-            typer.Option("--set", metavar="KEY=VALUE", help="One option, for example damping.lambda0=1.0; repeatable."),
-        ] = None,
-        steps: Annotated[int | None, typer.Option(help="Steps in all, also when a run is resumed.")] = None,
-        seed: Annotated[int | None, typer.Option(help="Seed of every random draw.")] = None,
-        preset: Annotated[
-            str | None,
-            typer.Option(metavar="NAME", help="Options by name: default, paper or heskes.", autocompletion=_presets),
-        ] = None,
-        device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
-        dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
-        threads: Annotated[int | None, typer.Option(help="Threads of the CPU computation.")] = None,
-        data_dir: Annotated[Path | None, typer.Option(help="Folder of the problem's data files.")] = None,
-        out: Annotated[Path | None, typer.Option(help="The run folder; must not hold a run yet.")] = None,
-        init: Annotated[
-            Path | None, typer.Option(help="Start from a .safetensors, .npz or .pt (checkpoint) file.")
-        ] = None,
-        resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue the run in this folder.")] = None,
-        dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Show the configuration, each parameter and memory; train nothing.")
-        ] = False,
-        json: Annotated[bool, typer.Option("--json", help="Print every event as a line of JSON on stdout.")] = False,
-    ) -> None:
-        """Train a model and keep curves, checkpoints and pictures in a run folder.
-
-        Ctrl-C finishes the step, saves, and prints the command that continues; a second one stops at once.
-        """
-        flags: dict[str, Any] = {
-            "problem": _problem(what, problem),
-            "approx": approx,
-            "damping": damping,
-            "momentum": momentum,
-            "optimizer": optimizer,
-            "steps": steps,
-            "seed": seed,
-            "device": device,
-            "dtype": dtype,
-            "threads": threads,
-            "problem.data_dir": None if data_dir is None else str(data_dir),
-        }
-        run_config = _configure(flags, preset, config or [], sets or [], resume, out, init)
-        if resume is None:
-            _say_what_was_inferred(run_config)
-        if dry_run:
-            _dry_run(run_config, init, out, json=json)
-        else:
-            _train(run_config, out=out, resume=resume, init=init, json=json)
+    app.command()(train)
 
 
 def _configure(
@@ -179,9 +155,9 @@ def _problem(what: str | None, problem: str | None) -> str | None:
         raise ConfigError(f"--problem {problem}: the problem is named twice, also as {what}; leave one out")
     registry = get_registry()
     if not any(component.name == what for component in registry.components("problem")):
-        for slot in ("approx", "damping", "momentum", "optimizer"):
+        for slot in (slot.name for slot in SLOTS.values() if slot.flag):
             if any(component.name == what for component in registry.components(slot)):
-                raise ConfigError(f"kfac train: '{what}' is no problem, did you mean '--{slot} {what}'?")
+                raise ConfigError(f"kfac train: '{what}' is no problem, did you mean '{flag_of(slot, what)}'?")
     return what
 
 

@@ -7,8 +7,8 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from kfacore.errors import nearest
-from kfacore.lab.config.run import RUN_SLOTS, SECTIONS, RunConfig
-from kfacore.plugin import SLOTS
+from kfacore.lab.config.run import SECTIONS, RunConfig
+from kfacore.schema.table import RUN_SLOTS, SLOTS
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -62,7 +62,7 @@ def _homes(registry: Registry | None) -> dict[str, list[str]]:
             homes.setdefault(key, []).append(f"'{table}.{key}'")
     for slot in RUN_SLOTS:
         components = registry.components(slot) if registry is not None else ()
-        models = {component.name: component.config for component in components} or {"": SLOTS[slot]}
+        models = {component.name: component.config for component in components} or {"": SLOTS[slot].config}
         for key in dict.fromkeys(key for model in models.values() for key in _keys(model)):
             names = [name for name, model in models.items() if key in model.model_fields]
             only = f" ({', '.join(names)})" if len(names) < len(models) else ""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import Field, create_model, field_validator
 
-from kfacore.plugin import SLOTS
 from kfacore.schema.slots import (
     ApproxConfig,
     DampingConfig,
@@ -22,13 +20,12 @@ from kfacore.schema.slots import (
     SinkConfig,
     TrustConfig,
 )
+from kfacore.schema.table import PART_SLOTS, RUN_SLOTS, SLOTS
 
 if TYPE_CHECKING:
     from kfacore.registry import Registry
 
 __all__ = [
-    "PART_SLOTS",
-    "RUN_SLOTS",
     "SECTIONS",
     "AveragingConfig",
     "BatchConfig",
@@ -38,9 +35,6 @@ __all__ = [
     "RunConfig",
     "run_config_model",
 ]
-
-PART_SLOTS = ("estimator", "approx", "damping", "momentum", "trust")
-"""Slots that only some optimizers use: those which their manifest lists in ``uses``."""
 
 # Strict, because `steps = true` or `steps = "500"` in a file is a slip and not a number.
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -158,24 +152,8 @@ class RunConfig(Model):
         return value
 
     def as_dict(self) -> dict[str, Any]:
-        """The complete configuration in JSON types; `from_dict` reads it back."""
+        """The complete configuration in JSON types; `kfacore.lab.config.resolve.read_saved` reads it back."""
         return self.model_dump(mode="json", serialize_as_any=True)
-
-    @staticmethod
-    def from_dict(registry: Registry, values: Mapping[str, Any]) -> RunConfig:
-        """Read a saved configuration.
-
-        Args:
-            registry: Where the components come from.
-            values: What `as_dict` returned; nothing is taken from presets or suggested by the problem.
-
-        Raises:
-            ConfigError: A key, name or value is wrong, for example of a component that is not installed any more.
-            PluginError: A component's plug-in cannot be used.
-        """
-        from kfacore.lab.config.resolve import read_saved  # which needs the models above
-
-        return read_saved(registry, values)
 
 
 SECTIONS: dict[str, type[Model]] = {
@@ -186,10 +164,6 @@ SECTIONS: dict[str, type[Model]] = {
     "checkpoint": CheckpointConfig,
 }
 """Keys of `RunConfig` that are tables but no slots."""
-
-
-RUN_SLOTS = tuple(slot for slot in SLOTS if slot in RunConfig.model_fields)
-"""The slots of a run's configuration: all but the executor, which belongs to a study."""
 
 
 @lru_cache(maxsize=4)
@@ -203,7 +177,7 @@ def run_config_model(registry: Registry) -> type[RunConfig]:
     for slot in RUN_SLOTS:
         choice = _choice(registry, slot)
         description = RunConfig.model_fields[slot].description
-        if slot == "sink":
+        if SLOTS[slot].many:
             fields[slot] = (tuple[choice, ...], Field(default=(), description=description))  # type: ignore[valid-type]  # made at run time
         elif slot in PART_SLOTS:
             fields[slot] = (Union[choice, None], Field(default=None, description=description))  # noqa: UP007  # ditto
@@ -216,5 +190,5 @@ def _choice(registry: Registry, slot: str) -> Any:
     """The type of a slot: its components' config models; the bare base model if there is none."""
     models = tuple(component.config for component in registry.components(slot))
     if len(models) < 2:
-        return models[0] if models else SLOTS[slot]
+        return models[0] if models else SLOTS[slot].config
     return Annotated[Union[models], Field(discriminator="kind")]  # noqa: UP007  # the members are known at run time only

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kfacore.lab.config.run import RUN_SLOTS, run_config_model
+from kfacore.lab.config.run import run_config_model
 from kfacore.schema.presets import PRESETS
 from kfacore.schema.slots import NONE
+from kfacore.schema.table import RUN_SLOTS, SLOTS
 
 if TYPE_CHECKING:
     from kfacore.registry import Registry
@@ -29,12 +30,12 @@ def run_config_schema(registry: Registry) -> dict[str, Any]:
     for slot in RUN_SLOTS:
         names = sorted(component.name for component in registry.components(slot))
         entry = properties[slot]
-        tables = _tables(entry.pop("items") if slot == "sink" else entry)
+        tables = _tables(entry.pop("items") if SLOTS[slot].many else entry)
         one: list[dict[str, Any]] = [{"type": "string", "enum": names}, *tables]
         if slot == "problem":  # a file of arrays, or a function
             one.append({"type": "string", "pattern": r"\.(npz|csv)$|^.+:.+$"})
         # Not oneOf: a table without kind fits several components.
-        anyof = [*one, {"type": "array", "items": {"anyOf": one}}] if slot == "sink" else one
+        anyof = [*one, {"type": "array", "items": {"anyOf": one}}] if SLOTS[slot].many else one
         properties[slot] = {"description": entry.get("description", ""), "anyOf": anyof}
     properties["preset"]["enum"] = sorted(PRESETS)
     _add_none(schema)

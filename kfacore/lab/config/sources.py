@@ -5,32 +5,32 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfacore.errors import ConfigError
 from kfacore.lab.config.hints import key_hint
-from kfacore.lab.config.run import RUN_SLOTS, SECTIONS, RunConfig
+from kfacore.lab.config.run import SECTIONS, RunConfig
+from kfacore.registry.compose import Layer, Location, deep_update
+from kfacore.schema.table import RUN_SLOTS, SLOTS
 
 if TYPE_CHECKING:
     from kfacore.registry import Registry
 
 __all__ = [
     "DATA_FILES",
-    "Layer",
     "UnknownKeyError",
     "file_layer",
+    "finish",
     "flag_layer",
     "parse_value",
     "problem_table",
+    "put",
     "read_table",
     "set_layer",
     "table_layer",
 ]
-
-Location = tuple[int | str, ...]
 
 DATA_FILES = (".npz", ".csv")
 """How the names of files end that may stand for a problem."""
@@ -49,80 +49,46 @@ class UnknownKeyError(ConfigError):
         super().__init__(f"{origin}: unknown key '{key}', {key_hint(key, registry)}")
 
 
-@dataclass
-class Layer:
-    """Values of one rank of precedence.
+def put(layer: Layer, key: str, value: Any, origin: str | None = None) -> None:
+    """Add one value to a layer.
 
-    Attributes:
-        origin: Where the values come from, for messages.
-        user: Whether the user wrote them, so that nothing of them may be ignored.
-        values: The values by top-level key; slots and sections are tables, ``sink`` is a list of tables.
-        origins: Origins of single keys, where the layer has several (one for each flag).
+    Args:
+        layer: The layer.
+        key: A key, with dots to reach into tables.
+        value: A name, number, list or table.
+        origin: Where it comes from, if not from the layer as a whole.
+
+    Raises:
+        ConfigError: The key is unknown, or a table was expected and something else found.
     """
-
-    origin: str
-    user: bool
-    values: dict[str, Any] = field(default_factory=dict)
-    origins: dict[Location, str] = field(default_factory=dict)
-
-    def origin_of(self, location: Location) -> str:
-        """The origin of the longest known part of a location."""
-        return origin_of(self.origins, location) or self.origin
-
-    def put(self, key: str, value: Any, origin: str | None = None) -> None:
-        """Add one value.
-
-        Args:
-            key: A key, with dots to reach into tables.
-            value: A name, number, list or table.
-            origin: Where it comes from, if not from the layer as a whole.
-
-        Raises:
-            ConfigError: The key is unknown, or a table was expected and something else found.
-        """
-        where = origin or self.origin
-        path = key.split(".")
-        if not all(path):
-            raise ConfigError(f"{where}: '{key}' is not a key, write for example damping.lambda0")
-        top = path[0]
-        if top not in RunConfig.model_fields:
-            raise UnknownKeyError(top, where)
-        for name in reversed(path[1:]):
-            value = {name: value}
-        if value is None and (top in RUN_SLOTS or top == "preset"):  # a saved configuration has None for unused slots
-            return
-        if top in RUN_SLOTS or top in SECTIONS:
-            if isinstance(self.values.get(top), list):
-                self.values.pop(top)
-            value = _table(top, value, where)
-        if origin is not None:
-            for location in _leaves((top,), value):
-                self.origins[location] = origin
-                self.origins[(top,)] = origin
-        deep_update(self.values, {top: value})
-
-    def finish(self) -> Layer:
-        """Make a single sink a list of one."""
-        if isinstance(self.values.get("sink"), dict):
-            self.values["sink"] = [self.values["sink"]]
-        return self
+    where = origin or layer.origin
+    path = key.split(".")
+    if not all(path):
+        raise ConfigError(f"{where}: '{key}' is not a key, write for example damping.lambda0")
+    top = path[0]
+    if top not in RunConfig.model_fields:
+        raise UnknownKeyError(top, where)
+    for name in reversed(path[1:]):
+        value = {name: value}
+    if value is None and (top in RUN_SLOTS or top == "preset"):  # a saved configuration has None for unused slots
+        return
+    if top in RUN_SLOTS or top in SECTIONS:
+        if isinstance(layer.values.get(top), list):
+            layer.values.pop(top)
+        value = _table(top, value, where)
+    if origin is not None:
+        for location in _leaves((top,), value):
+            layer.origins[location] = origin
+            layer.origins[(top,)] = origin
+    deep_update(layer.values, {top: value})
 
 
-def origin_of(origins: Mapping[Location, str], location: Location) -> str:
-    """The origin of the longest part of a location that has one, or an empty string."""
-    for length in range(len(location), 0, -1):
-        if location[:length] in origins:
-            return origins[location[:length]]
-    return ""
-
-
-def deep_update(into: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """Lay values over a table: tables merge, everything else replaces."""
-    for key, value in values.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            deep_update(into[key], value)
-        else:
-            into[key] = _copy(value)
+def finish(layer: Layer) -> Layer:
+    """The layer, complete: a single table of a slot that takes several, a sink, is a list of one."""
+    for slot in RUN_SLOTS:
+        if SLOTS[slot].many and isinstance(layer.values.get(slot), dict):
+            layer.values[slot] = [layer.values[slot]]
+    return layer
 
 
 def table_layer(values: Mapping[str, Any], origin: str, *, user: bool) -> Layer:
@@ -135,8 +101,8 @@ def table_layer(values: Mapping[str, Any], origin: str, *, user: bool) -> Layer:
     for key, value in values.items():
         if "." in key:
             raise ConfigError(f'{origin}: the quoted key "{key}" is not known, write it without quotes')
-        layer.put(key, value)
-    return layer.finish()
+        put(layer, key, value)
+    return finish(layer)
 
 
 def file_layer(path: str | PathLike[str]) -> Layer:
@@ -182,8 +148,8 @@ def flag_layer(flags: Mapping[str, Any]) -> Layer:
     layer = Layer("flags", user=True)
     for key, value in flags.items():
         if value is not None:
-            layer.put(key, value, f"--{key.rpartition('.')[2].replace('_', '-')}")
-    return layer.finish()
+            put(layer, key, value, f"--{key.rpartition('.')[2].replace('_', '-')}")
+    return finish(layer)
 
 
 def set_layer(sets: Sequence[str]) -> Layer:
@@ -198,8 +164,8 @@ def set_layer(sets: Sequence[str]) -> Layer:
         origin = f"--set {assignment}"
         if not equals:
             raise ConfigError(f"{origin}: needs the form KEY=VALUE, for example --set damping.lambda0=1.0")
-        layer.put(key.strip(), parse_value(text.strip(), origin), origin)
-    return layer.finish()
+        put(layer, key.strip(), parse_value(text.strip(), origin), origin)
+    return finish(layer)
 
 
 def parse_value(text: str, origin: str) -> Any:
@@ -243,7 +209,7 @@ def _table(top: str, value: Any, where: str) -> Any:
         return problem_table(value)
     if top in RUN_SLOTS and isinstance(value, str):
         return {"kind": value}
-    if top == "sink" and isinstance(value, list | tuple):
+    if top in RUN_SLOTS and SLOTS[top].many and isinstance(value, list | tuple):
         return [_table(top, item, where) for item in value]
     if top in RUN_SLOTS:
         raise ConfigError(f"{where}: {top} = {value!r:.60}: needs a name or a table with kind")
@@ -258,10 +224,3 @@ def _leaves(location: Location, value: Any) -> Iterable[Location]:
             yield from _leaves((*location, key), item)
     else:
         yield location
-
-
-def _copy(value: Any) -> Any:
-    """A copy of tables and lists, so that layers never share them with presets."""
-    if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list | tuple) else value

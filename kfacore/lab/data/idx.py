@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["idx_bytes", "parse_idx", "read_idx", "uncompressed"]
+__all__ = ["idx_bytes", "parse_idx", "uncompressed"]
 
 _UNSIGNED_BYTE = 0x08
 
@@ -77,15 +77,6 @@ def parse_idx(raw: bytes, where: str) -> NDArray[np.uint8]:
             f"{where}: {what}, {len(raw)} bytes where the header's shape {shape} needs {expected}; fetch it again"
         )
     return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(shape)
-
-
-def read_idx(path: Path) -> NDArray[np.uint8]:
-    """Read an idx file, plain or ``.gz``.
-
-    Raises:
-        DataError: As `uncompressed` and `parse_idx`.
-    """
-    return parse_idx(uncompressed(path), str(path))
 
 
 def idx_bytes(array: NDArray[np.uint8]) -> bytes:

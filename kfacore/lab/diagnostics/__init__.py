@@ -12,8 +12,9 @@ Importing this package imports no torch; the names below are loaded on first use
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kfacore.lazy import lazy_names
 
 if TYPE_CHECKING:
     from kfacore.lab.diagnostics.cumulants import CumulantReport, cumulant_report
@@ -59,29 +60,41 @@ __all__ = [
     "whitening",
 ]
 
-_HOMES = {
-    "cumulants": ("CumulantReport", "cumulant_report"),
-    "dense": ("Difference", "FactorPairs", "block_average", "compare", "exact_fisher"),
-    "exact": ("ExactModel",),
-    "invariance": (
-        "Agreement",
-        "FunctionPath",
-        "Transform",
-        "TransformedChain",
-        "agreement",
-        "function_path",
-        "logistic_twin",
-        "random_transform",
-        "whitening",
-    ),
-    "natural": ("NaturalGradient", "natural_gradient"),
-    "quality": ("UpdateQuality", "gamma_grid", "inverses", "measure_update"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Load a public name on first use."""
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"kfacore.lab.diagnostics.{home}"), name)
-    raise AttributeError(f"module 'kfacore.lab.diagnostics' has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "cumulants": (
+            "CumulantReport",
+            "cumulant_report",
+        ),
+        "dense": (
+            "Difference",
+            "FactorPairs",
+            "block_average",
+            "compare",
+            "exact_fisher",
+        ),
+        "exact": ("ExactModel",),
+        "invariance": (
+            "Agreement",
+            "FunctionPath",
+            "Transform",
+            "TransformedChain",
+            "agreement",
+            "function_path",
+            "logistic_twin",
+            "random_transform",
+            "whitening",
+        ),
+        "natural": (
+            "NaturalGradient",
+            "natural_gradient",
+        ),
+        "quality": (
+            "UpdateQuality",
+            "gamma_grid",
+            "inverses",
+            "measure_update",
+        ),
+    },
+)

@@ -35,7 +35,6 @@ __all__ = [
     "inverse_of",
     "stack",
     "unshared",
-    "unstack",
 ]
 
 DENSE_LIMIT = 2500
@@ -51,12 +50,6 @@ _SINGULAR = 1e-13
 def stack(blocks: Sequence[Tensor]) -> Tensor:
     """vec: the columns of each block, layer by layer; (P,)."""
     return torch.cat([block.mT.reshape(-1) for block in blocks])
-
-
-def unstack(vector: Tensor, layers: Sequence[Block]) -> list[Tensor]:
-    """The blocks of a stacked vector."""
-    parts = torch.split(vector, [layer.size for layer in layers])
-    return [part.view(*layer.shape[:-2], layer.d_in, layer.d_out).mT for part, layer in zip(parts, layers, strict=True)]
 
 
 def exact_fisher(samples: Sequence[LayerSamples]) -> Tensor:

@@ -14,11 +14,11 @@ from kfacore.curvature.faults import named
 from kfacore.errors import ConfigError, KfacError, NumericalError, PluginError
 from kfacore.lab.diagnostics.dense import DENSE_LIMIT
 from kfacore.lab.diagnostics.exact import ExactModel
-from kfacore.lab.diagnostics.invariance import Agreement, TransformedChain, agreement, function_path, random_transform
 from kfacore.lab.diagnostics.matrices import DenseReport, dense_report
 from kfacore.lab.diagnostics.natural import NaturalGradient, natural_gradient
 from kfacore.lab.diagnostics.quality import UpdateQuality, gamma_grid, inverses, measure_update
 from kfacore.lab.diagnostics.subject import Subject
+from kfacore.lab.diagnostics.theorem import InvarianceReport, measure_invariance
 from kfacore.lab.diagnostics.verdict import verdict
 from kfacore.roles.approx import Approximation
 from kfacore.roles.block import Block
@@ -27,7 +27,7 @@ from kfacore.roles.samples import Samples
 if TYPE_CHECKING:
     from kfacore.registry import Registry
 
-__all__ = ["PARTS", "Inspection", "InvarianceReport", "inspect_subject", "stretch"]
+__all__ = ["PARTS", "Inspection", "inspect_subject", "stretch"]
 
 _EXACT_ENTRIES = 1 << 26
 """Most entries of output gradients that are kept: decides between the exact expectation and drawn targets."""
@@ -51,39 +51,10 @@ _MOST_PASSES = 512
 _DEAR = 15.0
 """CPU seconds of one inverse above which an approximation is measured at three gammas only."""
 
-_INVARIANCE_LIMIT = 20_000
-_PATH = 5
-
 PARTS = ("quality", "dense", "invariance")
 """What is measured of a model besides the natural gradient."""
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class InvarianceReport:
-    """One approximation in the model and in a random reparameterisation of it.
-
-    Attributes:
-        approx: The approximation.
-        undamped: Without any damping.
-        damped: At the subject's gamma.
-        notices: Factors of the undamped steps that needed jitter: then Theorem 1 does not apply.
-    """
-
-    approx: str
-    undamped: Agreement
-    damped: Agreement
-    notices: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "approx": self.approx,
-            "undamped": vars(self.undamped),
-            "damped": vars(self.damped),
-            "notices": list(self.notices),
-        }
 
 
 @dataclass
@@ -200,7 +171,8 @@ def inspect_subject(
         clock.lap("dense")
     if "invariance" in parts:
         say("invariance: a random reparameterisation")
-        _invariance(result, usable)
+        result.invariance, skipped = measure_invariance(subject, usable)
+        result.skipped.update(skipped)
         clock.lap("invariance")
     return result
 
@@ -381,58 +353,3 @@ def _natural(
             helper = None
     tolerance, most = _LARGE_SEARCH if large else _SEARCH
     return natural_gradient(exact, gradient, preconditioner=helper, tolerance=tolerance, max_iterations=most)
-
-
-def _invariance(result: Inspection, approximations: Mapping[str, Approximation]) -> None:
-    """Theorem 1 for each approximation, or why it could not be measured."""
-    exact = result.subject.exact
-    if exact.parameters > _INVARIANCE_LIMIT:
-        result.skipped["invariance"] = (
-            f"the model has {exact.parameters:,} parameters; measured for up to {_INVARIANCE_LIMIT:,}"
-        )
-        return
-    if not exact.plain or exact.draws:
-        reason = "its random draws would differ" if exact.draws else _unlike_the_paper(exact)
-        result.skipped["invariance"] = f"Theorem 1 is measured on plain chains of Linear layers; {reason}"
-        return
-    try:
-        other = TransformedChain(exact.model, random_transform(exact.model, result.subject.generator("transform")))
-    except KfacError as error:
-        result.skipped["invariance"] = str(error)
-        return
-    for name, approx in approximations.items():
-        try:
-            result.invariance.append(_invariance_of(result.subject, name, approx, other))
-        except KfacError as error:
-            result.skipped[f"invariance of {name}"] = str(error)
-
-
-def _unlike_the_paper(exact: ExactModel) -> str:
-    """What of the model the paper's setting does not have."""
-    for layer in exact.layers:
-        if not layer.plain:
-            return f"{layer.name} has curvature of the kind '{layer.kind}'"
-    return f"{exact.layers[0].name} or the loss sees several positions, uses or options"
-
-
-def _invariance_of(subject: Subject, name: str, approx: Approximation, other: TransformedChain) -> InvarianceReport:
-    """The same steps in both nets, without damping and with it."""
-    exact = subject.exact
-    # Every step must refresh: Theorem 1 is about the inverse at the parameters of the step.
-    fresh = type(approx)(approx.config.model_copy(update={"refresh_every": 1}))
-    found: list[Agreement] = []
-    notices: tuple[str, ...] = ()
-    for gamma in (None, subject.gamma):
-        options: dict[str, Any] = {
-            "likelihood": exact.likelihood,
-            "approx": fresh,
-            "estimator": {"kind": "exact", "tau1": 1.0},
-            "damping": {"kind": "fixed", "lambda0": 0.0, "gamma": gamma, "pi": subject.pi},
-            "momentum": "none",
-            "weight_decay": 0.0,
-        }
-        path, twin = (function_path(m, exact.inputs, exact.targets, _PATH, **options) for m in (exact.model, other))
-        found.append(agreement(path, twin))
-        if gamma is None:
-            notices = path.notices
-    return InvarianceReport(name, found[0], found[1], notices)

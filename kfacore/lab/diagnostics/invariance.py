@@ -93,11 +93,6 @@ class TransformedChain(nn.Module):
             a = units(linear(a @ self._omega(i).T) @ self._phi(i).T)
         return a
 
-    @torch.no_grad()
-    def original_blocks(self) -> list[Tensor]:
-        """W_i = Phi_i W'_i Omega_{i-1}: the parameters of the original net that computes the same function."""
-        return [self._phi(i) @ weight @ self._omega(i) for i, weight in enumerate(self.parameters())]
-
     def _omega(self, i: int) -> Tensor:
         return self.get_buffer(f"omega{i}")
 

@@ -18,6 +18,7 @@ from kfacore.lab.training.setup import build_model
 from kfacore.roles import Problem
 from kfacore.roles.samples import mean_diagonal
 from kfacore.schema.slots import PiRule
+from kfacore.schema.table import SLOT_DEFAULTS
 
 if TYPE_CHECKING:
     from kfacore.lab.config.run import RunConfig
@@ -158,13 +159,13 @@ def _damping(
 ) -> tuple[float, float]:
     """Lambda and gamma of the checkpoint, or the first ones of the configured damping."""
     # Optimizers without curvature have no damping of their own: the default one's first values serve.
-    damping = registry.build("damping", config.damping if config.damping is not None else "levenberg-marquardt")
+    damping = registry.build("damping", config.damping or SLOT_DEFAULTS["damping"])
     damping.start(config.weight_decay, torch.device("cpu"))
     saved = None if checkpoint is None else checkpoint.optimizer.get("kfac")
     if saved is not None:
         damping.load_state_dict(saved["damping"])
     else:
-        estimator = registry.build("estimator", config.estimator if config.estimator is not None else "monte-carlo")
+        estimator = registry.build("estimator", config.estimator or SLOT_DEFAULTS["estimator"])
         samples = exact.samples(estimator, torch.Generator().manual_seed(config.seed))
         damping.observe(mean_diagonal(samples, exact.layers))
     return float(damping.lam), float(damping.gamma)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import kfacore
 from kfacore.errors import ConfigError
-from kfacore.lab.scaffold.kinds import Kind, kind_of
-from kfacore.plugin import API_VERSION, SLOTS
+from kfacore.lab.scaffold.kinds import command_of, kind_of
+from kfacore.plugin import API_VERSION, SLOTS, Slot
 
 if TYPE_CHECKING:
     from kfacore.registry import Registry
@@ -51,7 +51,7 @@ class NewPlugin:
     Attributes:
         name: The component's name.
         slot: Its slot.
-        use: How a run uses it, arguments of ``kfac train``.
+        command: The command that uses it.
         distribution: The distribution's name.
         module: The package's name.
         folder: Where it is.
@@ -60,7 +60,7 @@ class NewPlugin:
 
     name: str
     slot: str
-    use: str
+    command: str
     distribution: str
     module: str
     folder: Path
@@ -84,9 +84,9 @@ def write_plugin(name: str, into: Path, registry: Registry, slot: str = "approx"
             written.
         OSError: The disk refused; nothing is left behind.
     """
-    kind = kind_of(slot)
+    kind, place = kind_of(slot), SLOTS[slot]
     name = name.removeprefix("kfac-")
-    _check_name(name, kind)
+    _check_name(name, place)
     distribution, module = f"kfac-{name}", f"kfac_{name.replace('-', '_')}"
     _check_free(name, slot, module, registry)
     if not into.is_dir():
@@ -106,15 +106,15 @@ def write_plugin(name: str, into: Path, registry: Registry, slot: str = "approx"
         "api": str(API_VERSION),
         "kfacore": kfacore.__version__,
         "slot": slot,
-        "what": kind.what,
-        "title": f"{kind.what} {name}" + (" of the Fisher" if slot == "approx" else ""),
-        "Base": f"{slot.capitalize()}Config",
-        "Role": kind.role,
+        "what": place.what,
+        "title": f"{place.what} {name}" + (" of the Fisher" if slot == "approx" else ""),
+        "Base": place.config.__name__,
+        "Role": place.role,
         "summary": kind.summary,
         "options": kind.options,
         "defaults": kind.defaults,
         "typing": "Any, ClassVar, Literal" if kind.defaults else "Literal",
-        "command": f"kfac train {kind.use.replace('NAME', name)} --steps 100",
+        "command": command_of(slot, name),
     }
     # Written beside its place and renamed, so that a full disk or Ctrl-C leaves no half of a distribution.
     partial = into / f".{distribution}.{os.getpid()}"
@@ -124,7 +124,7 @@ def write_plugin(name: str, into: Path, registry: Registry, slot: str = "approx"
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return NewPlugin(name, slot, kind.use.replace("NAME", name), distribution, module, folder, files)
+    return NewPlugin(name, slot, words["command"], distribution, module, folder, files)
 
 
 def _write(folder: Path, words: dict[str, str]) -> tuple[str, ...]:
@@ -144,7 +144,7 @@ def _fill(text: str, words: dict[str, str]) -> str:
     return _MARK.sub(lambda mark: words[mark.group(1)], text)
 
 
-def _check_name(name: str, kind: Kind) -> None:
+def _check_name(name: str, slot: Slot) -> None:
     """Lower-case words of letters and digits, joined by hyphens."""
     if len(name) > _LONGEST:
         raise ConfigError(f"the name '{name}' has {len(name)} characters; use at most {_LONGEST}")
@@ -156,7 +156,7 @@ def _check_name(name: str, kind: Kind) -> None:
             f"hyphens, and starts with a letter{hint}"
         )
     if name in SLOTS:
-        raise ConfigError(f"the name '{name}' is that of a slot; choose the name of one {kind.what}")
+        raise ConfigError(f"the name '{name}' is that of a slot; choose the name of one {slot.what}")
 
 
 def _check_free(name: str, slot: str, module: str, registry: Registry) -> None:

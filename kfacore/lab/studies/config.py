@@ -15,9 +15,11 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 from kfacore.errors import ConfigError, nearest
 from kfacore.lab.config.run import Count, RunConfig
 from kfacore.lab.config.schema import run_config_schema
-from kfacore.lab.config.sources import deep_update, parse_value, read_table
+from kfacore.lab.config.sources import parse_value, read_table
+from kfacore.registry.compose import deep_update
 from kfacore.schema.explain import explain
 from kfacore.schema.slots import Model
+from kfacore.schema.table import SLOT_DEFAULTS
 
 if TYPE_CHECKING:
     from kfacore.registry import Registry
@@ -122,7 +124,7 @@ class StudyConfig(Model):
     """How long each run lasts."""
     threads: Count = 1
     """CPU threads of each run."""
-    executor: str | dict[str, Any] = "local"
+    executor: str | dict[str, Any] = SLOT_DEFAULTS["executor"]
     """Where the runs are executed: a name or a table with kind."""
 
     @field_validator("seeds")
@@ -199,8 +201,8 @@ def _assign(values: dict[str, Any], assignment: str, origins: dict[tuple[str, ..
             raise ConfigError(f"{origin}: a key of the runs is set in the base, write base.{key.strip()}")
         raise ConfigError(f"{origin}: unknown key '{path[0]}', {nearest(path[0], StudyConfig.model_fields)}")
     value = parse_value(text.strip(), origin)
-    if path[0] == "executor" and len(path) > 1 and isinstance(values.get("executor", "local"), str):
-        values["executor"] = {"kind": values.get("executor", "local")}
+    if path[0] == "executor" and len(path) > 1 and isinstance(values.get("executor", SLOT_DEFAULTS["executor"]), str):
+        values["executor"] = {"kind": values.get("executor", SLOT_DEFAULTS["executor"])}
     _put(values, path, value, origin)
     origins[path] = origin
 

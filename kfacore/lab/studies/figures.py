@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kfacore.lab.studies.pens import FAINT, INK, Pen, pens
 from kfacore.lab.studies.report_data import RunData
 from kfacore.lab.studies.report_results import Cell, Results
 from kfacore.lab.studies.statistics import MIN_INTERVAL, t_quantile
@@ -26,15 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AXIS_LABELS",
-    "COLORS",
-    "INK",
     "TRACE_LABELS",
     "Draw",
-    "Pen",
     "curves",
     "differences",
     "panel",
-    "pens",
     "profile",
     "strip",
     "trace",
@@ -42,10 +38,6 @@ __all__ = [
 
 Draw = Callable[["Axes"], bool]
 """Draws one picture and says whether there was anything to draw."""
-
-INK, FAINT = "#14202b", "#71808c"
-COLORS = ("#1b6ca8", "#d1661f", "#2e8b57", "#8a4fbe", "#a87900", "#c23b5a", "#0f8b9a", "#77604a")
-_LINES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
 
 AXIS_LABELS = {"step": "step", "cases": "training cases", "seconds": "training seconds"}
 TRACE_LABELS = {
@@ -60,38 +52,6 @@ _LOG_TRACES = ("lam", "gamma", "alpha", "batch_size")
 
 _POINTS = 160
 """Points of a line: more cannot be told apart at the size of a panel, and only make the file larger."""
-
-
-@dataclass(frozen=True)
-class Pen:
-    """How a variant is drawn, the same in all pictures.
-
-    Attributes:
-        name: The variant.
-        color: Its colour; ink for the reference.
-        line: Line style.
-        width: Line width.
-        group: Class of everything drawn for it, by which the page shows and hides it.
-    """
-
-    name: str
-    color: str
-    line: Literal["-", "--", "-.", ":"]
-    width: float
-    group: str
-
-
-def pens(results: Results) -> dict[str, Pen]:
-    """A pen for each variant, by name; the reference first."""
-    names = sorted((v.name for v in results.study.variants), key=lambda name: name != results.study.reference)
-    found = {}
-    for index, name in enumerate(names):
-        if index == 0:
-            found[name] = Pen(name, INK, "-", 2.2, "v0")
-        else:
-            cycle, color = divmod(index - 1, len(COLORS))
-            found[name] = Pen(name, COLORS[color], _LINES[cycle % len(_LINES)], 1.5, f"v{index}")
-    return found
 
 
 def panel(draw: Draw, margin: float = 0.65) -> Figure | None:

@@ -1,26 +1,27 @@
-"""Pieces of the page: escaped text, tables, inline pictures. Imports no torch.
-
-Plain functions and f-strings: the page has a dozen kinds of parts and no loops that a template language would make
-shorter, so there is no dependency on one.
-"""
+"""What the template of the page, `templates/report.html`, is filled with, and inline pictures. Imports no torch."""
 
 from __future__ import annotations
 
-import base64
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from html import escape
-from typing import TYPE_CHECKING
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
 
-from kfacore.lab.studies.figures import COLORS, FAINT, INK
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
+
+from kfacore.lab.studies.pens import COLORS, FAINT, INK
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from kfacore.lab.studies.figures import Pen
+    from kfacore.lab.studies.pens import Pen
 
-__all__ = ["cell", "details", "download", "figure_html", "legend", "svg_text", "swatch", "table", "toggles"]
+__all__ = ["Cell", "Row", "Stroke", "Table", "figure_html", "heads", "render", "strokes", "svg_text"]
 
 _CSS_COLORS = {INK: "var(--ink)", FAINT: "var(--faint)", "#e4e8eb": "var(--grid)", "#000000": "var(--ink)"} | {
     color: f"var(--c{index})" for index, color in enumerate(COLORS)
@@ -28,68 +29,91 @@ _CSS_COLORS = {INK: "var(--ink)", FAINT: "var(--faint)", "#e4e8eb": "var(--grid)
 _SWATCHES = {"-": "solid", "--": "dashed", "-.": "double", ":": "dotted"}
 
 
-def cell(content: str, *classes: str, head: str = "") -> str:
-    """One cell of a table.
+@dataclass(frozen=True)
+class Stroke:
+    """A variant's line, as style sheets say it.
 
-    Args:
-        content: HTML.
-        classes: Classes of the cell.
+    Attributes:
+        name: The variant.
+        group: The class of its lines in the figures.
+        css: Its color.
+        style: Its border style.
+    """
+
+    name: str
+    group: str
+    css: str
+    style: str
+
+
+def strokes(pens: Sequence[Pen]) -> list[Stroke]:
+    """The lines of the variants."""
+    return [Stroke(pen.name, pen.group, _CSS_COLORS[pen.color], _SWATCHES[pen.line]) for pen in pens]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table; all of it is text, which the template escapes.
+
+    Attributes:
+        text: What it says.
+        style: Classes.
         head: ``"col"`` or ``"row"`` for a header.
+        pen: A piece of a line in front.
+        code: A name in the program's letters behind it.
+        below: A second line.
     """
-    kind, scope = ("th", f' scope="{head}"') if head else ("td", "")
-    names = f' class="{" ".join(classes)}"' if classes else ""
-    return f"<{kind}{scope}{names}>{content}</{kind}>"
+
+    text: str
+    style: str = ""
+    head: str = ""
+    pen: Stroke | None = None
+    code: str = ""
+    below: str = ""
 
 
-def table(caption: str, header: Sequence[str], rows: Sequence[str]) -> str:
-    """A table that scrolls on its own where the screen is narrow.
+@dataclass(frozen=True)
+class Row:
+    """Cells, and the class of their row."""
+
+    cells: Sequence[Cell]
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that scrolls on its own where the screen is narrow."""
+
+    caption: str
+    header: Sequence[Cell]
+    rows: Sequence[Row]
+
+
+def heads(*names: str) -> list[Cell]:
+    """Header cells of columns."""
+    return [Cell(name, head="col") for name in names]
+
+
+def render(**values: Any) -> str:
+    """The page.
 
     Args:
-        caption: What it shows, plain text.
-        header: Header cells.
-        rows: Rows, as ``<tr>``.
+        values: What `templates/report.html` names; a name that is missing is an error.
     """
-    label = escape(caption, quote=True)
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table>'
-        f"<caption>{escape(caption)}</caption>"
-        f"<thead><tr>{''.join(header)}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    return _template().render(css=Markup(_text("report.css")), **values)
 
 
-def details(title: str, content: str) -> str:
-    """A part that opens on demand."""
-    return f"<details><summary>{escape(title)}</summary>{content}</details>"
+@cache
+def _template() -> Template:
+    options = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return options.from_string(_text("report.html"))
 
 
-def download(name: str, content: str) -> str:
-    """A link that saves a file which the page itself holds."""
-    kind = "text/csv" if name.endswith(".csv") else "text/plain"
-    data = base64.b64encode(content.encode()).decode()
-    return f'<a download="{escape(name)}" href="data:{kind};charset=utf-8;base64,{data}">{escape(name)}</a>'
+def _text(name: str) -> str:
+    return files("kfacore.lab.studies").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def swatch(pen: Pen) -> str:
-    """A piece of a variant's line."""
-    style = f"border-top-color:{_CSS_COLORS[pen.color]};border-top-style:{_SWATCHES[pen.line]}"
-    return f'<span class="swatch" style="{style}" aria-hidden="true"></span>'
-
-
-def legend(pens: Sequence[Pen]) -> str:
-    """One legend for all pictures, whose boxes show and hide the variants."""
-    labels = "".join(
-        f'<label><input type="checkbox" checked id="show-{pen.group}"> {swatch(pen)}{escape(pen.name)}</label>'
-        for pen in pens
-    )
-    return f'<div class="legend" role="group" aria-label="Variants in the figures">{labels}</div>'
-
-
-def toggles(pens: Sequence[Pen]) -> str:
-    """The style rules behind the legend's boxes; no script is needed."""
-    return "".join(f"body:has(#show-{p.group}:not(:checked)) figure .{p.group}{{display:none}}" for p in pens)
-
-
-def figure_html(svg: str, alt: str, name: str) -> str:
+def figure_html(svg: str, alt: str, name: str) -> Markup:
     """A picture in the page.
 
     Args:
@@ -108,7 +132,7 @@ def figure_html(svg: str, alt: str, name: str) -> str:
     inner = re.sub(r'<g id="[^"]*patch_1">.*?</g>', "", inner, count=1, flags=re.DOTALL)  # the white ground of the file
     inner = inner.replace("#ffffff", "none")
     inner = inner.replace("<svg", f'<svg role="img" aria-label="{escape(alt, quote=True)}"', 1)
-    return f"<figure>{inner}</figure>"
+    return Markup(f"<figure>{inner}</figure>")
 
 
 def svg_text(figure: Figure) -> str:

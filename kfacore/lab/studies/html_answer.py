@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from html import escape
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from kfacore.lab.studies.figures import Pen, pens
-from kfacore.lab.studies.html import cell, swatch, table
-from kfacore.lab.studies.report_limits import limits
-from kfacore.lab.studies.report_results import ALPHA, Cell, Results, Verdict
+from kfacore.lab.studies.html import Cell, Row, Stroke, Table, heads
+from kfacore.lab.studies.report_results import ALPHA, Results, Verdict
+from kfacore.lab.studies.report_results import Cell as Comparison
 from kfacore.lab.studies.statistics import MIN_INTERVAL, Difference, ToTarget, summarise
 from kfacore.lab.studies.tables import MEASURE_NAMES, amount, counted, interval, plus_minus, probability, signed
 
-__all__ = ["answer", "facts", "lost_runs", "share", "time_text"]
+__all__ = ["answers", "facts", "key", "lost_runs", "share", "time_text", "verdicts"]
 
 _WORDS: dict[Verdict, str] = {
     "reference": "reference",
@@ -36,66 +36,102 @@ _LINES: tuple[tuple[Verdict, str], ...] = (
 )
 
 
-def facts(results: Results) -> str:
-    """One line: the size of the study, how far it is, what is measured."""
+@dataclass(frozen=True)
+class Facts:
+    """One line: the size of the study, how far it is, what is measured.
+
+    Attributes:
+        sizes: Variants, problems, seeds.
+        done: How many runs are done.
+        rest: Of the others, a class and what became of them.
+        measure: What is compared.
+    """
+
+    sizes: str
+    done: str
+    rest: Sequence[tuple[str, str]]
+    measure: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """Variants with one verdict: its class, its words, and each variant's name with what is said of it."""
+
+    style: str
+    title: str
+    mentions: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The verdicts on one problem in sentences.
+
+    Attributes:
+        title: The problem, if there are several.
+        reference: Name of the reference.
+        known: Its value.
+        lost: Which of its runs are lost.
+        lines: The other variants.
+        unreached: That nobody reached the target, if so.
+    """
+
+    title: str
+    reference: str
+    known: str
+    lost: str
+    lines: Sequence[Line]
+    unreached: str
+
+
+def facts(results: Results) -> Facts:
+    """What the study is and how far."""
     study = results.study
     counts = {state: sum(run.state == state for run in results.runs) for state in ("done", "diverged", "failed")}
-    states = f"{counts['done']} of {len(results.runs)} runs done"
-    for state in ("diverged", "failed"):
-        if counts[state]:
-            states += f', <strong class="broken">{counts[state]} {state}</strong>'
+    rest = [("broken", f"{counts[state]} {state}") for state in ("diverged", "failed") if counts[state]]
     waiting = len(results.runs) - sum(counts.values())
     if waiting:
-        states += f', <strong class="waiting">{waiting} not finished</strong>'
+        rest.append(("waiting", f"{waiting} not finished"))
     size = [
         counted(len(study.variants), "variant"),
         counted(len(study.problems), "problem"),
         counted(len(study.seeds), "seed"),
     ]
-    sizes = " \N{MULTIPLICATION SIGN} ".join(size)  # no escape fits into an f-string before Python 3.12
-    return (
-        f'<p class="facts">{sizes} · {states} · measure: {escape(MEASURE_NAMES[results.headline])} at the '
-        f"last evaluation, smaller is better</p>"
-    )
+    done = f"{counts['done']} of {len(results.runs)} runs done"
+    return Facts(" \N{MULTIPLICATION SIGN} ".join(size), done, rest, MEASURE_NAMES[results.headline])
 
 
-def answer(results: Results) -> str:
-    """The verdicts in sentences, then in one table a problem."""
-    styles = pens(results)
-    sentences = "".join(_sentences(results, problem) for problem in results.cells)
-    notes = "".join(f"<p>{escape(text)}</p>" for text in limits(results))
-    box = f'<section class="answer" id="answer"><h2>Answer</h2>{sentences}</section>'
-    tables = "".join(_table(results, problem, styles) for problem in results.cells)
-    warning = f'<div class="warning">{notes}</div>' if notes else ""
-    return f"{box}{warning}{tables}{_key(results)}"
+def answers(results: Results) -> list[Answer]:
+    """The verdicts in sentences, problem by problem."""
+    return [_answer(results, problem) for problem in results.cells]
 
 
-def lost_runs(results: Results) -> str:
-    """Every run that is not done, with its reason and how far it came; nothing if all are."""
+def verdicts(results: Results, pens: Mapping[str, Stroke]) -> list[Table]:
+    """The verdicts in one table a problem."""
+    return [_table(results, problem, pens) for problem in results.cells]
+
+
+def lost_runs(results: Results) -> Table | None:
+    """Every run that is not done, with its reason and how far it came; None if all are."""
     lost = [run for run in results.runs if not run.done]
     if not lost:
-        return ""
-    header = [
-        cell("Run", head="col"),
-        *(cell(h, head="col") for h in ("State", "Seed", "Steps", "Best value", "Last value")),
-    ]
-    header.append(cell("Reason", "text", head="col"))
+        return None
+    header = [*heads("Run", "State", "Seed", "Steps", "Best value", "Last value"), Cell("Reason", "text", "col")]
     rows = []
     for run in lost:
         plan = run.planned
         style = "broken" if run.state in ("diverged", "failed") else "waiting"
         name = plan.variant if len(results.cells) == 1 else f"{plan.variant}, {plan.problem}"
-        rows.append(
-            f"<tr>{cell(escape(name), head='row')}{cell(run.state, style)}{cell(str(run.seed))}"
-            f"{cell(amount(run.last('step'), 6))}{cell(amount(run.smallest(results.headline)))}"
-            f"{cell(amount(run.latest(results.headline)))}"
-            f"{cell(escape(run.reason) or ('has not begun' if not run.config else 'not finished'), 'wrap')}</tr>"
-        )
-    note = (
-        "They are counted everywhere and enter no mean. Their numbers stand here, and the figures show them up to "
-        "where they got. A run that ends far above its first training loss, or above twice its best, has diverged."
-    )
-    return f'<section><h2 id="lost">Runs that are not done</h2><p>{note}</p>{table("Runs", header, rows)}</section>'
+        cells = [
+            Cell(name, head="row"),
+            Cell(run.state, style),
+            Cell(str(run.seed)),
+            Cell(amount(run.last("step"), 6)),
+            Cell(amount(run.smallest(results.headline))),
+            Cell(amount(run.latest(results.headline))),
+            Cell(run.reason or ("has not begun" if not run.config else "not finished"), "wrap"),
+        ]
+        rows.append(Row(cells))
+    return Table("Runs", header, rows)
 
 
 def time_text(target: ToTarget | None, unit: str = "") -> str:
@@ -117,32 +153,31 @@ def share(target: ToTarget | None) -> str:
     return f"{value}{reached}"
 
 
-def _sentences(results: Results, problem: str) -> str:
+def _answer(results: Results, problem: str) -> Answer:
     cells = results.cells[problem]
     reference = cells[0]
-    title = f"<h3>{escape(problem)}</h3>" if len(results.cells) > 1 else ""
     mean = reference.final[results.headline]
-    known = f"{plus_minus(mean)} over {counted(mean.n, 'seed')}" if mean.n else "no result yet"
-    lost = f', <span class="broken">{_lost(reference)}</span>' if reference.lost else ""
-    items = [f'Reference <span class="name">{escape(reference.variant.name)}</span>: {known}{lost}.']
-    for verdict, title_of in _LINES:
+    lines = []
+    for verdict, title in _LINES:
         own = [one for one in cells[1:] if one.verdict == verdict]
         if own:
             own.sort(key=lambda one: -abs(one.differences[results.headline].mean or 0.0))
-            listed = "; ".join(_mention(results, one) for one in own)
-            style = verdict.split()[0]
-            items.append(f'<span class="tag {style}">{title_of}:</span> {listed}.')
-    unreached = _unreached(results, problem)
-    if unreached:
-        items.append(unreached)
-    return f"{title}<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"
+            mentions = [(one.variant.name, _mention(results, one)) for one in own]
+            lines.append(Line(verdict.split()[0], title, mentions))
+    return Answer(
+        title=problem if len(results.cells) > 1 else "",
+        reference=reference.variant.name,
+        known=f"{plus_minus(mean)} over {counted(mean.n, 'seed')}" if mean.n else "no result yet",
+        lost=_lost(reference) if reference.lost else "",
+        lines=lines,
+        unreached=_unreached(results, problem),
+    )
 
 
-def _mention(results: Results, one: Cell) -> str:
-    """A variant in a sentence: its difference, and how large that is relative to the reference."""
-    name = f'<span class="name">{escape(one.variant.name)}</span>'
+def _mention(results: Results, one: Comparison) -> str:
+    """What is said of a variant: its difference, and how large that is relative to the reference."""
     if one.verdict == "waiting":
-        return name
+        return ""
     difference = one.differences[results.headline]
     text = _lost_text(results, one) if one.verdict == "broken" else ""
     if difference.mean is not None:
@@ -150,7 +185,7 @@ def _mention(results: Results, one: Cell) -> str:
         ratio = 1.0 + difference.mean / base if base else 1.0
         relative = f", {ratio:.3g} times" if ratio >= 2.0 else f", {signed(100.0 * (ratio - 1.0), 2)} %" if base else ""
         text += f"{'; in the others ' if text else ''}{signed(difference.mean)}{relative}"
-    return f"{name} ({text})"
+    return text
 
 
 def _unreached(results: Results, problem: str) -> str:
@@ -162,44 +197,36 @@ def _unreached(results: Results, problem: str) -> str:
     return f"No variant reached {amount(results.targets[problem])} in more than half of its runs."
 
 
-def _table(results: Results, problem: str, styles: dict[str, Pen]) -> str:
+def _table(results: Results, problem: str, pens: Mapping[str, Stroke]) -> Table:
     cells = results.cells[problem]
-    mark = "†" if results.shared else ""
     header = [
-        cell("Variant", head="col"),
-        cell("Verdict", "text", head="col"),  # second, so that a telephone shows it
-        cell("Final value", head="col"),
-        cell("Difference", head="col"),
-        cell("95 % interval", head="col"),
-        cell("p (Holm)", head="col"),
-        cell("Runs", head="col"),
+        *heads("Variant"),
+        Cell("Verdict", "text", "col"),  # second, so that a telephone shows it
+        *heads("Final value", "Difference", "95 % interval", "p (Holm)", "Runs"),
     ]
     goal = results.targets.get(problem)
     if goal is not None:
-        header.append(cell(f"Seconds to {amount(goal, 3)}{mark}", head="col"))
+        header += heads(f"Seconds to {amount(goal, 3)}{'†' if results.shared else ''}")
     rows = []
     for one in cells:
-        pen = styles[one.variant.name]
         d = one.differences.get(results.headline)
-        done = f"{one.count('done')}/{len(one.runs)}"
         parts = [
-            cell(f"{swatch(pen)}{escape(one.variant.name)}", head="row"),
-            cell(_lost_text(results, one) or _WORDS[one.verdict], "text", one.verdict.split()[0]),
-            cell(plus_minus(one.final[results.headline])),
-            cell("" if d is None else f"{signed(d.mean)}{_pairs(results, d)}"),
-            cell("" if d is None else interval(d.low, d.high)),
-            cell("" if d is None else probability(one.p[results.headline])),
-            cell(done, *(["broken"] if one.lost else [])),
+            Cell(one.variant.name, head="row", pen=pens[one.variant.name]),
+            Cell(_lost_text(results, one) or _WORDS[one.verdict], f"text {one.verdict.split()[0]}"),
+            Cell(plus_minus(one.final[results.headline])),
+            Cell("" if d is None else f"{signed(d.mean)}{_pairs(results, d)}"),
+            Cell("" if d is None else interval(d.low, d.high)),
+            Cell("" if d is None else probability(one.p[results.headline])),
+            Cell(f"{one.count('done')}/{len(one.runs)}", "broken" if one.lost else ""),
         ]
         if goal is not None:
-            parts.append(cell(time_text(one.targets.get("seconds"))))
-        style = ' class="reference"' if d is None else ""
-        rows.append(f"<tr{style}>{''.join(parts)}</tr>")
+            parts.append(Cell(time_text(one.targets.get("seconds"))))
+        rows.append(Row(parts, "reference" if d is None else ""))
     where = f" on {problem}" if len(results.cells) > 1 else ""
-    return table(f"{MEASURE_NAMES[results.headline].capitalize()}{where}: mean ± standard deviation", header, rows)
+    return Table(f"{MEASURE_NAMES[results.headline].capitalize()}{where}: mean ± standard deviation", header, rows)
 
 
-def _key(results: Results) -> str:
+def key(results: Results) -> str:
     """How to read the table, in one paragraph."""
     text = "Runs: done of all. Difference: variant minus reference, paired by seed."
     if len(results.study.seeds) >= MIN_INTERVAL:
@@ -225,10 +252,10 @@ def _key(results: Results) -> str:
         text += (
             " † Other runs of this study used the machine at the same time: do not compare these wall times closely."
         )
-    return f'<p class="note">{escape(text)}</p>'
+    return text
 
 
-def _lost_text(results: Results, one: Cell) -> str:
+def _lost_text(results: Results, one: Comparison) -> str:
     """Which runs of a comparison are lost: the variant's, the reference's; nothing if none are."""
     reference = results.reference(one.problem)
     parts = [_lost(one)] if one.lost else []
@@ -237,7 +264,7 @@ def _lost_text(results: Results, one: Cell) -> str:
     return "; ".join(parts)
 
 
-def _paired_base(results: Results, one: Cell) -> float | None:
+def _paired_base(results: Results, one: Comparison) -> float | None:
     """Mean of the reference over the seeds that the variant has a value for too: what a percentage is of."""
     own = {run.seed for run in one.runs if run.final(results.headline) is not None}
     base = [run.final(results.headline) for run in results.reference(one.problem).runs if run.seed in own]
@@ -251,6 +278,6 @@ def _pairs(results: Results, difference: Difference) -> str:
     return f" ({counted(difference.n, 'pair')})"
 
 
-def _lost(one: Cell) -> str:
+def _lost(one: Comparison) -> str:
     parts = [f"{one.count(state)} of {len(one.runs)} {state}" for state in ("diverged", "failed") if one.count(state)]
     return ", ".join(parts)

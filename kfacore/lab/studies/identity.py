@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import kfacore
-from kfacore.lab.config.run import RUN_SLOTS
+from kfacore.schema.table import RUN_SLOTS, SLOTS
 
 if TYPE_CHECKING:
     from kfacore.lab.config.run import RunConfig
@@ -53,7 +53,7 @@ def run_versions(registry: Registry, config: RunConfig) -> dict[str, str]:
     versions = core_versions()
     for slot in RUN_SLOTS:
         value = getattr(config, slot)
-        if value is None or slot == "sink":
+        if value is None or SLOTS[slot].many:
             continue
         origin = registry.origin(registry.find(slot, value.kind))
         if origin.distribution:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from kfacore.errors import ConfigError, KfacError, nearest
 from kfacore.lab.config.resolve import resolve_layers
-from kfacore.lab.config.sources import Layer, deep_update, table_layer
+from kfacore.lab.config.sources import finish, put, table_layer
 from kfacore.lab.studies.config import STUDY_KEYS, StudyBudget, StudyConfig, TuneConfig
 from kfacore.lab.studies.identity import run_hash, run_versions
 from kfacore.lab.studies.plan import PlannedRun, Study, Target, Variant
+from kfacore.registry.compose import Layer, deep_update
 
 if TYPE_CHECKING:
     from kfacore.lab.config.run import RunConfig
@@ -204,8 +205,8 @@ class _Planner:
         places: tuple[Layer, ...] = ()
         if self.data_dir is not None:
             place = Layer("--data-dir", user=True)
-            place.put("problem.data_dir", self.data_dir)
-            places = (place.finish(),)
+            put(place, "problem.data_dir", self.data_dir)
+            places = (finish(place),)
         if not config.problems:
             layers = (self._base(), *places)
             kind = self._resolve(list(layers), config.budget, 0).problem.kind
@@ -256,8 +257,8 @@ class _Planner:
         self._refuse_study_key(key, where)
         origin = f"{self.origin} {where} {key} = {json.dumps(value, ensure_ascii=False, default=str)}"
         layer = Layer(origin, user=True)
-        layer.put(key, value)
-        return layer.finish()
+        put(layer, key, value)
+        return finish(layer)
 
     def _refuse_problem(self, layer: Layer, where: str) -> None:
         """Another problem is no variant: its runs cannot be paired."""
@@ -295,14 +296,14 @@ class _Planner:
     def _resolve(self, layers: Sequence[Layer], budget: StudyBudget, seed: int) -> RunConfig:
         """The configuration of one run, with what the study decides on top."""
         top = Layer(f"{self.origin} (the study)", user=True)
-        top.put("seed", seed)
-        top.put("threads", self.config.threads)
+        put(top, "seed", seed)
+        put(top, "threads", self.config.threads)
         limits = {key: value for key, value in (("cases", budget.cases), ("seconds", budget.seconds)) if value}
         if budget.steps is not None or limits:
-            top.put("steps", budget.steps or UNLIMITED_STEPS)
+            put(top, "steps", budget.steps or UNLIMITED_STEPS)
         if limits:
-            top.put("budget", limits)
-        config = resolve_layers(self.registry, [*layers, top.finish()])
+            put(top, "budget", limits)
+        config = resolve_layers(self.registry, [*layers, finish(top)])
         if not any(sink.kind == "jsonl" for sink in config.sink):
             raise ConfigError(
                 f"{self.origin}: the runs have no jsonl sink, which keeps what a study compares; add it to sink"

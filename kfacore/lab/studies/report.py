@@ -14,10 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from markupsafe import Markup
+
 from kfacore.errors import ConfigError
-from kfacore.lab.studies.figures import TRACE_LABELS, Draw, curves, differences, panel, pens, profile, strip, trace
+from kfacore.lab.studies.figures import TRACE_LABELS, Draw, curves, differences, panel, profile, strip, trace
 from kfacore.lab.studies.html import figure_html, svg_text
 from kfacore.lab.studies.html_page import page
+from kfacore.lab.studies.pens import pens
 from kfacore.lab.studies.plan import load_study
 from kfacore.lab.studies.report_data import AXES, read_runs
 from kfacore.lab.studies.report_results import Results, analyse
@@ -102,9 +105,9 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def _figures(results: Results, folder: Path) -> tuple[dict[str, list[tuple[str, str]]], list[Path]]:
+def _figures(results: Results, folder: Path) -> tuple[dict[str, list[tuple[str, Markup]]], list[Path]]:
     """Draw everything: for the page by section, and as files."""
-    shown: dict[str, list[tuple[str, str]]] = {}
+    shown: dict[str, list[tuple[str, Markup]]] = {}
     files: list[Path] = []
     styles = list(pens(results).values())
     for group in _groups(results):
@@ -121,7 +124,7 @@ def _figures(results: Results, folder: Path) -> tuple[dict[str, list[tuple[str, 
         )
         if not panels or whole is None:
             continue
-        shown.setdefault(group.section, []).append((group.heading, "".join(panels)))
+        shown.setdefault(group.section, []).append((group.heading, Markup("").join(panels)))
         files.append(save_figure(whole, folder / f"{group.file}.png"))
         files.append(_write(folder / f"{group.file}.svg", svg_text(whole)))
     return shown, files

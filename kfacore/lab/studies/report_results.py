@@ -153,15 +153,7 @@ def analyse(study: Study, runs: Sequence[RunData]) -> Results:
     headline = _headline(study, runs)
     present = [measure for measure in MEASURES if any(_measured(run, measure) for run in runs)]
     measures = (headline, *(measure for measure in present if measure != headline))
-    groups: dict[str, list[tuple[Variant, tuple[RunData, ...]]]] = {}
-    order = sorted(study.variants, key=lambda variant: variant.name != study.reference)  # stable: reference first
-    for problem in study.problems:
-        for variant in order:
-            own = [run for run in runs if (run.planned.problem, run.planned.variant) == (problem, variant.name)]
-            if own or variant.name == study.reference:  # nobody else takes the place of a reference that has no runs
-                groups.setdefault(problem, []).append((variant, tuple(sorted(own, key=lambda run: run.seed))))
-        if not any(own for _, own in groups.get(problem, ())):
-            groups.pop(problem, None)
+    groups = _groups(study, runs)
     targets, from_reference = _targets(study, headline, groups)
     differences = {
         (problem, variant.name, measure): _difference(own, members[0][1], measure)
@@ -210,6 +202,20 @@ def analyse(study: Study, runs: Sequence[RunData]) -> Results:
         tests=len(pairs),
         tested=tested,
     )
+
+
+def _groups(study: Study, runs: Sequence[RunData]) -> dict[str, list[tuple[Variant, tuple[RunData, ...]]]]:
+    """The runs of each variant on each problem, by seed; the reference first."""
+    groups: dict[str, list[tuple[Variant, tuple[RunData, ...]]]] = {}
+    order = sorted(study.variants, key=lambda variant: variant.name != study.reference)  # stable: reference first
+    for problem in study.problems:
+        for variant in order:
+            own = [run for run in runs if (run.planned.problem, run.planned.variant) == (problem, variant.name)]
+            if own or variant.name == study.reference:  # nobody else takes the place of a reference that has no runs
+                groups.setdefault(problem, []).append((variant, tuple(sorted(own, key=lambda run: run.seed))))
+        if not any(own for _, own in groups.get(problem, ())):
+            groups.pop(problem, None)
+    return groups
 
 
 def _measured(run: RunData, measure: str) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfacore.errors import DataError, KfacError, NumericalError
-from kfacore.lab.config.run import RunConfig
+from kfacore.lab.config.resolve import read_saved
 from kfacore.lab.studies.claims import Claim
 from kfacore.lab.studies.identity import relevant
 from kfacore.lab.studies.machine import Presence
@@ -120,7 +120,7 @@ def _train(
     from kfacore.lab.training.loop import train
 
     folder = RunFolder(study / "runs" / run)
-    config = RunConfig.from_dict(registry, planned["config"])
+    config = read_saved(registry, planned["config"])
     if not folder.checkpoint_file.exists():
         if folder.path.exists():  # killed before the first checkpoint: nothing of it is worth keeping
             shutil.rmtree(folder.path)

@@ -10,6 +10,11 @@ stdin, answers go to stdout:
 
 At the end of stdin (whoever started it is gone, even by SIGKILL) it leaves; its children see that they are orphans and
 stop after their step, saved.
+
+Why not the forkserver of `multiprocessing`: it is one for the whole program, with the environment that was there when
+it was first used, and the threads of a study are part of that environment; it ends with the program and not with the
+study; it shares the terminal's session, so that Ctrl-C reaches every run; it imports the runner's own main module into
+each; and what goes wrong while it preloads is swallowed. Here each of these is a line.
 """
 
 from __future__ import annotations
@@ -28,8 +33,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kfacore.errors import KfacError
-from kfacore.lab.config.run import RUN_SLOTS
 from kfacore.lab.studies.state import state_folder
+from kfacore.schema.table import RUN_SLOTS
 
 __all__ = ["main", "serve"]
 

@@ -5,8 +5,9 @@ Importing this package imports no torch; the names below are loaded on first use
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kfacore.lazy import lazy_names
 
 if TYPE_CHECKING:
     from kfacore.lab.training.loop import train
@@ -18,19 +19,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Interrupted", "RunFolder", "RunResult", "RunSummary", "compare", "resume_config", "train"]
 
-_HOMES = {
-    "Interrupted": "signals",
-    "RunFolder": "run",
-    "RunResult": "results",
-    "RunSummary": "report",
-    "compare": "report",
-    "resume_config": "resume",
-    "train": "loop",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Load a public name on first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'kfacore.lab.training' has no attribute {name!r}")
-    return getattr(import_module(f"kfacore.lab.training.{_HOMES[name]}"), name)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "loop": ("train",),
+        "report": (
+            "RunSummary",
+            "compare",
+        ),
+        "results": ("RunResult",),
+        "resume": ("resume_config",),
+        "run": ("RunFolder",),
+        "signals": ("Interrupted",),
+    },
+)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfacore.errors import ConfigError, DataError
-from kfacore.lab.config.resolve import user_layers
-from kfacore.lab.config.sources import Layer, deep_update
+from kfacore.lab.config.resolve import read_saved, user_layers
 from kfacore.lab.training.run import RunFolder
+from kfacore.registry.compose import Layer, deep_update
 from kfacore.schema.slots import NONE
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def resume_config(
             _refuse_conflict(layer, location, value, saved, run)
         deep_update(changed, layer.values)
     try:
-        return _from_dict(registry, changed if any(layer.values for layer in layers) else saved)
+        return read_saved(registry, changed if any(layer.values for layer in layers) else saved)
     except ConfigError as error:
         if any(layer.values for layer in layers):
             raise
@@ -98,12 +98,6 @@ def warn_of_changes(record: Mapping[str, Any], device: str) -> None:
                 name,
                 then[name],
             )
-
-
-def _from_dict(registry: Registry, values: Mapping[str, Any]) -> RunConfig:
-    from kfacore.lab.config.run import RunConfig
-
-    return RunConfig.from_dict(registry, values)
 
 
 def _refuse_conflict(layer: Layer, location: tuple[str, ...], value: Any, saved: Mapping[str, Any], run: Path) -> None:

@@ -20,6 +20,7 @@ from kfacore.lab.training.batches import derive_seed
 from kfacore.lab.training.init import load_parameters
 from kfacore.optim.layout import find_layout
 from kfacore.roles import Likelihood, Optimizer, Problem, ProblemData, Split
+from kfacore.schema.table import RUN_SLOTS, SLOTS
 
 if TYPE_CHECKING:
     from kfacore.lab.config.run import RunConfig
@@ -181,12 +182,9 @@ def manifest(config: RunConfig, registry: Registry, parts: Parts, started: str) 
 
 def _chosen(config: RunConfig) -> set[str]:
     """The components in the configuration, as ``"slot/name"``."""
-    chosen = {f"sink/{sink.kind}" for sink in config.sink}
-    for slot in ("problem", "likelihood", "optimizer", "estimator", "approx", "damping", "momentum", "trust"):
-        value = getattr(config, slot)
-        if value is not None:
-            chosen.add(f"{slot}/{value.kind}")
-    return chosen
+    chosen = {slot: getattr(config, slot) for slot in RUN_SLOTS}
+    parts = {slot: value if SLOTS[slot].many else (value,) for slot, value in chosen.items() if value is not None}
+    return {f"{slot}/{part.kind}" for slot, values in parts.items() for part in values}
 
 
 def check_data(model: nn.Module, likelihood: Likelihood, data: ProblemData) -> None:

@@ -2,65 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
+from kfac_plugins.problems.python_answer import call_at
 from kfac_plugins.problems.python_config import PythonConfig
 from kfac_plugins.problems.user_answer import Answer, read_answer
-from kfac_plugins.problems.user_function import call, find_function, seeded
+from kfac_plugins.problems.user_function import call, seeded
 from kfacore.errors import ConfigError
-from kfacore.plugin import Suggestions
 from kfacore.roles import Problem, ProblemData
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Python", "suggestions_of"]
-
-_DATA_SEED = 0
-"""Seed of everything that the function draws for its data, so that all runs have the same."""
-
-
-def _call(config: PythonConfig, seed: int) -> Any:
-    """What the function returns with the global generators at a seed."""
-    function = find_function(config.target, config.folder)
-    with seeded(seed):
-        return call(function, config.arguments, config.target, config.folder)
-
-
-@lru_cache(maxsize=1)
-def _answer(described: str) -> Answer:
-    """The function's answer; kept, because a configuration is composed before a problem is built of it."""
-    config = PythonConfig.model_validate_json(described)
-    return read_answer(_call(config, _DATA_SEED), config.target)
-
-
-def answer_of(config: PythonConfig) -> Answer:
-    """What the function returns, read.
-
-    Raises:
-        KfacError: It cannot be called, or returns something else.
-    """
-    if not config.target:
-        raise ConfigError(
-            "the problem 'python' needs a function that returns it: kfac train module:function, or --set "
-            "problem.target=module:function"
-        )
-    return _answer(json.dumps(config.located().model_dump(mode="json"), sort_keys=True))
-
-
-def suggestions_of(config: PythonConfig) -> Suggestions:
-    """The likelihood that the function returns or that its targets suggest.
-
-    Raises:
-        KfacError: As `answer_of`.
-    """
-    answer = answer_of(config)
-    return Suggestions({"likelihood": dict(answer.likelihood)}, answer.reason)
+__all__ = ["Python"]
 
 
 class Python(Problem):
@@ -75,18 +32,22 @@ class Python(Problem):
     config: PythonConfig
 
     @property
+    def _answer(self) -> Answer:
+        return self.config.answer()
+
+    @property
     def task(self) -> Literal["autoencoder", "classifier", "regression"]:  # type: ignore[override]  # read-only here
         """What is learned."""
-        return answer_of(self.config).task
+        return self._answer.task
 
     @property
     def image_shape(self) -> tuple[int, int] | None:  # type: ignore[override]  # read-only here
         """(height, width) of a case, if the function says so."""
-        return answer_of(self.config).image_shape
+        return self._answer.image_shape
 
     def load(self) -> ProblemData:
         """What the function returned."""
-        return answer_of(self.config).data
+        return self._answer.data
 
     def build_model(self, generator: torch.Generator) -> nn.Module:
         """The function's model, initialised at the generator's seed; in float32 on the CPU.
@@ -94,13 +55,14 @@ class Python(Problem):
         Raises:
             KfacError: The function fails, or returns something else than before.
         """
-        config, answer = self.config, answer_of(self.config)
+        config, answer = self.config, self._answer
         if answer.problem is not None:
             return answer.problem.build_model(generator)
         seed = int(torch.randint(2**62, (), generator=generator))
         model: Any = answer.model
         if isinstance(model, nn.Module):
-            model = read_answer(_call(config, seed), config.target).model
+            again = call_at(seed, config.target, config.folder, config.arguments)
+            model = read_answer(again, config.target).model
         else:
             with seeded(seed):
                 model = call(model, {}, f"{config.target} (the model's function)", config.folder)
@@ -113,5 +75,5 @@ class Python(Problem):
 
     def picture(self, values: Tensor) -> Tensor:
         """As the user's problem says, if it is one."""
-        problem = answer_of(self.config).problem
+        problem = self._answer.problem
         return values if problem is None else problem.picture(values)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from kfacore.plugin import Component, ProblemConfig, Suggestions
+
+if TYPE_CHECKING:
+    from kfac_plugins.problems.user_answer import Answer
 
 __all__ = ["COMPONENTS", "PythonConfig"]
 
@@ -29,11 +32,21 @@ class PythonConfig(ProblemConfig):
 
     def suggestions(self) -> Suggestions:
         """The likelihood that the function returns, or that its targets suggest."""
-        from kfac_plugins.problems.python import suggestions_of
-
         if not self.target:  # `load` says that it is missing
             return Suggestions(self.run_defaults)
-        return suggestions_of(self)
+        answer = self.answer()
+        return Suggestions({"likelihood": dict(answer.likelihood)}, answer.reason)
+
+    def answer(self) -> Answer:
+        """What the function returns, read; it is called once however often this is asked for.
+
+        Raises:
+            KfacError: It cannot be called, or returns something else.
+        """
+        from kfac_plugins.problems.python_answer import answer_of
+
+        there = self.located()
+        return answer_of(there.target, there.folder, there.model_dump(mode="json")["arguments"])
 
     def located(self) -> Self:
         """With folder and file named from the root."""
