@@ -20,7 +20,7 @@ from kfacore.schema.slots import (
     literals_of,
     may_be_none,
 )
-from kfacore.schema.table import PART_SLOTS, SLOT_DEFAULTS
+from kfacore.schema.table import PART_SLOTS
 
 __all__ = ["KFACConfig", "complete"]
 
@@ -30,8 +30,8 @@ class KFACConfig(Model):
 
     likelihood: str | dict[str, Any] | LikelihoodConfig
     """The predictive distribution."""
-    approx: str | dict[str, Any] | ApproxConfig = SLOT_DEFAULTS["approx"]
-    """The approximation of the Fisher."""
+    approx: str | dict[str, Any] | ApproxConfig | None = None
+    """The approximation of the Fisher; ``"blockdiag"`` if neither this nor the preset names one."""
     estimator: str | dict[str, Any] | EstimatorConfig | None = None
     """The statistics estimator; the preset's if left out."""
     damping: str | dict[str, Any] | DampingConfig | None = None
