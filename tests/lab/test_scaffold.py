@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -100,7 +101,7 @@ def test_generated_code_is_as_clean_as_ours(tmp_path: Path, slot: str) -> None:
     made = write_plugin("two-words", tmp_path, get_registry(), slot)
     for file in made.files:
         text = (made.folder / file).read_text()
-        assert "@" not in text.replace("@hookimpl", "").replace("@property", ""), file
+        assert not re.search(r"@(?!hookimpl|property|classmethod)", text), file
         assert max(map(len, text.splitlines()), default=0) <= 120, file
     for command in (["check", "--select", "B,C4,E,F,I,PT,RUF,SIM,UP,W", "--ignore", "RUF002"], ["format", "--check"]):
         done = subprocess.run(
