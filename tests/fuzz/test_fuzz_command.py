@@ -59,8 +59,10 @@ HELD: dict[tuple[str, ...], tuple[str, ...]] = {
     ("inspect",): ("--approx", "no-such"),
     ("study", "run"): ("--dry-run",),
 }
-WORDS = ["run", "noise", "data.npz", "small.toml", "nowhere", ".", "", "-", "--", "0", "1", "-1", "1e400", "nan", "x=1", "=",
-         "approx=", "problem.sizes=[1", "approx/tridiag", "figure3", "figure1", "a:b", "ä\0", "\udcff", "tridiag", "x" * 300]  # fmt: skip
+WORDS = [
+    "run", "noise", "data.npz", "small.toml", "nowhere", ".", "", "-", "--", "0", "1", "-1", "1e400", "nan", "x=1", "=",
+    "approx=", "problem.sizes=[1", "approx/tridiag", "figure3", "figure1", "a:b", "ä\0", "\udcff", "tridiag", "x" * 300,
+]  # fmt: skip
 
 
 @st.composite
@@ -112,7 +114,9 @@ PARTS: dict[str, list[str]] = {
     "field": ["pass", "x: int", "x: int = 'a'", "x: list = []", "kind2: Any = object()", "x: 'Missing' = 1", "y = 3"],
     "arguments": ["", "", "", "registry", "*a", "a=1"],
     "slot": [f'"{slot}"' for slot in SLOTS] + ['"nothing"', "None", "3", "[]"],
-    "target": ['"kfac_plugins.approx.blockdiag:BlockDiagonal"', '"no.such:Thing"', '"x"', "None", '""', '"os:path"', "len"],
+    "target": [
+        '"kfac_plugins.approx.blockdiag:BlockDiagonal"', '"no.such:Thing"', '"x"', "None", '""', '"os:path"', "len",
+    ],
     "config": ["Config", "Config()", "None", "dict", "BaseModel", "3"],
     "body": [
         "return [Component({slot}, '{name}', {config}, {target}, 'x')]",

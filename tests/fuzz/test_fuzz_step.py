@@ -26,7 +26,7 @@ def net(kind: str) -> nn.Module:
     if kind == "mlp":
         return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     if kind == "cnn":
-        return nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(2, 3))
+        return nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3))
     if kind == "tokens":
         return nn.Sequential(nn.Embedding(4, 5), nn.LayerNorm(5), nn.Linear(5, 3))
     return nn.Sequential(nn.LazyLinear(5), nn.BatchNorm1d(5), nn.Linear(5, 3), nn.Dropout(0.1))

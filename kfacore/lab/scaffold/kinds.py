@@ -49,6 +49,13 @@ KINDS: dict[str, Kind] = {
         '    share: float = 1.0\n    """Share of the way to the minimum."""\n',
         "--momentum NAME",
     ),
+    "layer": Kind(
+        "layer type",
+        "Layer",
+        "Linear layers with a fixed gain, y = gain W x + b: one block.",
+        "",
+        "MINE.py:FUNCTION",
+    ),
     "likelihood": Kind(
         "likelihood",
         "Likelihood",
