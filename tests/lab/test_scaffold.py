@@ -100,7 +100,8 @@ def test_no_name_collides_with_a_name_in_the_code(tmp_path: Path, name: str) -> 
 
 def test_generated_code_is_as_clean_as_ours(tmp_path: Path) -> None:
     for slot in KINDS:
-        made = write_plugin(f"two-words-{slot}", tmp_path, get_registry(), slot)
+        (tmp_path / slot).mkdir()
+        made = write_plugin("two-words", tmp_path / slot, get_registry(), slot)
         for file in made.files:
             text = (made.folder / file).read_text()
             assert "@" not in text.replace("@hookimpl", "").replace("@property", ""), file
