@@ -76,11 +76,13 @@ def require_dense(what: str, value: Any) -> None:
 
 
 def require_sizes(what: str, value: Any) -> None:
-    """Refuse tensors that have no sizes.
+    """Refuse tensors that have no sizes, or no values.
 
     Raises:
-        DataError: One of them is nested.
+        DataError: One of them is nested, or on the device ``meta``.
     """
+    if any(tensor.is_meta for tensor in tensors_of(value)):
+        raise DataError(f"{what}: they are on meta, where tensors have shapes and no values; give the data themselves")
     if any(tensor.is_nested for tensor in tensors_of(value)):
         raise DataError(f"{what}: found a nested tensor; pad it with .to_padded_tensor(0.0), and give the mask")
 

@@ -36,7 +36,7 @@ def check_form(targets: Any, cases: int, device: torch.device) -> None:
 
 def _all_finite(x: Tensor) -> Tensor:
     """Whether every entry is finite; on the host one sum tells it of all but sums that overflow."""
-    if host.is_free(x) and x.dtype in (torch.float32, torch.float64) and math.isfinite(float(x.sum())):
+    if host.is_free(x) and x.dtype in (torch.float32, torch.float64) and math.isfinite(float(x.detach().sum())):
         return torch.ones((), dtype=torch.bool)
     return torch.isfinite(x).all()
 
