@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: install train test lint bench docs clean
+.PHONY: install train test test-all lint bench docs clean
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,10 @@ lint: install
 # A file of tests stays in one process, which makes its shared fixtures once; more threads would only wait on each other.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+
+# Also the tests marked slow, and 1,000 examples of each fuzz test in place of 60.
+test-all: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --all
 
 # Sphinx is not needed by `make test`; a test builds the docs too where it is there.
 docs: $(VENV)/.documented

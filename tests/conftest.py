@@ -18,6 +18,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 Install = Callable[..., Path]
 
+ALL = "KFAC_TEST_ALL"
+"""Environment variable for `fuzzing` and for the processes of pytest-xdist: tests marked slow too, 1,000 examples."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="slow tests too, and 1,000 examples of each fuzz test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--all"):
+        os.environ[ALL] = "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get(ALL) or any("::" in argument for argument in config.args):  # named tests are wanted
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+
 
 @pytest.fixture
 def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:

@@ -143,7 +143,7 @@ class LiveLine:
         method = event["optimizer"] if event["approx"] is None else f"{event['optimizer']}/{event['approx']}"
         test = f"{event['train_cases']:,} + {event['test_cases']:,} test cases"
         cases = test if event["test_cases"] else counted(event["train_cases"], "case")
-        self.say(
+        self._words(
             f"{event['problem']} with {method}: {counted(event['parameters'], 'parameter')}, {cases}, "
             f"{event['dtype']} on {event['device']}"
         )
@@ -151,6 +151,8 @@ class LiveLine:
         self.say(f"run folder {event['run']}{going_on}")
         self._recent = [(int(event["step"]), float(event["seconds"]))]
         self._rejected = int(event.get("rejected", 0))
+        if self._live is not None:
+            self._live.update(f"waiting for step {event['step'] + 1} ...")
 
     def _on_step(self, event: Mapping[str, Any]) -> None:
         step, seconds = int(event["step"]), float(event["seconds"])
@@ -177,7 +179,11 @@ class LiveLine:
             ]
             if numbers:
                 parts.append(f"{name}error: {', '.join(numbers)}")
-        self.console.print("  ".join(parts), markup=False)  # words, no path: rich may break it between them
+        self._words("  ".join(parts))
+
+    def _words(self, text: str) -> None:
+        """Print a line of words, no path among them: rich may break it between them."""
+        self.console.print(text, markup=False)
 
 
 class _Fitted:

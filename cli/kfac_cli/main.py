@@ -40,8 +40,15 @@ COMMANDS: tuple[str, ...] = (
 TRACEBACK_VARIABLE = "KFAC_TRACEBACK"
 """Environment variable: if set, every error also shows its traceback."""
 
-# Plain help (no rich panels): it starts faster, and its text survives pipes and narrow terminals.
-app = typer.Typer(name="kfac", rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
+# Plain help (no rich panels): it starts faster, and its text survives pipes and narrow terminals. As wide as the
+# terminal is: without a width the parser's library stops at 80 columns.
+app = typer.Typer(
+    name="kfac",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"max_content_width": sys.maxsize},
+)
 
 
 def _print_version(wanted: bool) -> None:

@@ -19,6 +19,7 @@ from kfacore.network.draws import Draws
 from kfacore.network.facts import Facts, Way, common_cases
 from kfacore.network.finding import strict_blocks, unwrapped, whole_model
 from kfacore.network.linearization import Before, Linearization, Path
+from kfacore.network.misfit import MISFITS, misfit, require_sizes
 from kfacore.network.outputs import Output
 from kfacore.network.pairs import following
 from kfacore.network.state import ModelState
@@ -134,6 +135,8 @@ class Linearizer:
         Raises:
             DataError: There are no cases, or nothing tells how many.
         """
+        require_sizes("inputs", inputs)
+        require_sizes("targets", targets)
         told = isinstance(targets, Tensor) and targets.dim() > 0 and len(targets) > 0
         empty = isinstance(inputs, list | tuple | dict) and not inputs
         if self._strict is None and told and not empty and common_cases(inputs) is None:
@@ -195,20 +198,21 @@ class Linearizer:
         """
         if any(tensor.dim() and tensor.shape[0] == 0 for tensor in tensors_of(inputs)) and common_cases(inputs) == 0:
             raise DataError("inputs: the mini-batch has no cases")
-        if self._lazy:
-            materialise(self.model, inputs)
-            self._lazy = False
-            self._watch()
-            self._find()
-        self._kept.require()
-        if self._strict is not None:
-            return self._note(self._strict_call(self._strict, inputs, statistics_cases, low, pulled_cases))
         try:
+            if self._lazy:
+                materialise(self.model, inputs)
+                self._lazy = False
+                self._watch()
+                self._find()
+            self._kept.require()
+            if self._strict is not None:
+                return self._note(self._strict_call(self._strict, inputs, statistics_cases, low, pulled_cases))
             return self._note(self._serve(inputs, statistics_cases, low, pulled_cases))
-        except (TypeError, AttributeError) as error:
-            if next(tensors_of(inputs), None) is not None:
+        except MISFITS as error:
+            refusal = misfit(self.model, inputs, error)
+            if refusal is None:
                 raise
-            raise DataError(f"inputs: they hold no tensor, and the model does not run on them ({error})") from error
+            raise refusal from error
 
     def _serve(self, inputs: Any, kept: int | None, low: torch.dtype | None, pulled: int) -> Linearization:
         """Look at the model if that is due, and run it; once more if it has begun to draw."""

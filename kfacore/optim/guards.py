@@ -12,6 +12,7 @@ from torch import Tensor
 from kfacore import host
 from kfacore.errors import ConfigError, DataError, NumericalError, UnsupportedModelError
 from kfacore.nest import map_nest, tensors_of
+from kfacore.network.misfit import require_dense
 from kfacore.optim.targets import DeferredRefusal
 
 __all__ = ["as_parameters", "check_form", "require_finite", "require_state"]
@@ -23,6 +24,7 @@ def check_form(targets: Any, cases: int, device: torch.device) -> None:
     Raises:
         DataError: The message says what was found.
     """
+    require_dense("targets", targets)
     if not isinstance(targets, Tensor) or targets.dim() == 0:
         found = "a number" if isinstance(targets, Tensor) else f"a {type(targets).__name__}"
         raise DataError(f"targets: a tensor with one target a case is needed, found {found}")
@@ -34,7 +36,7 @@ def check_form(targets: Any, cases: int, device: torch.device) -> None:
 
 def _all_finite(x: Tensor) -> Tensor:
     """Whether every entry is finite; on the host one sum tells it of all but sums that overflow."""
-    if host.is_free(x) and x.dtype in (torch.float32, torch.float64) and math.isfinite(float(x.sum())):
+    if host.is_free(x) and x.dtype in (torch.float32, torch.float64) and math.isfinite(float(x.detach().sum())):
         return torch.ones((), dtype=torch.bool)
     return torch.isfinite(x).all()
 

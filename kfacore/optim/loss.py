@@ -101,6 +101,7 @@ class Loss:
         z = outputs[0]
         cases = sum(len(chunk) for chunk in outputs)
         check_form(targets, cases, z.device)
+        targets = targets.detach()  # constants: a graph behind them would be carried into the gradient
         mask = None if valid is None else as_mask(valid, cases, z.device)
         layout, sure = find_layout(z, targets, mask, prefer_second=self._second, where=where)
         if sure and layout.positions and tuple(targets.shape[1:]) == layout.positions:

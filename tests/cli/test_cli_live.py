@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 
 import pytest
 from rich.console import Console
@@ -100,6 +101,16 @@ def test_on_a_terminal_the_line_is_redrawn_and_fits(monkeypatch):
     assert "lambda" not in text
     assert "…" not in text
     assert "\x1b[2K" in text  # the line is erased before it is drawn again
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_what_stays_above_the_line_breaks_between_words(monkeypatch, width):
+    text = shown(monkeypatch, [START], terminal=True, width=width)
+    first = re.sub(r"\x1b\[[?0-9]*[a-zA-Z]", "", text[: text.index("run folder")]).splitlines()
+    assert all(len(line) <= width for line in first)
+    shown_words = " ".join(text.replace("\n", " ").split())
+    assert "842,340 parameters, 20,000 + 10,000 test cases, float32 on cpu" in shown_words
+    assert "waiting for step 1 ..." in text  # torch and the data are there
 
 
 @pytest.mark.parametrize("width", [1, 10, 20, 40, 60, 80, 100, 200])

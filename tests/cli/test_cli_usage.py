@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import typer
 
-from kfac_cli.main import main
+from kfac_cli.main import app, main
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -50,3 +53,37 @@ def test_without_arguments_there_is_help(monkeypatch, capsys, line: str) -> None
     captured = capsys.readouterr()
     assert "Usage: kfac" in captured.out + captured.err
     assert not captured.err.startswith("error")
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command with its words."""
+    for name, command in group.commands.items():
+        yield from commands(command, (*path, name)) if hasattr(command, "commands") else [((*path, name), command)]
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_names_every_value(words: tuple[str, ...]) -> None:
+    for parameter in COMMANDS[words].params:
+        if not getattr(parameter, "is_flag", False):
+            assert parameter.metavar, parameter.opts
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize("words", [("train",), ("study", "run")], ids=" ".join)
+def test_help_is_as_wide_as_the_terminal(monkeypatch, capsys, columns: int, words: tuple[str, ...]) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert call(monkeypatch, *words, "--help") == 0
+    widest = max(map(len, capsys.readouterr().out.splitlines()))
+    assert columns - 22 < widest <= columns  # a line is as full as its words allow
+
+
+def test_help_says_where_names_are_listed(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    call(monkeypatch, "train", "--help")
+    shown = capsys.readouterr().out
+    for slot in ("problem", "approx", "damping", "momentum", "optimizer"):
+        assert f"--{slot} NAME" in shown
+        assert f"kfac list {slot} has all" in shown

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -31,33 +32,40 @@ FILES = (
 )
 
 
-@pytest.mark.parametrize("slot", KINDS)
-def test_it_is_found_and_passes_its_suite_as_generated(tmp_path: Path, slot: str) -> None:
-    made = write_plugin("two-words", tmp_path, get_registry(), slot)
-    site = tmp_path / "site"
-    variables = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, list[dict[str, str]]]:
+    """One of each kind, made-SLOT, built and installed by pip: its tests' report, their output, what is listed."""
+    folder = tmp_path_factory.mktemp("made")
+    made = [write_plugin(f"made-{slot}", folder, get_registry(), slot) for slot in KINDS]
+    site, report = folder / "site", folder / "report.xml"
+    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
-    def run(*arguments: str, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=cwd,
-            env=variables,
-            capture_output=True,
-            text=True,
-            timeout=1200,
-            check=False,
-        )
+    def run(*arguments: str, cwd: Path = folder) -> str:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-        return done
+        return done.stdout
 
     pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
-    run(*pip, "--no-index", "--target", str(site), str(made.folder))
-    tested = run("-m", "pytest", "-p", "no:cacheprovider", cwd=made.folder)
-    assert " passed" in tested.stdout
-    assert "skipped" not in tested.stdout
-    listed = run("-c", "from kfac_cli.main import main; main()", "list", slot, "--json")
-    (found,) = [entry for entry in json.loads(listed.stdout) if entry["name"] == "two-words"]
-    assert (found["plugin"], found["distribution"]) == ("two-words", "kfac-two-words")
+    run(*pip, "--no-index", "--target", str(site), *(str(each.folder) for each in made))
+    # All in one process, with the settings of the first, which are those of all.
+    settings = ["-c", str(made[0].folder / "pyproject.toml"), "--rootdir", str(folder), f"--junitxml={report}"]
+    tests = [str(each.folder / "tests") for each in made]
+    tested = run("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *settings, *tests)
+    listed = json.loads(run("-c", "from kfac_cli.main import main; main()", "list", "--json"))
+    return report, tested, listed
+
+
+@pytest.mark.parametrize("slot", KINDS)
+def test_it_is_found_and_passes_its_suite_as_generated(installed, slot: str) -> None:
+    report, tested, listed = installed
+    cases = [case for case in ElementTree.parse(report).iter("testcase") if f"made_{slot}" in case.get("classname")]
+    assert len(cases) >= 3, tested
+    assert not [case.get("name") for case in cases if len(case)]  # neither failed nor skipped
+    (found,) = [entry for entry in listed if entry["name"] == f"made-{slot}"]
+    assert (found["slot"], found["plugin"]) == (slot, f"made-{slot}")
+    assert found["distribution"] == f"kfac-made-{slot}"
 
 
 def test_every_slot_has_a_template() -> None:
@@ -96,16 +104,17 @@ def test_no_name_collides_with_a_name_in_the_code(tmp_path: Path, name: str) -> 
         assert len(set(imported + defined)) == len(imported + defined), file
 
 
-@pytest.mark.parametrize("slot", KINDS)
-def test_generated_code_is_as_clean_as_ours(tmp_path: Path, slot: str) -> None:
-    made = write_plugin("two-words", tmp_path, get_registry(), slot)
-    for file in made.files:
-        text = (made.folder / file).read_text()
-        assert not re.search(r"@(?!hookimpl|property|classmethod)", text), file
-        assert max(map(len, text.splitlines()), default=0) <= 120, file
+def test_generated_code_is_as_clean_as_ours(tmp_path: Path) -> None:
+    for slot in KINDS:
+        (tmp_path / slot).mkdir()
+        made = write_plugin("two-words", tmp_path / slot, get_registry(), slot)
+        for file in made.files:
+            text = (made.folder / file).read_text()
+            assert not re.search(r"@(?!hookimpl|property|classmethod)", text), file
+            assert max(map(len, text.splitlines()), default=0) <= 120, file
     for command in (["check", "--select", "B,C4,E,F,I,PT,RUF,SIM,UP,W", "--ignore", "RUF002"], ["format", "--check"]):
         done = subprocess.run(
-            [sys.executable, "-m", "ruff", *command, "--no-cache", str(made.folder)],
+            [sys.executable, "-m", "ruff", *command, "--no-cache", str(tmp_path)],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr

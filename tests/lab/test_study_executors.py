@@ -130,7 +130,8 @@ def slurm(**options: Any) -> Executor:
     return get_registry().build("executor", {"kind": "slurm", "cluster": "local", **options})
 
 
-@pytest.fixture(params=["heard", "ignored"])
+# The harder of the two in every run of the tests; each test starts several processes, which import torch.
+@pytest.fixture(params=[pytest.param("heard", marks=pytest.mark.slow), "ignored"])
 def sigint(request) -> Iterator[None]:
     """Started like ``make test &`` in a script, where SIGINT is ignored here and in all that is started from here."""
     before = signal.getsignal(signal.SIGINT)

@@ -128,6 +128,15 @@ def test_ignored_labels_and_masks_train() -> None:
     assert runs == pytest.approx([runs[0]] * len(runs), rel=1e-12)
 
 
+def test_targets_that_require_gradients_are_constants() -> None:
+    x, y = inputs(), good("bernoulli")
+    found = []
+    for targets in (y, y.clone().requires_grad_()):
+        optimizer = KFAC(net(), likelihood="bernoulli", weight_decay=1e-3)
+        found.append([float(optimizer.step(x, targets).loss) for _ in range(4)])
+    assert found[0] == found[1]
+
+
 def test_a_flag_is_read_from_host_memory() -> None:
     flags = torch.tensor([False, True, False])
     assert [true_on_host(flag) for flag in flags] == [False, True, False]

@@ -37,42 +37,57 @@ def _names(slot: str) -> Callable[[str], list[str]]:
 def inspect(
     target: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN|FIGURE]", help="A run folder, or figure1, figure2, figure5, figure6, figure7."),
+        typer.Argument(metavar="RUN|FIGURE", help="A run folder, or figure1, figure2, figure5, figure6, figure7."),
     ] = None,
     problem: Annotated[
         str | None,
         typer.Option(
-            help="Problem to inspect at its initialisation (default curves).", autocompletion=_names("problem")
+            metavar="NAME",
+            help="Problem to inspect at its initialisation: curves (default), ...; kfac list problem has all.",
+            autocompletion=_names("problem"),
         ),
     ] = None,
     approx: Annotated[
         list[str] | None,
-        typer.Option(help="Approximation to measure; repeatable (default all).", autocompletion=_names("approx")),
+        typer.Option(
+            metavar="NAME",
+            help="Approximation to measure; repeatable (default all of kfac list approx).",
+            autocompletion=_names("approx"),
+        ),
     ] = None,
     config: Annotated[
-        list[Path] | None, typer.Option("--config", "-c", help="A TOML file of options; may be repeated.")
+        list[Path] | None,
+        typer.Option("--config", "-c", metavar="FILE", help="A TOML file of options; may be repeated."),
     ] = None,
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="One option, for example damping.lambda0=1.0; repeatable."),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="Named set of options.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the model and of the choice of cases.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of the problem's data files.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Options by name: default, paper or heskes.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the model and of the choice of cases.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the problem's data files.")] = None,
     cases: Annotated[
-        int | None, typer.Option(min=1, help="Training cases of the exact Fisher (default 1000, figures 5000).")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Training cases of the exact Fisher (default 1000, figures 5000)."),
     ] = None,
     layers: Annotated[
         str | None, typer.Option(metavar="FIRST-LAST", help="Layers of the dense matrices, counted from 1.")
     ] = None,
-    gamma: Annotated[float | None, typer.Option(min=0.0, help="gamma instead of the run's or the damping's.")] = None,
-    lam: Annotated[
-        float | None, typer.Option("--lambda", min=0.0, help="lambda instead of the run's or the damping's.")
+    gamma: Annotated[
+        float | None, typer.Option(metavar="X", min=0.0, help="gamma instead of the run's or the damping's.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the CPU computation.")] = None,
+    lam: Annotated[
+        float | None,
+        typer.Option("--lambda", metavar="X", min=0.0, help="lambda instead of the run's or the damping's."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="Threads of the CPU computation.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of inspect.json and the pictures (default inspect, in the run's folder)."),
+        typer.Option(
+            metavar="DIR", help="Folder of inspect.json and the pictures (default inspect, in the run's folder)."
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:

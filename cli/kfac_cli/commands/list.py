@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
     @app.command("list")
     def list_components(
         slot: Annotated[
-            str | None, typer.Argument(metavar="[SLOT]", help=f"One of {', '.join(SLOTS)}.", autocompletion=_slots)
+            str | None, typer.Argument(metavar="SLOT", help=f"One of {', '.join(SLOTS)}.", autocompletion=_slots)
         ] = None,
         json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
     ) -> None:

@@ -20,15 +20,18 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def report(
-        runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+        runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders.")],
         target: Annotated[
-            float | None, typer.Option(help="Show when each run first reached this error (at an evaluation).")
+            float | None,
+            typer.Option(metavar="X", help="Show when each run first reached this error (at an evaluation)."),
         ] = None,
         measure: Annotated[
-            str, typer.Option(help="The error meant by --target: [averaged_](train|test)_error.")
+            str,
+            typer.Option(metavar="NAME", help="The error meant by --target: [averaged_](train|test)_error."),
         ] = "train_error",
         out: Annotated[
-            Path | None, typer.Option(help="Folder of the pictures; report beside the first run by default.")
+            Path | None,
+            typer.Option(metavar="DIR", help="Folder of the pictures; report beside the first run by default."),
         ] = None,
         json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
     ) -> None:

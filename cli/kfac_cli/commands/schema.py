@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
     @app.command("schema")
     def schema(
         what: Annotated[
-            str, typer.Argument(metavar="[WHAT]", help="run (kfac train -c FILE) or study (kfac study run FILE).")
+            str, typer.Argument(metavar="run|study", help="run (kfac train -c FILE) or study (kfac study run FILE).")
         ] = "run",
     ) -> None:
         """Print the JSON Schema of configuration files or of study files, for editors."""

@@ -42,11 +42,16 @@ def run(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A study file (TOML).")],
     out: Out = None,
     sets: Sets = None,
-    workers: Annotated[int | None, typer.Option(help="Runs at the same time.")] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Runs at the same time.")] = None,
     executor: Annotated[
-        str | None, typer.Option(help="Where the runs are executed.", autocompletion=_executors)
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Where the runs are executed: local (default), slurm; kfac list executor has all.",
+            autocompletion=_executors,
+        ),
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of the problems' data files.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the problems' data files.")] = None,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop the study when a run fails.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed runs again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs; execute nothing.")] = False,

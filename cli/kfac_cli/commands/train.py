@@ -53,8 +53,8 @@ def train(
     what: Annotated[
         str | None,
         typer.Argument(
-            metavar="[DATA.npz | PROBLEM | MODULE:FUNCTION]",
-            help="The same as --problem: your arrays, a problem's name, or your own function (docs/command.md).",
+            metavar="DATA.npz|PROBLEM|MODULE:FUNCTION",
+            help="The same as --problem: your arrays (.npz or .csv), a problem's name, or your own function.",
             autocompletion=_names("problem"),
             show_default=False,
         ),
@@ -65,24 +65,27 @@ def train(
     momentum: Annotated[str | None, _choice("momentum", "Step size and momentum", "fixed, none")] = None,
     optimizer: Annotated[str | None, _choice("optimizer", "What trains", "adam, sgd, nesterov")] = None,
     config: Annotated[
-        list[Path] | None, typer.Option("--config", "-c", help="A TOML file of options; may be repeated.")
+        list[Path] | None,
+        typer.Option("--config", "-c", metavar="FILE", help="A TOML file of options; may be repeated."),
     ] = None,
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="One option, for example damping.lambda0=1.0; repeatable."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps in all, also when a run is resumed.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of every random draw.")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps in all, also when a run is resumed.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of every random draw.")] = None,
     preset: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Options by name: default, paper or heskes.", autocompletion=_presets),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the CPU computation.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of the problem's data files.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The run folder; must not hold a run yet.")] = None,
-    init: Annotated[Path | None, typer.Option(help="Start from a .safetensors, .npz or .pt (checkpoint) file.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="NAME", help="float32 or float64.")] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="Threads of the CPU computation.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the problem's data files.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder; must not hold a run yet.")] = None,
+    init: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Start from a .safetensors, .npz or .pt (checkpoint) file.")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue the run in this folder.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the configuration, each parameter and memory; train nothing.")

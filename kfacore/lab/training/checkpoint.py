@@ -10,9 +10,9 @@ The best checkpoint has the parameters alone, with ``format``, ``model``, ``step
 
 from __future__ import annotations
 
-import pickle
+import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfacore.errors import DataError
+from kfacore.errors import DataError, KfacError
 from kfacore.lab.training.files import atomic_write, disk_errors
 
 __all__ = ["FORMAT", "Best", "Checkpoint", "load_best", "load_checkpoint", "read_model", "save_best", "save_checkpoint"]
@@ -157,7 +157,9 @@ def _load(
         if damaged is not None:
             raise DataError(f"{path} is damaged (part {damaged}); {advice}")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except (KfacError, MemoryError):
+        raise
+    except Exception as error:  # a spoiled file raises almost anything out of zipfile, pickle and torch
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"{path} cannot be read as a checkpoint: {reason[0]}; {advice}") from error
     needed = [{e.name for e in fields(kind) if e.default_factory is MISSING} for kind in kinds]
@@ -171,4 +173,35 @@ def _load(
             "use the version of kfacore that wrote it (manifest.json says which)"
         )
     known = {entry.name for kind in kinds for entry in fields(kind)}
-    return {name: value for name, value in content.items() if name in known}
+    entries = {name: value for name, value in content.items() if name in known}
+    for name, value in entries.items():
+        if not _FORMS[name](value):
+            raise DataError(f"{path} is not a checkpoint of kfac train: its entry {name} is {value!r:.60}; {advice}")
+    return entries
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _table(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+_FORMS: dict[str, Callable[[Any], bool]] = {
+    "model": lambda value: _table(value) and all(isinstance(each, Tensor) for each in value.values()),
+    "optimizer": _table,
+    "averaged": lambda value: value is None or _table(value),
+    "step": _count,
+    "seconds": lambda value: _number(value) and 0.0 <= value < math.inf,
+    "evaluated": lambda value: value is None or _count(value),
+    "config": _table,
+    "data": lambda value: isinstance(value, str),
+    "progress": _table,
+    "train_loss": _number,
+}
+"""What the entries of either kind of file must be, so that a file of something else is refused before it is used."""

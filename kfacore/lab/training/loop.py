@@ -142,7 +142,7 @@ class _Run:
             parts.optimizer.load_state_dict(dict(checkpoint.optimizer))
             if parts.average is not None and checkpoint.averaged is not None:
                 parts.average.load_state_dict(dict(checkpoint.averaged))
-        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if isinstance(error, KeyError):
                 reason = f"it has no entry {reason}"
