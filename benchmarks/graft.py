@@ -3,7 +3,7 @@
 The base trains with its best learning rate and a schedule; then the same with ``scale="graft"`` around it, rate and
 schedule kept as they are. The loss on held-out data is taken at twenty places of the schedule, and the first at which
 it is down to the base's last counts. Processor seconds are those of this process in training, evaluations left out.
-``--tune`` runs the base alone at every rate of its list, to choose one.
+``--tune`` first runs the base alone at every rate of its list, with seed 0, and goes on with the best.
 """
 
 from __future__ import annotations
@@ -131,11 +131,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--text", type=Path, help="text file of the GPT; words made up if left out")
     parser.add_argument("--images", type=Path, help=".npz of the CNN; noise made up if left out")
     parser.add_argument("--net", choices=["gpt", "cnn"], action="append", help="repeatable; both if left out")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="0 with --tune: to tune alone")
     parser.add_argument("--steps", type=int, help="of a run; the task's if left out")
     parser.add_argument("--batch", type=int, help="pieces or images of a step; the task's if left out")
     parser.add_argument("--rate", type=float, help="largest learning rate; the task's tuned one if left out")
-    parser.add_argument("--tune", action="store_true", help="run the base alone at every rate of its list")
+    parser.add_argument("--tune", action="store_true", help="find the base's best rate first")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=JSON", help="of the guest, repeatable")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
@@ -145,9 +145,8 @@ def main(arguments: list[str]) -> int:
     for net in given.net or ["gpt", "cnn"]:
         loop = loops.gpt(given.text, **size) if net == "gpt" else loops.cnn(given.images, **size)
         loop = loop.with_steps(given.steps)
-        if given.tune:
-            tune(report, loop)
-        else:
-            measure(report, loop, given.rate or loop.rate, range(given.seeds), guest)
+        rate = tune(report, loop) if given.tune else given.rate or loop.rate
+        if given.seeds:
+            measure(report, loop, rate, range(given.seeds), guest)
     report.save(given.json)
     return 0

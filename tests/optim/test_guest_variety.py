@@ -79,7 +79,8 @@ def near(a: list[Tensor], b: list[Tensor], tolerance: float) -> bool:
 
 
 @pytest.mark.parametrize(
-    "approx", [{"kind": "blockdiag", "power": 1.0}, {"kind": "blockdiag", "power": 0.5}, "tridiag"]
+    "approx",
+    [{"kind": "blockdiag", "power": 1.0}, {"kind": "blockdiag", "power": 0.5}, {"kind": "tridiag", "power": 1.0}],
 )
 def test_a_step_of_rate_one_is_the_direction_of_kfac_itself(approx: Any) -> None:
     x, y = data()
@@ -90,7 +91,7 @@ def test_a_step_of_rate_one_is_the_direction_of_kfac_itself(approx: Any) -> None
         damping={"kind": "fixed", "lambda0": gamma**2}, momentum="none", trust="none",
     )  # fmt: skip
     kfac.step(x, y)
-    opt = guest(model, approx=approx, estimator=EXACT, scale="none", gamma=gamma, pi=kfac.damping.config.pi)
+    opt = guest(model, approx=kfac.approx, estimator=EXACT, scale="none", gamma=gamma, pi=kfac.damping.config.pi)
     backward(opt, model, x, y)
     opt.step()
     assert kfac.preconditioner is not None
