@@ -119,10 +119,10 @@ def measure(report: Report, loop: Loop, rate: float, seeds: Sequence[int], guest
         report.table(f"graft: {loop.name}, {loop.steps} steps, rate {rate:g}, seed {seed}", shown)
         report.tables[-1]["rows"] = rows[-1:]
     names = ("base's final loss", "guest's", "share of steps", "share of seconds")
-    reached = [row for row in rows if row["share of steps"] is not None]
-    means = {name: mean(row[name] for row in rows if row[name] is not None) if reached else None for name in names}
-    title = f"graft: {loop.name}, means of the seeds that reached the base's loss"
-    report.table(title, [{"reached": f"{len(reached)} of {len(rows)}", **means}])
+    known = {name: [row[name] for row in rows if row[name] is not None] for name in names}
+    means = {name: mean(values) if values else None for name, values in known.items()}
+    title = f"graft: {loop.name}, means; shares are of the seeds that reached the base's loss"
+    report.table(title, [{"reached": f"{len(known['share of steps'])} of {len(rows)}", **means}])
 
 
 def main(arguments: list[str]) -> int:

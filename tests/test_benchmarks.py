@@ -246,7 +246,7 @@ def test_guest_and_base_train_on_the_same(tmp_path: Path, capsys: pytest.Capture
     row = json.loads((tmp_path / "graft.json").read_text())["tables"][0]["rows"][0]
     assert len(row["base's curve"]) == len(row["guest's curve"]) == 4
     assert row["base's curve"] != row["guest's curve"]
-    assert "means of the seeds" in capsys.readouterr().out
+    assert "graft: gpt, means" in capsys.readouterr().out
     loop = loops.cnn(None, batch=4, width=2).with_steps(3)
     rates = [graft.train(loop, 0, rate, None).losses[-1] for rate in loop.rates]
     assert graft.tune(Report("graft"), loop) == loop.rates[rates.index(min(rates))]
