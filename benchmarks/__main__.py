@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from benchmarks import (
     everything,
+    graft,
+    guest,
     launches,
     memory,
     pairs,
@@ -22,6 +24,8 @@ from benchmarks import (
 
 BENCHMARKS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "all": (everything.main, "every benchmark that is quick enough for `make bench`"),
+    "graft": (graft.main, "steps and seconds of a guest to the final loss of the tuned optimizer that it wraps"),
+    "guest": (guest.main, "cost of a guest's steps against those of the optimizer that it wraps"),
     "launches": (launches.main, "dispatched operations and waits of ordinary and refresh steps"),
     "memory": (memory.main, "peak memory of training against Adam"),
     "pairs": (pairs.main, "which pairs of blocks the tridiagonal form should couple"),

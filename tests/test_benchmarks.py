@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import launches, pairs, tolerance
+from benchmarks import graft, guest, launches, loops, pairs, tolerance
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.__main__ import main as command
 from benchmarks.contenders import kfac
@@ -211,3 +212,54 @@ def test_forests_of_pairs_are_compared(tmp_path: Path, monkeypatch: pytest.Monke
         x, y = task.data(torch.Generator().manual_seed(0))
         assert task.build()(x[:2]).shape[0] == 2
         assert len(x) == len(y)
+
+
+def test_a_guests_ordinary_step_waits_for_nothing() -> None:
+    """Beyond the base's own: fewer than six operations a block, half of them products, and no wait."""
+    report = Report("guest")
+    for scale in ("graft", "kl", "none"):
+        found = guest.count(report, loops.gpt(None, batch=2, context=16), options={"scale": scale})
+        blocks = 1 + 1 + 3 * 6 + 1
+        assert found["ordinary"][1] == found["base"][1]
+        assert found["ordinary"][0] - found["base"][0] < 6 * blocks
+        assert found["statistics and refresh"][0] > found["ordinary"][0]
+
+
+def test_a_guest_is_timed_against_its_base() -> None:
+    report = Report("guest")
+    guest.measure(report, loops.cnn(None, batch=4, width=2), every=2, periods=1, options={})
+    names = [row[""] for row in report.tables[0]["rows"]]
+    assert names == ["base", "ordinary", "every 2"]
+    assert report.tables[0]["rows"][0]["mean / base"] == 1
+
+
+def test_the_first_evaluation_that_is_low_enough_counts() -> None:
+    curve = graft.Curve([5, 10, 15], [1.0, 2.0, 3.0], [0.9, 0.4, 0.5])
+    assert curve.reached(0.5) == (10, 2.0)
+    assert curve.reached(0.3) is None
+
+
+def test_guest_and_base_train_on_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--steps", "4", "--batch", "2", "--seeds", "1"]
+    file = str(tmp_path / "graft.json")
+    assert graft.main([*common, "--net", "gpt", "--option", "every=2", "--json", file]) == 0
+    row = json.loads((tmp_path / "graft.json").read_text())["tables"][0]["rows"][0]
+    assert len(row["base's curve"]) == len(row["guest's curve"]) == 4
+    assert row["base's curve"] != row["guest's curve"]
+    assert "graft: gpt, means" in capsys.readouterr().out
+    loop = loops.cnn(None, batch=4, width=2).with_steps(3)
+    rates = [graft.train(loop, 0, rate, None).losses[-1] for rate in loop.rates]
+    assert graft.tune(Report("graft"), loop) == loop.rates[rates.index(min(rates))]
+
+
+def test_loops_take_files(tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "images.npz",
+        **{f"x_{part}": np.arange(8 * 3 * 16, dtype=np.uint8).reshape(8, 3, 4, 4) for part in ("train", "test")},
+        **{f"y_{part}": np.arange(8) % 3 for part in ("train", "test")},
+    )
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 40)
+    for loop in (loops.cnn(tmp_path / "images.npz", batch=4), loops.gpt(tmp_path / "text.txt", batch=2, context=8)):
+        x, y = loop.batch(torch.Generator().manual_seed(0))
+        assert loop.build(0)(x).shape[:-1] == y.shape
+        assert loop.held_loss(loop.build(0)) > 0

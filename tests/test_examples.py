@@ -23,9 +23,11 @@ def load(path: Path) -> ModuleType:
 
 
 def test_there_are_some() -> None:
-    assert {"plain_loop", "images", "char_gpt"} <= {path.stem for path in PROGRAMS}
+    names = {"plain_loop", "images", "char_gpt", "hf_trainer", "lightning_trainer", "accelerated"}
+    assert names <= {path.stem for path in PROGRAMS}
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", "ignore::UserWarning:lightning")
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
 def test_a_program_runs_and_is_one_page(path: Path) -> None:
     assert len(path.read_text("utf-8").splitlines()) <= 60

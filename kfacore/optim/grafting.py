@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacore.network import BlockVector
-from kfacore.network.blocks import ModelBlock
+from kfacore.network.blocks import ModelBlock, Of
 from kfacore.roles.inverse import Inverse
 
 __all__ = ["Grafting", "movable"]
@@ -41,6 +41,8 @@ def movable(block: ModelBlock) -> bool:
 class Grafting:
     """Directions of K-FAC in the steps of another optimizer.
 
+    All is done on three vectors that hold every block, in a few calls for all of them, and nothing is read on the host.
+
     Args:
         base: The other optimizer.
         layers: The blocks.
@@ -49,39 +51,59 @@ class Grafting:
 
     def __init__(self, base: torch.optim.Optimizer, layers: Sequence[ModelBlock], decoupled: bool | None) -> None:
         self._base, self._layers, self._decoupled = base, list(layers), decoupled
-        self._source, self._solved = BlockVector.zeros(layers), BlockVector.zeros(layers)
+        self._kept, self._source, self._solved = (BlockVector.zeros(layers) for _ in range(3))
+        self._owners = [_owners(block) for block in layers]
 
     def graft(self, inverse: Inverse) -> None:
         """The base's step with the directions of K-FAC."""
-        blocks, groups = self._moving(), self._groups()
-        parameters = _parameters(blocks)
-        before = {p: p.detach().clone() for p in parameters}
+        moving = self._moving()
+        if not moving:
+            self._base.step()
+            return
+        groups = self._groups()
+        owners = [p for i in moving for p in self._owners[i]]
+        views = self._views(moving, lambda p: p.detach())
+        kept = self._parts(self._kept, moving)
+        torch._foreach_copy_(kept, views)
         self._base.step()
-        kept = {p: _decayed(before[p], self._decay(groups[id(p)])) for p in parameters}
-        steps = {p: p.detach() - kept[p] for p in parameters}
-        sources = {p: self._source_of(p, before[p], groups[id(p)]) for p in parameters}
-        directions = self._solve(blocks, sources, inverse)
-        moved = [block.view(lambda p: steps[p]) for block in blocks]
-        ratio = (_squares(moved) / _squares(directions)).sqrt()
+        for group, chosen in _by_group(owners, groups):
+            decay = self._decay(group)
+            if isinstance(decay, Tensor) or decay:
+                torch._foreach_mul_([kept[i] for i in chosen], 1.0 - decay)
+        self._fill(moving, lambda p: self._source_of(p, groups[id(p)]))
+        self._add_decay(moving, owners, groups)
+        inverse.solve_into(self._source.blocks, self._solved.blocks)
+        step = self._source  # what it was solved for is not needed any more
+        torch._foreach_copy_(self._parts(step, moving), views)
+        step.flat.sub_(self._kept.flat)
+        ratio = _lengths(step) / _lengths(self._solved)
         fine = torch.isfinite(ratio)
-        for i, block in enumerate(blocks):
-            views, starts = block.views(), block.view(lambda p: kept[p])
-            for view, start, d, s in zip(views, starts, directions[i], moved[i], strict=True):
-                view.copy_(start + torch.where(fine[i], -ratio[i] * d, s))
+        self._choose(torch.where(fine, -ratio, 0.0), fine, step)
+        self._solved.flat.add_(self._kept.flat)
+        torch._foreach_copy_(views, self._parts(self._solved, moving))
 
     def replace(self, inverse: Inverse, kappa: float | None) -> None:
         """The base's step on preconditioned gradients, shortened to a trust region if kappa is given."""
-        blocks, groups = self._moving(), self._groups()
-        own: dict[nn.Parameter, Tensor] = {p: p.grad for p in _parameters(blocks)}  # type: ignore[misc]  # movable
-        directions = self._solve(blocks, own, inverse)
-        new = {p: g.clone() for p, g in own.items()}
-        finite = torch.isfinite(_squares(directions)) if blocks else torch.empty(0)
-        for i, block in enumerate(blocks):
-            for target, d in zip(block.view(lambda p: new[p]), directions[i], strict=True):
-                target.copy_(torch.where(finite[i], d, target))
-        if kappa is not None and new:
-            nu = _nu(new, own, {p: groups[id(p)]["lr"] for p in new}, kappa)
-            torch._foreach_mul_(list(new.values()), nu.to(next(iter(new.values())).dtype))
+        moving, groups = self._moving(), self._groups()
+        if not moving:
+            self._base.step()
+            return
+        owners = [p for i in moving for p in self._owners[i]]
+        own: dict[nn.Parameter, Tensor] = {p: p.grad for p in owners}  # type: ignore[misc]  # movable
+        new = {p: torch.empty_like(g) for p, g in own.items()}
+        torch._foreach_copy_(list(new.values()), list(own.values()))
+        self._fill(moving, lambda p: own[p])
+        inverse.solve_into(self._source.blocks, self._solved.blocks)
+        self._kept.flat.copy_(self._source.flat)
+        fine = torch.isfinite(_lengths(self._solved))
+        self._choose(fine.to(self._solved.flat.dtype), fine, self._source)
+        parts = self._parts(self._solved, moving)
+        if kappa is not None:
+            gradient = self._parts(self._kept, moving)
+            for group, chosen in _by_group(owners, groups):
+                torch._foreach_mul_([gradient[i] for i in chosen], group["lr"] ** 2)
+            torch._foreach_mul_(parts, _nu(self._solved.flat, self._kept.flat, kappa))
+        torch._foreach_copy_(self._views(moving, lambda p: new[p]), parts)
         try:
             for p, g in new.items():
                 p.grad = g
@@ -90,26 +112,34 @@ class Grafting:
             for p, g in own.items():
                 p.grad = g
 
-    def _moving(self) -> list[ModelBlock]:
-        return [block for block in self._layers if movable(block)]
+    def _moving(self) -> list[int]:
+        return [i for i, block in enumerate(self._layers) if movable(block)]
 
     def _groups(self) -> dict[int, dict[str, Any]]:
         return {id(p): group for group in self._base.param_groups for p in group["params"]}
 
-    def _solve(
-        self, blocks: Sequence[ModelBlock], values: Mapping[nn.Parameter, Tensor], inverse: Inverse
-    ) -> list[list[Tensor]]:
-        """F-hat^-1 of what stands for the parameters, in parts a block; other blocks count as zero."""
-        chosen = {id(block) for block in blocks}
-        for block, matrix in zip(self._layers, self._source.blocks, strict=True):
-            if id(block) not in chosen:
-                matrix.zero_()
-                continue
-            for part, share in zip(block.split(matrix), block.view(lambda p: values[p]), strict=True):
-                part.copy_(share)
-        inverse.solve_into(self._source.blocks, self._solved.blocks)
-        pairs = zip(self._layers, self._solved.blocks, strict=True)
-        return [block.split(matrix) for block, matrix in pairs if id(block) in chosen]
+    def _views(self, moving: Sequence[int], of: Of) -> list[Tensor]:
+        """What stands for the parameters, in the shapes of `_parts`."""
+        return [view for i in moving for view in self._layers[i].view(of)]
+
+    def _parts(self, vector: BlockVector, moving: Sequence[int]) -> list[Tensor]:
+        """Views of the vector, aligned with those of the parameters."""
+        return [part for i in moving for part in self._layers[i].split(vector.blocks[i])]
+
+    def _fill(self, moving: Sequence[int], of: Of) -> None:
+        """What is to be preconditioned; blocks that do not move count as zero."""
+        if len(moving) < len(self._layers):
+            for vector in (self._kept, self._source, self._solved):
+                for i in set(range(len(self._layers))) - set(moving):
+                    vector.blocks[i].zero_()
+        torch._foreach_copy_(self._parts(self._source, moving), self._views(moving, of))
+
+    def _choose(self, weights: Tensor, fine: Tensor, other: BlockVector) -> None:
+        """Each block's solution times its weight where that is fine, else that of the other vector, which is lost."""
+        self._solved.flat.nan_to_num_(0.0, 0.0, 0.0)  # 0 times NaN is not 0
+        torch._foreach_mul_(self._solved.blocks, list(weights.unbind()))
+        torch._foreach_mul_(other.blocks, list((~fine).to(weights.dtype).unbind()))
+        self._solved.flat.add_(other.flat)
 
     def _is_decoupled(self, group: Mapping[str, Any]) -> bool:
         """Whether decay is no part of gradients: Adam and its kin say it, AdamW is known, others are asked for."""
@@ -122,48 +152,62 @@ class Grafting:
         decay = group.get("weight_decay")
         return group["lr"] * decay if decay and self._is_decoupled(group) else 0.0
 
-    def _source_of(self, p: nn.Parameter, before: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """What is preconditioned: what the base goes down along, apart from its own scaling."""
+    def _mean(self, p: nn.Parameter) -> Tensor | None:
+        """The base's own running mean of gradients, where it keeps one."""
         state = self._base.state.get(p, {})
-        if isinstance(self._base, _FIRST_MOMENT) and "exp_avg" in state:
-            mean: Tensor = state["exp_avg"]
+        found = "exp_avg" if isinstance(self._base, _FIRST_MOMENT) else None
+        found = "momentum_buffer" if isinstance(self._base, torch.optim.SGD) else found
+        mean: Tensor | None = None if found is None else state.get(found)
+        return mean
+
+    def _source_of(self, p: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
+        """What the base goes down along, apart from its own scaling and from decay that is in no mean."""
+        mean = self._mean(p)
+        if mean is not None and not group.get("nesterov"):
             return mean
         assert p.grad is not None
         g = -p.grad if group.get("maximize") else p.grad
-        decay = group.get("weight_decay")
-        if decay and not self._is_decoupled(group):
-            g = g + decay * before
-        if isinstance(self._base, torch.optim.SGD) and state.get("momentum_buffer") is not None:
-            buffer: Tensor = state["momentum_buffer"]
-            return g + group["momentum"] * buffer if group.get("nesterov") else buffer
-        return g
+        return g if mean is None else g + group["momentum"] * mean
+
+    def _add_decay(
+        self, moving: Sequence[int], owners: Sequence[nn.Parameter], groups: Mapping[int, dict[str, Any]]
+    ) -> None:
+        """Decay that the base adds to gradients, unless it is in a mean already."""
+        for group, chosen in _by_group(owners, groups):
+            decay = group.get("weight_decay")
+            if not decay or self._is_decoupled(group):
+                continue
+            own = [i for i in chosen if self._mean(owners[i]) is None or group.get("nesterov")]
+            if own:
+                source, start = self._parts(self._source, moving), self._parts(self._kept, moving)
+                torch._foreach_add_([source[i] for i in own], [start[i] for i in own], alpha=decay)
 
 
-def _parameters(blocks: Sequence[ModelBlock]) -> list[nn.Parameter]:
-    return list({id(p): p for block in blocks for p in block.parameters}.values())
+def _owners(block: ModelBlock) -> list[nn.Parameter]:
+    """The parameter that each of a block's views is of, told by where views of other tensors come from."""
+    tags = {p: torch.zeros(()).expand(p.shape) for p in block.parameters}
+    found = {tag.untyped_storage().data_ptr(): p for p, tag in tags.items()}
+    return [found[view.untyped_storage().data_ptr()] for view in block.view(lambda p: tags[p])]
 
 
-def _decayed(value: Tensor, decay: float | Tensor) -> Tensor:
-    return value * (1.0 - decay) if isinstance(decay, Tensor) or decay else value
+def _by_group(
+    owners: Sequence[nn.Parameter], groups: Mapping[int, dict[str, Any]]
+) -> list[tuple[dict[str, Any], list[int]]]:
+    """Groups with the positions that they have in the list."""
+    found: dict[int, tuple[dict[str, Any], list[int]]] = {}
+    for i, p in enumerate(owners):
+        group = groups[id(p)]
+        found.setdefault(id(group), (group, []))[1].append(i)
+    return list(found.values())
 
 
-def _squares(parts: Sequence[Sequence[Tensor]]) -> Tensor:  # (blocks,)
-    """Squared length of each block."""
-    flat = [part for own in parts for part in own]
-    if not flat:
-        return torch.empty(0)
-    squares = torch.stack(torch._foreach_norm(flat)).square()
-    owner = torch.tensor([i for i, own in enumerate(parts) for _ in own], device=squares.device)
-    return squares.new_zeros(len(parts)).index_add_(0, owner, squares)
+def _lengths(vector: BlockVector) -> Tensor:  # (blocks,)
+    """Length of each block."""
+    return torch.stack(torch._foreach_norm(vector.blocks))
 
 
-def _nu(
-    new: Mapping[nn.Parameter, Tensor],
-    own: Mapping[nn.Parameter, Tensor],
-    rates: Mapping[nn.Parameter, Any],
-    kappa: float,
-) -> Tensor:
-    """min(1, sqrt(kappa / sum of eta^2 d . g)); 1 where the sum is not positive."""
-    terms = [rates[p] ** 2 * (d * own[p]).sum(dtype=torch.float64) for p, d in new.items()]
-    total = torch.stack([torch.as_tensor(term) for term in terms]).sum()
-    return torch.where(total > 0, (kappa / total).sqrt().clamp_max(1.0), torch.ones_like(total))
+def _nu(direction: Tensor, gradient: Tensor, kappa: float) -> Tensor:
+    """min(1, sqrt(kappa / sum of eta^2 d . g)) for a gradient times eta^2; 1 where the sum is not positive."""
+    total = (direction * gradient).sum(dtype=torch.float64)
+    nu = torch.where(total > 0, (kappa / total).sqrt().clamp_max(1.0), torch.ones_like(total))
+    return nu.to(direction.dtype)

@@ -86,11 +86,8 @@ class GuestCurvature:
         pre.spent(self._work)  # other steps are taken to be as large as those that were watched
         if pre.moments.updates == 0:
             return
-        gamma = gammas(self.scales[MeanScales], self._options.damping)
-        if self._options.gamma is not None:
-            gamma = torch.full_like(gamma[0], self._options.gamma)
         try:
-            found, notices = pre.candidates(step, [gamma], pi=self._options.pi)
+            found, notices = pre.candidates(step, [self._gamma()] if pre.due(step) else [], pi=self._options.pi)
         except NumericalError as error:
             self._say(f"{error} (the base optimizer steps alone until the next statistics)")
             return
@@ -98,6 +95,11 @@ class GuestCurvature:
             pre.use(inverse)
         for notice in notices:
             self._say(str(notice))
+
+    def _gamma(self) -> Tensor:
+        """One number a block, or one for all."""
+        found = gammas(self.scales[MeanScales], self._options.damping)
+        return found if self._options.gamma is None else torch.full_like(found[0], self._options.gamma)
 
     def state_dict(self) -> dict[str, Any]:
         """Averages, inverse, a refresh under way."""
