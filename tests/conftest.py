@@ -39,6 +39,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in slow]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs on a GPU: tests with the device among their parameters."""
+    for item in items:
+        call = getattr(item, "callspec", None)
+        if call is not None and "cuda" in [value for value in call.params.values() if isinstance(value, str)]:
+            item.add_marker("cuda")
+
+
 @pytest.fixture
 def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """``install_plugin(name, source, ...)`` installs a distribution whose module of that name is a plug-in."""

@@ -18,6 +18,7 @@ Source: grafting, Agarwal et al. 2020; nu, Ba, Grosse & Martens 2017, section 5.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class Grafting:
     def __init__(self, base: torch.optim.Optimizer, layers: Sequence[ModelBlock], decoupled: bool | None) -> None:
         self._base, self._layers, self._decoupled = base, list(layers), decoupled
         self._source, self._solved = BlockVector.zeros(layers), BlockVector.zeros(layers)
+        self._places: dict[tuple[int, ...], Tensor] = {}
 
     def graft(self, inverse: Inverse) -> None:
         """The base's step with the directions of K-FAC."""
@@ -62,7 +64,7 @@ class Grafting:
         sources = {p: self._source_of(p, before[p], groups[id(p)]) for p in parameters}
         directions = self._solve(blocks, sources, inverse)
         moved = [block.view(lambda p: steps[p]) for block in blocks]
-        ratio = (_squares(moved) / _squares(directions)).sqrt()
+        ratio = (self._squares(moved) / self._squares(directions)).sqrt()
         fine = torch.isfinite(ratio)
         for i, block in enumerate(blocks):
             views, starts = block.views(), block.view(lambda p: kept[p])
@@ -75,7 +77,7 @@ class Grafting:
         own: dict[nn.Parameter, Tensor] = {p: p.grad for p in _parameters(blocks)}  # type: ignore[misc]  # movable
         directions = self._solve(blocks, own, inverse)
         new = {p: g.clone() for p, g in own.items()}
-        finite = torch.isfinite(_squares(directions)) if blocks else torch.empty(0)
+        finite = torch.isfinite(self._squares(directions)) if blocks else torch.empty(0)
         for i, block in enumerate(blocks):
             for target, d in zip(block.view(lambda p: new[p]), directions[i], strict=True):
                 target.copy_(torch.where(finite[i], d, target))
@@ -111,6 +113,29 @@ class Grafting:
         pairs = zip(self._layers, self._solved.blocks, strict=True)
         return [block.split(matrix) for block, matrix in pairs if id(block) in chosen]
 
+    def _squares(self, parts: Sequence[Sequence[Tensor]]) -> Tensor:  # (blocks,)
+        """Squared length of each block."""
+        flat = [part for own in parts for part in own]
+        if not flat:
+            return torch.empty(0)
+        squares = nn.functional.pad(torch.stack(torch._foreach_norm(flat)).square(), (0, 1))
+        return squares[self._places_of(tuple(map(len, parts)), squares.device)].sum(1)
+
+    def _places_of(self, counts: tuple[int, ...], device: torch.device) -> Tensor:  # (blocks, most parts)
+        """Where the parts of each block stand among all, the place behind them for parts that it has not.
+
+        Kept, because a list from the host is a copy that a GPU has to be waited for; and not added up by index, which
+        a GPU does in no fixed order.
+        """
+        if counts not in self._places:
+            ends, total = list(accumulate(counts)), sum(counts)
+            rows = [
+                [*range(end - count, end), *[total] * (max(counts) - count)]
+                for end, count in zip(ends, counts, strict=True)
+            ]
+            self._places[counts] = torch.tensor(rows, device=device)
+        return self._places[counts]
+
     def _is_decoupled(self, group: Mapping[str, Any]) -> bool:
         """Whether decay is no part of gradients: Adam and its kin say it, AdamW is known, others are asked for."""
         if self._decoupled is not None:
@@ -145,16 +170,6 @@ def _parameters(blocks: Sequence[ModelBlock]) -> list[nn.Parameter]:
 
 def _decayed(value: Tensor, decay: float | Tensor) -> Tensor:
     return value * (1.0 - decay) if isinstance(decay, Tensor) or decay else value
-
-
-def _squares(parts: Sequence[Sequence[Tensor]]) -> Tensor:  # (blocks,)
-    """Squared length of each block."""
-    flat = [part for own in parts for part in own]
-    if not flat:
-        return torch.empty(0)
-    squares = torch.stack(torch._foreach_norm(flat)).square()
-    owner = torch.tensor([i for i, own in enumerate(parts) for _ in own], device=squares.device)
-    return squares.new_zeros(len(parts)).index_add_(0, owner, squares)
 
 
 def _nu(
