@@ -11,6 +11,8 @@ import argparse
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
+from importlib import util
 from pathlib import Path
 
 __all__ = ["NEEDED", "command", "main", "missing", "write_record"]
@@ -38,16 +40,27 @@ def command(version: str) -> str:
     )
 
 
-def _imports(package: str, path: Path | None = None) -> bool:
-    """Whether another process can import it: one that is broken must not break this one."""
-    code = "import sys; sys.path[:0] = sys.argv[2:]; __import__(sys.argv[1])"
-    found = subprocess.run([sys.executable, "-c", code, package, *([str(path)] if path else [])], capture_output=True)
-    return found.returncode == 0
+_TRY = """
+import sys
+sys.path[:0] = sys.argv[1:2] if sys.argv[1] else []
+for name in sys.argv[2:]:
+    try:
+        __import__(name)
+    except BaseException:
+        print(name)
+"""
 
 
-def missing() -> list[str]:
-    """Packages that cannot be imported here."""
-    return [package for package in NEEDED if not _imports(package)]
+def missing(packages: Sequence[str] = NEEDED, path: Path | None = None) -> list[str]:
+    """Packages that cannot be imported, tried in another process: one that is broken must not break this one.
+
+    Args:
+        packages: Their names.
+        path: A folder to look into first.
+    """
+    arguments = [sys.executable, "-c", _TRY, "" if path is None else str(path), *packages]
+    done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return done.stdout.split() if done.returncode == 0 else list(packages)
 
 
 def _unpack(packages: list[str], site: Path) -> str | None:
@@ -62,7 +75,7 @@ def _unpack(packages: list[str], site: Path) -> str | None:
     done = subprocess.run([*pip, "--target", str(site), *files], capture_output=True, text=True)
     if done.returncode:
         return f"pip did not take the wheels: {done.stderr.strip()}"
-    broken = [package for package in packages if not _imports(package, site)]
+    broken = missing(packages, site)
     return f"{', '.join(broken)}: unpacked, and cannot be imported" if broken else None
 
 
@@ -89,7 +102,7 @@ def main(arguments: list[str]) -> int:
     if options.site is None:
         print(command(options.command or own))
         return 0
-    absent = [package for package in ("torch", "numpy") if not _imports(package)]
+    absent = [package for package in ("torch", "numpy") if util.find_spec(package) is None]
     if absent:
         print(f"{sys.executable} cannot import {' and '.join(absent)}: set PYTHON to one that can", file=sys.stderr)
         return 2
