@@ -74,10 +74,10 @@ def test_what_is_sent() -> None:
 
 def test_what_is_divided_shrinks() -> None:
     net = NETS_BY_NAME["gpt-1.3b"]
-    before = cost(net, ASSUMED, 1, "owner")
+    before = alone = cost(net, ASSUMED, 1, "owner")
     for ranks in COUNTS[1:7]:
         found = {variant: cost(net, ASSUMED, ranks, variant) for variant in VARIANTS}
-        assert found["all"].refresh == before.refresh
+        assert found["all"].refresh == alone.refresh
         assert found["every"].refresh == found["owner"].refresh < before.refresh
         assert found["owner"].solve < found["every"].solve == found["all"].solve
         assert found["owner"].memory < found["every"].memory

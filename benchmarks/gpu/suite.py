@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def measure(part: Part) -> None:
     """Run the tests that are marked `cuda`; without a GPU one file of them, on the CPU."""
     outcomes = _Outcomes(part)
     chosen = ["-m", "cuda", *_ALL] if part.cuda else _SMALL
-    code = pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *chosen], plugins=[outcomes])
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whatever else is installed there
+    options = ["-q", "-p", "no:cacheprovider", "-W", "default", "--rootdir", str(ROOT)]
+    code = pytest.main([*options, *(str(ROOT / each) if "/" in each else each for each in chosen)], plugins=[outcomes])
     counts = outcomes.counts
     part.row(
         "tests",
