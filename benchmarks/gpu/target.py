@@ -6,6 +6,7 @@ is not counted. On MNIST if its files are there, else on the curves that this pr
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.part import Part, wait
+from benchmarks.nets import build_chain
 from kfacore import KFAC
 from kfacore.errors import KfacError
 from kfacore.lab.training.averaging import IterateAverage
@@ -40,7 +42,7 @@ class _Run:
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         self.model, self._images = model, images
         self._average = IterateAverage(model, start=20, decay=0.99)
-        self.seconds, self.steps, self.best = 0.0, 0, float("inf")
+        self.seconds, self.steps, self.best = 0.0, 0, math.inf
         self.reached: dict[float, tuple[float, int]] = {}
 
     def go(self, step: Callable[[Tensor], None], batch: int, seconds: float, every: int) -> None:
@@ -73,20 +75,22 @@ class _Run:
                 self.reached.setdefault(target, (self.seconds, self.steps))
 
 
-def _images(part: Part) -> tuple[str, Any, Tensor]:
-    """The problem and its training images."""
+Build = Callable[[torch.Generator], nn.Module]
+
+
+def _images(part: Part) -> tuple[str, Build, Tensor]:
+    """What is trained on, what builds the net, and the training images."""
     if part.small:
-        problem = get_registry().build("problem", "curves")
-        images = torch.rand(64, 784, generator=torch.Generator().manual_seed(0)).to(part.device)
-        return "noise (small)", problem, images
+        images = torch.rand(64, 20, generator=torch.Generator().manual_seed(0)).to(part.device)
+        return "noise", lambda _: build_chain((20, 12, 6, 12, 20), part.device), images
     if part.mnist is not None:
         try:
             problem = get_registry().build("problem", {"kind": "mnist", "data_dir": str(part.mnist)})
-            return "MNIST", problem, problem.load().train.inputs.to(part.device)
+            return "MNIST", problem.build_model, problem.load().train.inputs.to(part.device)
         except KfacError as error:
             part.note("target", f"MNIST could not be read: {error}")
     problem = get_registry().build("problem", "curves")
-    return "curves", problem, problem.load().train.inputs.to(part.device)
+    return "curves", problem.build_model, problem.load().train.inputs.to(part.device)
 
 
 def _torch_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
@@ -129,20 +133,20 @@ def _contenders() -> dict[str, tuple[int, Callable[[nn.Module], Callable[[Tensor
 
 def measure(part: Part) -> None:
     """One row a contender; each has an equal share of the time that is left."""
-    name, problem, images = _images(part)
+    name, build, images = _images(part)
     table = f"target: {name}, {len(images)} images, {part.device.type}"
     contenders = _contenders()
     for done, (contender, (batch, start)) in enumerate(contenders.items()):
         seconds = 0.1 if part.small else (part.left - 2.0) / (len(contenders) - done)
         every = 10 if contender.startswith("K-FAC") else 100
-        measured = partial(_one, part, table, problem, images, contender, batch, start, seconds, every)
+        measured = partial(_one, part, table, build, images, contender, batch, start, seconds, every)
         part.attempt(table, contender, measured)
 
 
 def _one(
     part: Part,
     table: str,
-    problem: Any,
+    build: Build,
     images: Tensor,
     name: str,
     batch: int,
@@ -151,11 +155,11 @@ def _one(
     every: int,
 ) -> None:
     batch, every = (32, 2) if part.small else (batch, every)
-    model = problem.build_model(torch.Generator().manual_seed(0)).to(part.device)
+    model = build(torch.Generator().manual_seed(0)).to(part.device)
     run = _Run(model, images)
     run.go(start(model), batch, seconds, every)
     row: dict[str, Any] = {"optimizer": name, "batch": batch}
     for target in _TARGETS:
         found = run.reached.get(target)
         row |= {f"s to {target:g}": found and found[0], f"steps to {target:g}": found and found[1]}
-    part.row(table, **row, best=run.best, steps=run.steps, seconds=run.seconds)
+    part.row(table, **row, best=run.best if math.isfinite(run.best) else None, steps=run.steps, seconds=run.seconds)

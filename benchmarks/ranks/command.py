@@ -10,6 +10,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.nets import NETS
+from benchmarks.ranks.measured import measure, table
 from benchmarks.ranks.model import VARIANTS, Machine, Schedule, cost
 from benchmarks.ranks.shapes import NETS_BY_NAME, Net
 from benchmarks.report import Report
@@ -81,6 +83,8 @@ def main(arguments: list[str]) -> int:
         parser.add_argument(
             f"--{name}", type=float, default=getattr(ASSUMED, name), help="see benchmarks/ranks/model.py"
         )
+    parser.add_argument("--measure", type=int, metavar="N", help="also measure the MNIST net on 1 to N processes here")
+    parser.add_argument("--batch", type=int, default=4000, help="of what is measured")
     parser.add_argument("--plot", type=Path, help="write the picture")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
@@ -94,5 +98,17 @@ def main(arguments: list[str]) -> int:
         from benchmarks.ranks.picture import draw
 
         draw(net, machine, schedule, COUNTS, options.plot)
+    if options.measure:
+        _measured(report, options.measure, options.batch)
     report.save(options.json)
     return 0
+
+
+def _measured(report: Report, most: int, batch: int) -> None:
+    """The MNIST net on 1 to ``most`` processes, beside the model of it."""
+    widths, net = NETS["mnist"], NETS_BY_NAME["mnist"]
+    counts = range(1, most + 1)
+    found = {ranks: measure(widths, batch, ranks) for ranks in counts}
+    modelled = {ranks: cost(net, ASSUMED, ranks, "every") for ranks in counts}
+    title = f"measured: {'-'.join(map(str, widths))}, batch {batch}, gloo, one thread a process"
+    table(report, title, found, modelled, gradient=4 * net.size)

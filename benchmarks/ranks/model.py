@@ -169,7 +169,7 @@ def cost(net: Net, machine: Machine, ranks: int, variant: Variant, schedule: Sch
     statistics = per_rank * (net.products / machine.rate + 2.0 * squares / machine.products)
     numbers = triangles(net)
     moments = _all_reduce(machine, ranks, _BYTES * numbers) * (0.5 if variant == "owner" else 1.0)
-    share, _ = busiest([float(d) ** 3 for d in net.sides], ranks) if divided else (1.0, [])
+    share, owned = busiest([float(d) ** 3 for d in net.sides], ranks) if divided else (1.0, [])
     refresh = share * plan.work * sum(float(d) ** 3 for d in net.sides) / machine.factorisations
     inverses = _send(machine, ranks, _BYTES * numbers) if variant == "every" else 0.0
     solves = [2.0 * block.size * (block.d_in + block.d_out) for block in net.blocks]
@@ -191,10 +191,18 @@ def cost(net: Net, machine: Machine, ranks: int, variant: Variant, schedule: Sch
         directions=directions,
         share=share,
         ordinary=0.0 if alone else _BYTES * (net.size + (part * kron if variant == "owner" else 0.0)),
-        due=0.0 if alone else _BYTES * numbers * (1.0 + (share if variant == "every" else 0.0)),
+        due=0.0 if alone else _BYTES * (numbers + (_most_owned(net, owned, ranks) if variant == "every" else 0)),
         memory=full * (share if variant == "owner" else 1.0),
         burst=burst,
     )
+
+
+def _most_owned(net: Net, owned: list[int], ranks: int) -> int:
+    """Numbers of the inverses that one rank sends, at most."""
+    found = [0] * ranks
+    for d, owner in zip(net.sides, owned, strict=True):
+        found[owner] += d * (d + 1) // 2
+    return max(found)
 
 
 def _rounds(machine: Machine, ranks: int) -> float:

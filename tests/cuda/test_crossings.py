@@ -49,8 +49,8 @@ def test_kfac_goes_on_elsewhere(before: str, after: str, refresh: str) -> None:
     steps(first, before, 0, 9)
     second = kfac(copy.deepcopy(first.model).to(after), **options)
     second.load_state_dict(carried(first.state_dict()))
-    assert second._delta is not None
-    assert second._delta.flat.device.type == after
+    assert second._directions.delta is not None
+    assert second._directions.delta.flat.device.type == after
     wanted, found = steps(first, before, 9, 15), steps(second, after, 9, 15)
     for a, b in zip(wanted, found, strict=True):
         assert float((a - b).norm()) <= 1e-8 * float(a.norm())
