@@ -13,7 +13,7 @@ from benchmarks.gpu.part import Part
 __all__ = ["measure"]
 
 ROOT = Path(__file__).resolve().parents[2]
-_SMALL = ["tests/cuda/test_waits.py"]
+_SMALL = ["tests/cuda/test_autocast.py"]
 _ALL = ["tests/cuda", "tests/optim/test_step_sync.py", "tests/optim/test_targets.py"]
 
 
