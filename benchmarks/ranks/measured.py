@@ -63,7 +63,8 @@ def measure(widths: Sequence[int], batch: int, ranks: int, cycles: int = 2) -> l
     Raises:
         RuntimeError: A process failed.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "kfacore", "benchmarks.contenders"])
     with tempfile.TemporaryDirectory() as folder:
         queue = context.Queue()
         given = [(rank, ranks, folder, tuple(widths), batch, cycles, queue) for rank in range(ranks)]

@@ -44,7 +44,7 @@ def steps(optimizer: KFAC, device: str, first: int, last: int) -> list[Tensor]:
 @pytest.mark.parametrize("refresh", ["inline", "background"])
 def test_kfac_goes_on_elsewhere(before: str, after: str, refresh: str) -> None:
     """Saved between a refresh's start and its end where it is in the background."""
-    options = {"approx": {"refresh": refresh, "refresh_every": 4, "refresh_growth": None}}
+    options = {"approx": {"refresh": refresh, "refresh_every": 4, "refresh_delay": 2, "refresh_growth": None}}
     first = kfac(guests.mlp().to(before), **options)
     steps(first, before, 0, 9)
     second = kfac(copy.deepcopy(first.model).to(after), **options)
