@@ -75,7 +75,8 @@ def _look(step: Callable[[int], None], turn: int, device: torch.device) -> _Seen
         with _waits(places):
             step(turn)
         wait(device)
-    events = [event for event in profiled.events() or () if event.device_type == DeviceType.CUDA]
+    found = (event for event in profiled.events() or () if event.device_type == DeviceType.CUDA)
+    events = [event for event in found if not event.is_user_annotation]  # those are spans, such as that of a step
     moved = [event for event in events if event.name.startswith(("Memcpy", "Memset"))]
     busy = sum(event.time_range.elapsed_us() for event in events) / 1e3
     return _Seen(len(events) - len(moved), len(moved), busy, places)

@@ -15,9 +15,8 @@ import zoo_sequences
 from torch import Tensor, nn
 from waits import DEVICES, waiting_is_an_error, watch
 
-from kfacore import KFAC, Preconditioned
+from kfacore import KFAC, Preconditioned, host
 from kfacore.optim import loss as loss_module
-from kfacore.optim.iteration import Iteration
 
 
 def conv() -> tuple[nn.Module, Tensor, Tensor]:
@@ -45,7 +44,7 @@ Make = Callable[[], tuple[nn.Module, Tensor, Tensor]]
 @pytest.fixture(autouse=True)
 def _a_cpu_stands_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU numbers are read in every step, since that costs nothing there; here it does as if it did."""
-    monkeypatch.setattr(Iteration, "_reads", staticmethod(lambda value: False))
+    monkeypatch.setattr(host, "is_free", lambda *tensors: False)
     monkeypatch.setattr(loss_module, "on_host", lambda tensor: False)
 
 
