@@ -46,5 +46,5 @@ def test_a_guest_trains_in_half_precision(device: str, low: torch.dtype) -> None
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
