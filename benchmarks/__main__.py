@@ -13,6 +13,7 @@ from benchmarks import (
     memory,
     pairs,
     phases,
+    ranks,
     refresh,
     robust,
     spike,
@@ -21,15 +22,21 @@ from benchmarks import (
     tolerance,
     width,
 )
+from benchmarks.gpu.command import main as gpu_main
 
 BENCHMARKS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "all": (everything.main, "every benchmark that is quick enough for `make bench`"),
+    "gpu": (
+        gpu_main,
+        "everything that needs CUDA, within eight minutes; benchmarks/gpu.sh runs it where nothing is installed",
+    ),
     "graft": (graft.main, "steps and seconds of a guest to the final loss of the tuned optimizer that it wraps"),
     "guest": (guest.main, "cost of a guest's steps against those of the optimizer that it wraps"),
     "launches": (launches.main, "dispatched operations and waits of ordinary and refresh steps"),
     "memory": (memory.main, "peak memory of training against Adam"),
     "pairs": (pairs.main, "which pairs of blocks the tridiagonal form should couple"),
     "phases": (phases.main, "where a step's time goes"),
+    "ranks": (ranks.main, "what a step costs on 1 to 1,024 ranks: a model, and the points measured here"),
     "refresh": (refresh.main, "factors side by side against one after another, also beside other work"),
     "robust": (robust.main, "problems that nobody tuned for: does training ever fall apart, and who is ahead"),
     "spike": (spike.main, "the slowest step against the median one"),

@@ -31,7 +31,16 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[ALL] = "1"
 
 
+def _mark_cuda(items: list[pytest.Item]) -> None:
+    """Mark what runs on a GPU: tests with the device among their parameters."""
+    for item in items:
+        call = getattr(item, "callspec", None)
+        if call is not None and "cuda" in [value for value in call.params.values() if isinstance(value, str)]:
+            item.add_marker("cuda")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _mark_cuda(items)
     if os.environ.get(ALL) or any("::" in argument for argument in config.args):  # named tests are wanted
         return
     slow = [item for item in items if item.get_closest_marker("slow")]

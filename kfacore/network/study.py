@@ -23,6 +23,7 @@ from kfacore.network.draws import Draws, Watch
 from kfacore.network.facts import Facts, Way, close, common_cases, equal
 from kfacore.network.jvp import double_backward, forward_mode, tangents_of, within
 from kfacore.network.outputs import Output, read_output
+from kfacore.network.precision import full_precision
 from kfacore.network.pulling import pulled_whole
 from kfacore.network.rows import all_equal, as_vector, explained
 from kfacore.network.standing import call_with
@@ -66,6 +67,7 @@ class Study:
         self._overwrites = False
         self._buffers_move = False
 
+    @full_precision()
     def facts(self) -> Facts:
         """Run the model and say what was seen.
 

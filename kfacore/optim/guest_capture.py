@@ -24,6 +24,7 @@ from kfacore.network.facts import close
 from kfacore.network.finding import unwrapped, whole_model
 from kfacore.network.pairs import following
 from kfacore.network.passes import Pass, gather, send_back
+from kfacore.network.precision import full_precision
 from kfacore.network.pulling import is_reentrant, pulled
 from kfacore.network.rows import Counting, all_equal, as_vector, explained
 from kfacore.roles.layer import Layer
@@ -257,6 +258,7 @@ class GuestNetwork:
         self.following = following(self.layers, Chunk(chunk.z, recording.calls), self.reduced)
         self.ordered = True
 
+    @full_precision()
     def _look(self, chunk: Chunk, z: Tensor) -> tuple[set[int], set[int]]:
         """Blocks whose rows do not account for their gradient, and those whose rows of a case all get one g."""
         generator = torch.Generator().manual_seed(1)

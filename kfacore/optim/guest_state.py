@@ -108,7 +108,7 @@ def joined_state(
 
 def mark(state: Any, parameters: Sequence[Tensor], steps: int) -> None:
     """Leave the number of steps at parameters that moved: tools ask whether there is a state, and SGD's is empty."""
-    count = torch.tensor(float(steps))
+    count = torch.full((), float(steps))
     for p in parameters:
         state[p][_STEPS] = count
 

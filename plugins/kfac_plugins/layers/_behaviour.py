@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from kfacore.network.precision import full_precision
+
 __all__ = ["computes"]
 
 
@@ -34,7 +36,7 @@ def computes(
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, width, generator=generator) * torch.tensor([[1.0], [10.0], [1e-3]])
     x = x.to(like)
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         try:
             y = module.forward(x)
         except (RuntimeError, TypeError, ValueError, AttributeError):

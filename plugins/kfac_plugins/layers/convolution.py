@@ -116,5 +116,5 @@ def empty_rows(like: Tensor, count: int, block: Block) -> Tensor:
     """Room for ``count`` rows a case, (n, count, groups, d_in), with the 1 of the bias in place."""
     rows = torch.empty(len(like), count, block.groups, block.d_in, dtype=like.dtype, device=like.device)
     if block.bias:
-        rows[..., -1] = 1.0
+        rows[..., -1].fill_(1.0)  # an assignment would make a tensor of the number first
     return rows

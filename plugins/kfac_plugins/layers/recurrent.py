@@ -211,12 +211,12 @@ class _Packing:
             torch.arange(int(sizes[0]), device=device) if indices is None else indices
             for indices in (packed.sorted_indices, packed.unsorted_indices)
         )
-        counts = sizes.to(device)
+        counts = sizes.to(device, non_blocking=True)  # they are on the host, and their sum with them
         self.valid = rank[:, None] < counts  # (n, T): the longest come first, so step t has the first of the sorted
         self._index = (rank[:, None] + counts.cumsum(0) - counts).masked_fill(~self.valid, 0)
-        steps = torch.arange(len(sizes), device=device)
-        here = torch.arange(len(order), device=device) < counts[:, None]  # (T, n) in the sorted order
-        self._case, self._step = order.expand_as(here)[here], steps[:, None].expand_as(here)[here]
+        total, steps = len(packed.data), torch.arange(len(sizes), device=device)
+        self._step = steps.repeat_interleave(counts, output_size=total)
+        self._case = order[torch.arange(total, device=device) - (counts.cumsum(0) - counts)[self._step]]
 
     def unpacked(
         self,
