@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from kfacore.curvature.linalg import CholeskyRoot, Root, Spd, factor_spd, gammas_of, pi_of
-from kfacore.curvature.tempering import Tempered, temper
+from kfacore.curvature.tempering import Arrived, Tempered, temper
 from kfacore.roles.block import Block
 from kfacore.roles.inverse import Notice
 from kfacore.schema.slots import PiRule
 
 __all__ = ["Damped", "DampedFactors", "damp", "ready", "symmetric"]
 
-Factor = Spd | Tempered
+Factor = Spd | Tempered | Arrived
 
 
 def symmetric(values: Sequence[Tensor]) -> list[Tensor]:
@@ -59,7 +59,8 @@ class DampedFactors:
 
     def state_dict(self) -> dict[str, Any]:
         """Every tensor."""
-        return {side: [dict(vars(f)) for f in factors] for side, factors in (("A", self.A), ("G", self.G))}
+        sides = ("A", self.A), ("G", self.G)
+        return {side: [dict(vars(f.whole if isinstance(f, Arrived) else f)) for f in own] for side, own in sides}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> DampedFactors:
@@ -117,7 +118,7 @@ def damp(
     roots: Sequence[Root]
     if power == 1.0:
         factors, lower, notices = factor_spd([*A, *G], shifts, names, keep_lower=keep_roots)
-        roots = [CholeskyRoot(L) for L in lower]
+        roots = [CholeskyRoot(L, factor) for L, factor in zip(lower, factors, strict=keep_roots)]
     else:
         factors, notices = temper([*A, *G], shifts, names, power)
         roots = factors if keep_roots else []
