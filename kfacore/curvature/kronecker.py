@@ -60,13 +60,23 @@ class DampedFactors:
     def state_dict(self) -> dict[str, Any]:
         """Every tensor."""
         sides = ("A", self.A), ("G", self.G)
-        return {side: [dict(vars(f.whole if isinstance(f, Arrived) else f)) for f in own] for side, own in sides}
+        return {side: [_state_of(f) for f in own] for side, own in sides}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> DampedFactors:
         """Restore from `state_dict`."""
-        A, G = ([Spd(**f) if "base" in f else Tempered(**f) for f in state[side]] for side in ("A", "G"))
+        A, G = ([_factor_of(f) for f in state[side]] for side in ("A", "G"))
         return cls(A, G)
+
+
+def _state_of(factor: Factor) -> dict[str, Any]:
+    return factor.state_dict() if isinstance(factor, Arrived) else dict(vars(factor))
+
+
+def _factor_of(state: Mapping[str, Any]) -> Factor:
+    if "base" in state:
+        return Spd(**state)
+    return Arrived(**state) if "power" in state else Tempered(**state)
 
 
 class Damped(NamedTuple):

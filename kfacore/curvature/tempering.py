@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,16 +81,20 @@ class Arrived(Root):
         name: (layer, factor), for messages.
     """
 
-    def __init__(self, inverse: Tensor, shift: Tensor, power: float, name: tuple[str, str]) -> None:
-        self.inverse = inverse
-        self._shift, self._power, self._name = shift.to(inverse.dtype), power, name
+    def __init__(self, inverse: Tensor, shift: Tensor, power: float, name: Sequence[str]) -> None:
+        self.inverse, self.shift, self.power = inverse, shift.to(inverse.dtype), power
+        self.name = list(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The arguments."""
+        return {"inverse": self.inverse, "shift": self.shift, "power": self.power, "name": self.name}
 
     @cached_property
     def whole(self) -> Tempered:
         """With eigenvectors, those of D^-1."""
-        values, vectors, _ = eigh_psd(self.inverse, *self._name)
+        values, vectors, _ = eigh_psd(self.inverse, *self.name)
         tempered = values.reciprocal()
-        damped = self._shift * (tempered / self._shift).clamp(min=1.0) ** (1.0 / self._power)
+        damped = self.shift * (tempered / self.shift).clamp(min=1.0) ** (1.0 / self.power)
         return Tempered(vectors.mT.contiguous(), damped, tempered, self.inverse)
 
     def times(self, V: Tensor) -> Tensor:

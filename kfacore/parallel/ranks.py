@@ -79,6 +79,10 @@ class Ranks:
         """Whether a flag is set anywhere."""
         return flag
 
+    def count(self, what: str, numbers: Sequence[float]) -> list[float]:
+        """Sums of numbers of the host; no device is waited for."""
+        return list(numbers)
+
     def sum(self, what: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sums over processes, the same bits on all of them; tensors of the same shapes everywhere."""
         return list(tensors)
@@ -209,6 +213,15 @@ class Processes(Ranks):
     def any(self, what: str, flag: bool) -> bool:
         """See `Ranks.any`."""
         return bool(self.exchange(what, int(flag))[0])
+
+    def count(self, what: str, numbers: Sequence[float]) -> list[float]:
+        """See `Ranks.count`."""
+        flat = torch.tensor(numbers, dtype=torch.float64)
+        if len(numbers):
+            with self._answered(what):
+                dist.all_reduce(flat, group=self._hosts)
+        self.sent[what] += flat.numel() * flat.element_size()
+        return [float(number) for number in flat.tolist()]
 
     def sum(self, what: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """See `Ranks.sum`; one message a dtype."""
