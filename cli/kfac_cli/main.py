@@ -70,8 +70,19 @@ for _module in COMMANDS:
     import_module(_module).register(app)
 
 
+def _quiet() -> bool:
+    """Whether another process of the same run tells why it ended."""
+    if int(os.environ.get("WORLD_SIZE", "1") or 1) <= 1 or "torch" not in sys.modules:
+        return False
+    from kfacore.lab.training.processes import told_first
+
+    return not told_first()
+
+
 def _say(message: str) -> None:
     """One error on stderr, even if its message has characters that the terminal's encoding lacks."""
+    if _quiet():
+        return
     try:
         print(f"error: {message}", file=sys.stderr, flush=True)
     except UnicodeEncodeError:

@@ -223,7 +223,6 @@ def factor_spd(
     Raises:
         NumericalError: Some factor is not finite or could not be factorised with any jitter; names the layer.
     """
-
     here: dict[int, Tensor] = {}
 
     def one(i: int) -> _Factored:

@@ -95,6 +95,11 @@ class Preconditioner:
         tallies = [Tally(*pair) for pair in zip(total[::2], total[1::2], strict=True)]
         self.moments.update_share(samples, self.decay, tallies)
 
+    def check(self, samples: Samples) -> None:
+        """Refuse what `update` would refuse, before processes wait for each other in it."""
+        if not self.ranks.alone:
+            self.moments.tallies(samples)
+
     def gather(self) -> None:
         """Add up the processes' shares of the averages, which all of them then have."""
         if self._whole or self.ranks.alone:

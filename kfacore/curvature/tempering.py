@@ -131,7 +131,6 @@ def temper(
     Raises:
         NumericalError: A factor is not finite, there is no damping, or an eigenproblem failed; names the layer.
     """
-
     here: dict[int, Tempered] = {}
 
     def one(i: int) -> tuple[Tempered | Arrived, Tensor]:

@@ -80,9 +80,7 @@ def share(
     return found
 
 
-def _share_here(
-    jobs: Sequence[Callable[[], _Result]], costs: Sequence[float], device: torch.device
-) -> list[_Result]:
+def _share_here(jobs: Sequence[Callable[[], _Result]], costs: Sequence[float], device: torch.device) -> list[_Result]:
     """All jobs in this process."""
     threads, pace = torch.get_num_threads(), current_pace()
     total = sum(costs)

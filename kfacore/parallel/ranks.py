@@ -25,7 +25,7 @@ from kfacore import errors
 from kfacore.errors import ConfigError, KfacError, RankError
 from kfacore.parallel.whole import Whole
 
-__all__ = ["ALONE", "Processes", "Ranks", "current_ranks", "find_ranks"]
+__all__ = ["ALONE", "Processes", "Ranks", "checksum", "current_ranks", "find_ranks"]
 
 _local = threading.local()
 
@@ -78,6 +78,14 @@ class Ranks:
     def any(self, what: str, flag: bool) -> bool:
         """Whether a flag is set anywhere."""
         return flag
+
+    def most(self, what: str, number: int) -> int:
+        """The largest of their numbers, which are at least 0."""
+        return number
+
+    def alike(self, what: str, number: int) -> bool:
+        """Whether all have the same number, at least 0."""
+        return True
 
     def count(self, what: str, numbers: Sequence[float]) -> list[float]:
         """Sums of numbers of the host; no device is waited for."""
@@ -214,6 +222,14 @@ class Processes(Ranks):
         """See `Ranks.any`."""
         return bool(self.exchange(what, int(flag))[0])
 
+    def most(self, what: str, number: int) -> int:
+        """See `Ranks.most`."""
+        return self.exchange(what, number)[0]
+
+    def alike(self, what: str, number: int) -> bool:
+        """See `Ranks.alike`."""
+        return len(set(self.exchange(what, own=number)[1])) == 1
+
     def count(self, what: str, numbers: Sequence[float]) -> list[float]:
         """See `Ranks.count`."""
         flat = torch.tensor(numbers, dtype=torch.float64)
@@ -244,6 +260,7 @@ class Processes(Ranks):
 
     def gather(self, what: str, value: Any) -> list[Any]:
         """See `Ranks.gather`."""
+        self.exchange(what)
         found: list[Any] = [None] * self.size
         with self._answered(what):
             dist.all_gather_object(found, value, group=self._hosts)
@@ -264,9 +281,7 @@ class Processes(Ranks):
             each = [own.get(name, "nothing") for own in found]
             other = next((rank for rank, value in enumerate(each) if value != each[0]), None)
             if other is not None:
-                raise ConfigError(
-                    f"{what}: {name} is {each[0]} on rank 0 and {each[other]} on rank {other}; {remedy}"
-                )
+                raise ConfigError(f"{what}: {name} is {each[0]} on rank 0 and {each[other]} on rank {other}; {remedy}")
 
     @contextmanager
     def dividing(self) -> Iterator[None]:
@@ -306,6 +321,17 @@ def current_ranks() -> Ranks | None:
     """Who divides work on this thread, see `Ranks.dividing`; None for one process alone."""
     ranks: Ranks | None = getattr(_local, "ranks", None)
     return ranks
+
+
+def checksum(tensors: Sequence[Tensor]) -> int:
+    """A number that two lists of tensors share if they have the same bits, and hardly else. Waits for the device."""
+    sums = []
+    for tensor in tensors:
+        bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        whole = bits[: len(bits) // 4 * 4].view(torch.int32)
+        sums.append(whole.sum(dtype=torch.int64) * 31 + whole[::7].sum(dtype=torch.int64) + bits[len(whole) * 4 :].sum())
+    numbers = torch.stack(sums).tolist() if sums else []
+    return zlib.crc32(repr(numbers).encode())
 
 
 def find_ranks(group: Any = None) -> Ranks:

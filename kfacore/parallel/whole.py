@@ -57,6 +57,6 @@ class Whole:
 
     def first(self, cases: int) -> int:
         """How many of one's own are among the first cases of the whole: one's own first."""
-        if cases >= self.cases:
-            return self.sizes[self.rank]
+        if len(self.sizes) == 1 or cases >= self.cases:
+            return min(cases, self.sizes[self.rank])
         return int(torch.searchsorted(self.places, cases))
