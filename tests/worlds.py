@@ -18,8 +18,9 @@ __all__ = ["World", "world"]
 LIMIT = 240.0
 """Seconds that a world may take on a busy machine."""
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "kfacore", "kfacore.optim.kfac"])
+_context = multiprocessing.get_context(os.environ.get("KFAC_TEST_START", "forkserver"))
+if _context.get_start_method() == "forkserver":
+    _context.set_forkserver_preload(["torch", "torch.distributed", "kfacore", "kfacore.optim.kfac"])
 
 
 class World:

@@ -17,6 +17,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import kfacore
+from kfac_cli.answers import several
 from kfac_cli.usage import UsageError, explain_usage
 from kfacore.errors import KfacError
 
@@ -72,7 +73,7 @@ for _module in COMMANDS:
 
 def _quiet() -> bool:
     """Whether another process of the same run tells why it ended."""
-    if int(os.environ.get("WORLD_SIZE", "1") or 1) <= 1 or "torch" not in sys.modules:
+    if not several():
         return False
     from kfacore.lab.training.processes import told_first
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as jsonlib
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kfac_cli.answers import tells
 from kfacore.errors import ConfigError, NumericalError
 from kfacore.registry import get_registry
 from kfacore.schema.table import SLOT_DEFAULTS, SLOTS, flag_of
@@ -168,7 +168,8 @@ def _problem(what: str | None, problem: str | None) -> str | None:
 def _say_what_was_inferred(config: RunConfig) -> None:
     """Where the likelihood was concluded from data, say so in one line."""
     suggestions = config.problem.suggestions()
-    if int(os.environ.get("RANK", "0") or 0) == 0 and suggestions.reason and suggestions.values["likelihood"]["kind"] == config.likelihood.kind:
+    inferred = suggestions.reason and suggestions.values["likelihood"]["kind"] == config.likelihood.kind
+    if inferred and tells():
         typer.echo(suggestions.reason, err=True)
 
 
@@ -178,7 +179,7 @@ def _train(config: RunConfig, *, out: Path | None, resume: Path | None, init: Pa
     from kfac_cli.summary import summary
     from kfacore.lab.training.signals import Interrupted
 
-    others = int(os.environ.get("RANK", "0") or 0) > 0  # of several processes the first one tells
+    others = not tells()
     with LiveLine() as live:
         from kfacore.lab.training.loop import train
 

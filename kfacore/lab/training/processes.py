@@ -21,8 +21,6 @@ WAITING = "KFAC_RANK_TIMEOUT"
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-_said = False
-
 
 def started(environment: Mapping[str, str] | None = None) -> int:
     """How many processes were started together, by the variables that torchrun sets.
@@ -83,12 +81,16 @@ def device_of(name: str) -> str:
 
 def told_first() -> bool:
     """Whether this process is the first to tell why the run ended: the others keep quiet."""
-    global _said
-    if _said or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return not _said
-    _said = True
+    if not dist.is_available() or started() == 1:
+        return True
     try:
-        store = dist.distributed_c10d._get_default_store()
+        if dist.is_initialized():
+            store = dist.distributed_c10d._get_default_store()
+        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun keeps it, whoever of us is gone
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
+        else:
+            return os.environ.get("RANK", "0") == "0"
         return int(store.add("kfac/told", 1)) == 1
-    except RuntimeError:  # whoever kept the store is gone
+    except (RuntimeError, ValueError, KeyError, ConfigError):  # whoever kept the store is gone
         return True
