@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["World", "world"]
 
-LIMIT = 240.0
+LIMIT = 900.0
 """Seconds that a world may take on a busy machine."""
 
 _context = multiprocessing.get_context(os.environ.get("KFAC_TEST_START", "forkserver"))

@@ -119,6 +119,11 @@ def _require_processes(config: RunConfig, parts: Parts, ranks: Ranks) -> None:
     Raises:
         ConfigError: The optimizer works alone, or a mini-batch is too small to be shared.
     """
+    if config.processes not in (1, ranks.size):
+        raise ConfigError(
+            f"processes = {config.processes}, and this run has {ranks.size}: start it with torchrun --nproc-per-node "
+            f"{config.processes} -m kfac_cli train ..."
+        )
     if ranks.alone:
         return
     if not isinstance(getattr(parts.optimizer, "ranks", None), Ranks):

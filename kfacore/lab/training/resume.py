@@ -26,6 +26,7 @@ _FREE = (
     ("budget",),
     ("device",),
     ("threads",),
+    ("processes",),
     ("sink",),
     ("eval",),
     ("checkpoint",),
