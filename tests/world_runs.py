@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +46,12 @@ def bits(model: nn.Module) -> list[Tensor]:
 
 
 def kfac(
-    rank: int | None, sizes: Sequence[int], options: dict[str, Any], steps: int = STEPS, first: int = 0, state: Any = None
+    rank: int | None,
+    sizes: Sequence[int],
+    options: dict[str, Any],
+    steps: int = STEPS,
+    first: int = 0,
+    state: Any = None,
 ) -> dict[str, Any]:
     """Train with `KFAC`; where a state is given, from there on."""
     options = dict(options)
@@ -103,11 +111,12 @@ def guests(rank: int | None, sizes: Sequence[int], variants: Sequence[dict[str, 
 def failures(rank: int) -> dict[str, str]:
     """What each process is told when one of them has a problem."""
     told = {}
-    for name, run in (("nan", _nan), ("model", _other_model), ("place", _other_place), ("nothing", _nothing)):
+    runs = {"nan": _nan, "model": _other_model, "place": _other_place, "nothing": _nothing, "memory": _memory}
+    for name, run in runs.items():
         try:
             run(rank)
             told[name] = "nothing"
-        except KfacError as error:
+        except Exception as error:
             told[name] = f"{type(error).__name__}: {error}"
     return told
 
@@ -139,11 +148,34 @@ def _nothing(rank: int) -> None:
     KFAC(net(), likelihood="categorical").step(x, y, torch.zeros(10, dtype=torch.bool))
 
 
+def _memory(rank: int) -> None:
+    model = net()
+    opt = KFAC(model, likelihood="categorical")
+    opt.step(*own(rank, (10, 10), *data(20, 0)))
+    if rank == 1:
+
+        def no_memory(module: nn.Module, inputs: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+        model[2].register_forward_pre_hook(no_memory)
+    opt.step(*own(rank, (10, 10), *data(20, 1)))
+
+
+def hangs(rank: int) -> str:
+    """One process does something else for long; what the other one is told."""
+    opt = KFAC(net(), likelihood="categorical")
+    try:
+        for k in range(3):
+            if rank == 1 and k == 1:
+                time.sleep(20)
+            opt.step(*own(rank, (10, 10), *data(20, k)))
+    except KfacError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def dies(rank: int) -> str:
     """One process is killed in the middle; what the other one is told."""
-    import os
-    import signal
-
     opt = KFAC(net(), likelihood="categorical")
     try:
         for k in range(5):

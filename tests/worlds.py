@@ -36,7 +36,9 @@ class World:
         self.results, self.errors, self.codes = results, errors, codes
 
 
-def _live(rank: int, size: int, folder: str, waiting: float, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _live(
+    rank: int, size: int, folder: str, waiting: float, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch
     from torch import distributed as dist
@@ -85,7 +87,7 @@ def world(size: int, function: Callable[..., Any], *args: Any, waiting: float = 
                     process.kill()
                     process.join(10)
         found = [Path(folder) / f"{rank}.pickle" for rank in range(size)]
-        told = [pickle.loads(file.read_bytes()) if file.exists() else (None, None) for file in found]  # noqa: S301
+        told = [pickle.loads(file.read_bytes()) if file.exists() else (None, None) for file in found]
     assert not late, f"ranks {late} of {size} did not end within {LIMIT} s"
     results, errors = [result for result, _ in told], [error for _, error in told]
     assert fails or not any(errors), "\n".join(error for error in errors if error)

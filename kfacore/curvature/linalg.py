@@ -170,9 +170,7 @@ class CholeskyRoot(Root):
     def __init__(self, L: Tensor | None, factor: Spd | None = None) -> None:
         self._L, self._factor = L, factor
 
-    @property
-    def L(self) -> Tensor:
-        """The Cholesky factor."""
+    def _lower(self) -> Tensor:
         if self._L is None:
             assert self._factor is not None
             lower: Tensor = torch.linalg.cholesky_ex(shifted(self._factor.base, self._factor.shift)).L
@@ -181,16 +179,16 @@ class CholeskyRoot(Root):
 
     def whiten(self, X: Tensor) -> Tensor:
         """L^-1 X."""
-        white: Tensor = torch.linalg.solve_triangular(self.L, X, upper=False)
+        white: Tensor = torch.linalg.solve_triangular(self._lower(), X, upper=False)
         return white
 
     def color(self, V: Tensor) -> Tensor:
         """L V."""
-        return self.L @ V
+        return self._lower() @ V
 
     def dual(self, V: Tensor) -> Tensor:
         """L^-T V."""
-        result: Tensor = torch.linalg.solve_triangular(self.L.T, V, upper=True)
+        result: Tensor = torch.linalg.solve_triangular(self._lower().T, V, upper=True)
         return result
 
 

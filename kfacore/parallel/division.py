@@ -1,8 +1,8 @@
 """Jobs divided among processes: each does its own, and sends what comes of it to the others.
 
-Who does what is a pure function of the costs (`kfacore.parallel.cores.owners`). How a result travels is told by a `Wire`,
-since it may hold what everybody has already, or can make cheaper than it can be sent. All, its maker too, take up what
-travelled, so that everyone has the same bits in the same layout.
+Who does what is a pure function of the costs (`owners`). How a result travels is told by a `Wire`, since it may hold
+what everybody has already, or can make cheaper than it can be sent. All, its maker too, take up what travelled, so that
+everyone has the same bits in the same layout.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 uses either has no branch for it.
 
 Before anything is summed the processes exchange a few numbers on the host (`Processes.exchange`): where each of them
-is, and whether something went wrong there. So an error on one of them is raised on all, in the same place, and processes
+is, and whether something went wrong there. So an error on one of them is raised on all, in the same place, and those
 that are at different places find out instead of waiting for each other.
 """
 
@@ -329,7 +329,8 @@ def checksum(tensors: Sequence[Tensor]) -> int:
     for tensor in tensors:
         bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         whole = bits[: len(bits) // 4 * 4].view(torch.int32)
-        sums.append(whole.sum(dtype=torch.int64) * 31 + whole[::7].sum(dtype=torch.int64) + bits[len(whole) * 4 :].sum())
+        last = bits[len(whole) * 4 :]
+        sums.append(whole.sum(dtype=torch.int64) * 31 + whole[::7].sum(dtype=torch.int64) + last.sum())
     numbers = torch.stack(sums).tolist() if sums else []
     return zlib.crc32(repr(numbers).encode())
 

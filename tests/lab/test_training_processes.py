@@ -26,8 +26,10 @@ def losses(folder: Path) -> list[float]:
 def test_a_run_on_two_processes_is_the_run_on_one_and_goes_on_with_three(tmp_path: Path) -> None:
     one = run(tmp_path, "one", DOUBLE)
     first, second = world(2, trained, tmp_path, "two", [DOUBLE, "steps=10"], {}).results
-    assert first[0] == second[0] == 10 and first[1] == second[1]
-    assert first[2][-1] == "done" and not second[2]  # the first one tells
+    assert first[0] == second[0] == 10
+    assert first[1] == second[1]
+    assert first[2][-1] == "done"
+    assert not second[2]
     again = world(3, trained, tmp_path, "two", [DOUBLE], {"resume": tmp_path / "two"}).results
     assert [each[0] for each in again] == [20, 20, 20]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-7)
@@ -38,7 +40,8 @@ def test_a_run_on_two_processes_is_the_run_on_one_and_goes_on_with_three(tmp_pat
 def test_a_signal_on_one_process_stops_all_after_the_step_saved(tmp_path: Path) -> None:
     write_data(tmp_path)
     for each in world(2, stopped, tmp_path, "run", ["checkpoint.every=0"]).results:
-        assert each[0] == "Terminated" and each[2] == 143
+        assert each[0] == "Terminated"
+        assert each[2] == 143
         assert f"stopped by SIGTERM after step {load_checkpoint(tmp_path / 'run' / 'checkpoint.pt').step}" in each[1]
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt").step == 8
 
@@ -48,7 +51,8 @@ def test_what_cannot_be_shared_is_refused_on_all(tmp_path: Path) -> None:
     alone = 'optimizer="sgd"', "approx=none", "damping=none", "momentum=none", "estimator=none", "trust=none"
     for more, said in ((list(alone), "runs in one process"), (["batch.start=1"], "less than one example")):
         for each in world(2, trained, tmp_path, "run", more, {}).results:
-            assert each[0] == "ConfigError" and said in each[1]
+            assert each[0] == "ConfigError"
+            assert said in each[1]
     assert not (tmp_path / "run").exists()
 
 
@@ -60,7 +64,8 @@ def test_the_command_under_torchrun_says_an_error_once(tmp_path: Path) -> None:
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert done.returncode != 0
-    assert done.stderr.count("error: ") == 1 and "nothing.npz" in done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert "nothing.npz" in done.stderr
 
 
 def test_variables_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +74,8 @@ def test_variables_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     assert started(whole) == 4
     with pytest.raises(ConfigError, match="MASTER_PORT is not set"):
         started({key: value for key, value in whole.items() if key != "MASTER_PORT"})
-    assert device_of("cpu") == "cpu" and told_first()
+    assert device_of("cpu") == "cpu"
+    assert told_first()
     with joined() as ranks:
         assert ranks.alone
 
@@ -78,5 +84,3 @@ def test_a_configuration_for_several_processes_is_not_run_on_one(tmp_path: Path)
     with pytest.raises(ConfigError, match="torchrun --nproc-per-node 2"):
         run(tmp_path, "run", "processes=2")
     assert not (tmp_path / "run").exists()
-
-

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from world_runs import STEPS, dies, failures, guests, kfac, resumed, several
+from world_runs import STEPS, dies, failures, guests, hangs, kfac, resumed, several
 from worlds import world
 
 from kfacore.errors import ConfigError
@@ -103,21 +103,32 @@ def test_a_problem_on_one_process_is_told_on_all() -> None:
     first, second = world(2, failures).results
     assert second["nan"].startswith("DataError: inputs: 1 of 10 cases")
     assert first["nan"].startswith("DataError: rank 1: inputs: 1 of 10 cases")
-    assert first["model"] == second["model"] and "the parameter 0.weight" in first["model"]
+    assert first["model"] == second["model"]
+    assert "the parameter 0.weight" in first["model"]
+    assert second["memory"].startswith("OutOfMemoryError")
+    assert first["memory"].startswith("RankError: rank 1 failed in its forward pass: OutOfMemoryError: CUDA out of")
     for told in (first["place"], second["place"]):
         assert "rank 0 at 'state_dict', rank 1 at 'step 2'" in told
-    assert first["nothing"] == second["nothing"] and "no position of the mini-batch counts" in first["nothing"]
+    assert first["nothing"] == second["nothing"]
+    assert "no position of the mini-batch counts" in first["nothing"]
+
+
+def test_the_others_are_told_of_a_process_that_hangs() -> None:
+    found = world(2, hangs, waiting=8.0, fails=True)
+    assert str(found.results[0]).startswith("RankError: rank 0 has no answer"), found.errors
 
 
 def test_the_others_are_told_of_a_process_that_died() -> None:
     found = world(2, dies, waiting=20.0, fails=True)
-    assert found.results[0] is not None and found.results[0].startswith("RankError: rank 0 has no answer"), found.errors
+    assert str(found.results[0]).startswith("RankError: rank 0 has no answer"), found.errors
     assert found.codes[1] == -9
 
 
 def test_one_process_alone_sends_nothing() -> None:
-    assert find_ranks() is ALONE and find_ranks(False) is ALONE
-    assert ALONE.whole("step 1", lambda: 5)[0].cases == 5 and not ALONE.sent
+    assert find_ranks() is ALONE
+    assert find_ranks(False) is ALONE
+    assert ALONE.whole("step 1", lambda: 5)[0].cases == 5
+    assert not ALONE.sent
     with pytest.raises(ConfigError, match="not initialised"):
         find_ranks("a group")
 

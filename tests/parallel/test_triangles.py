@@ -13,9 +13,11 @@ def test_a_symmetric_matrix_travels_as_half_and_arrives_as_it_was(d: int) -> Non
     X = torch.randn(2, d, d)
     X = X + X.mT
     values = folded(X)
-    assert values.shape == (2, folded_size(d)) and folded_size(d) == d * (d + 1) // 2
+    assert values.shape == (2, folded_size(d))
+    assert folded_size(d) == d * (d + 1) // 2
     assert torch.equal(unfolded(values, d), X)
-    assert torch.equal(unfolded(folded(X[0]), d), X[0]) and unfolded(values, d).is_contiguous()
+    assert torch.equal(unfolded(folded(X[0]), d), X[0])
+    assert unfolded(values, d).is_contiguous()
 
 
 def test_what_is_not_finite_stays_where_it_is() -> None:

@@ -28,5 +28,6 @@ def test_first_cases_are_a_share_of_every_part(sizes: tuple[int, ...]) -> None:
         counts = [Whole(sizes, rank).first(cases) for rank in range(len(sizes))]
         assert sum(counts) == cases
         for places, count, size in zip(parts, counts, sizes, strict=True):
-            assert (places[:count] < cases).all() and (places[count:] >= cases).all()
+            assert (places[:count] < cases).all()
+            assert (places[count:] >= cases).all()
             assert abs(count - cases * size / sum(sizes)) <= len(sizes) / 2

@@ -22,9 +22,7 @@ _LAUNCHER = "KFAC_STUDY_LAUNCHER"
 _LOOK_SECONDS = 0.2
 
 
-def launch(
-    study: Path, run: str, processes: int, parent: int | None, leave: Callable[[], bool] | None = None
-) -> int:
+def launch(study: Path, run: str, processes: int, parent: int | None, leave: Callable[[], bool] | None = None) -> int:
     """Execute a run in several processes and wait for its end.
 
     Args:

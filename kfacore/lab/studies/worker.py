@@ -76,9 +76,7 @@ def execute(
         claim.release()
 
 
-def _member(
-    study: Path, run: str, registry: Registry, parent: int | None, leave: Callable[[], bool] | None
-) -> int:
+def _member(study: Path, run: str, registry: Registry, parent: int | None, leave: Callable[[], bool] | None) -> int:
     """One of the processes of a run: the first claims it and writes how it ended, the others train with it."""
     planned = _read_planned(study, run)
     with joined(str(planned["config"].get("device", "auto"))) as ranks:

@@ -144,9 +144,7 @@ def build_parts(config: RunConfig, registry: Registry, init: Path | None = None)
     )
 
 
-def manifest(
-    config: RunConfig, registry: Registry, parts: Parts, started: str, processes: int = 1
-) -> dict[str, Any]:
+def manifest(config: RunConfig, registry: Registry, parts: Parts, started: str, processes: int = 1) -> dict[str, Any]:
     """Everything besides the configuration that the run's numbers depend on; the data's source may be a path."""
     return {
         "format": 1,

@@ -146,7 +146,8 @@ class Slurm(Executor):
         _wish(self._study, run).unlink(missing_ok=True)
         try:
             with heard_signals():
-                self._jobs[run] = self._executor.submit(Job(self._study, run, alone=self._alone, processes=self.processes))
+                job = Job(self._study, run, alone=self._alone, processes=self.processes)
+                self._jobs[run] = self._executor.submit(job)
         except Exception as error:  # submitit lets whatever sbatch causes through
             raise ResourceError(f"SLURM does not take the job: {error}; see executor.options") from error
 
