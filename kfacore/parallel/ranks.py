@@ -22,12 +22,15 @@ from torch import Tensor
 from torch import distributed as dist
 
 from kfacore import errors
-from kfacore.errors import ConfigError, KfacError, RankError
+from kfacore.errors import ConfigError, DataError, KfacError, RankError
 from kfacore.parallel.whole import Whole
 
 __all__ = ["ALONE", "Processes", "Ranks", "checksum", "current_ranks", "find_ranks"]
 
 _local = threading.local()
+
+_KNOWN = "_kfac_known_to_all"
+"""Attribute of an error that the other processes know of, or cannot be told of."""
 
 _HEAD = 4
 """Numbers of an exchange before those of single processes: failed, tag, minus tag, flag."""
@@ -180,31 +183,30 @@ class Processes(Ranks):
         found: list[Any] = [None] * self.size
         with self._answered(what):
             dist.all_gather_object(found, (what, told), group=self._hosts)
-        if failure is not None:
+        failed = [(rank, where, *other) for rank, (where, other) in enumerate(found) if other is not None]
+        # Wrong data of one process makes numbers of all others not finite: it is the cause.
+        cause = next((each for each in failed if each[2] == DataError.__name__), failed[0] if failed else None)
+        if failure is not None and (isinstance(failure, DataError) or cause is None or cause[2] != DataError.__name__):
             return
-        for rank, (where, other) in enumerate(found):
-            if other is not None:
-                kind, message = other
-                known = getattr(errors, kind, None)
-                if isinstance(known, type) and issubclass(known, KfacError):
-                    raise known(f"rank {rank}: {message}")
-                first = (message.strip().splitlines() or [""])[0]
-                raise RankError(f"rank {rank} failed in its {where}: {kind}: {first}")
+        if cause is not None:
+            rank, where, kind, message = cause
+            known = getattr(errors, kind, None)
+            if isinstance(known, type) and issubclass(known, KfacError):
+                raise _told(known(f"rank {rank}: {message}"))
+            first = (message.strip().splitlines() or [""])[0]
+            raise _told(RankError(f"rank {rank} failed in its {where}: {kind}: {first}"))
         places = ", ".join(f"rank {rank} at '{where}'" for rank, (where, _) in enumerate(found))
-        raise RankError(
-            f"the processes are not at the same place: {places}. step, state_dict and load_state_dict must be called "
-            "by all of them, in the same order"
-        )
+        said = f"the processes are not at the same place: {places}. step, state_dict and load_state_dict must be called"
+        raise _told(RankError(f"{said} by all of them, in the same order"))
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
         """See `Ranks.together`."""
         try:
             yield
-        except RankError:
-            raise  # the others know
         except Exception as error:
-            self.exchange(what, failure=error)
+            if not getattr(error, _KNOWN, False):
+                self.exchange(what, failure=error)
             raise
         self.exchange(what)
 
@@ -310,11 +312,18 @@ class Processes(Ranks):
             yield
         except (RuntimeError, ValueError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise RankError(
-                f"rank {self.rank} has no answer from the others in '{what}': one of them has died, hangs, or ran out "
-                f"of memory (its own message says more; torch says: {first[:200]}). Start all of them again, from the "
-                "last checkpoint"
-            ) from error
+            said = (
+                f"rank {self.rank} has no answer from the others in '{what}': one of them has died, hangs, or ran out of "
+                f"memory (its own message says more; torch says: {first[:200]}). Start all of them again, from the last "
+                "checkpoint"
+            )
+            raise _told(RankError(said)) from error
+
+
+def _told(error: KfacError) -> KfacError:
+    """Mark an error as known to all."""
+    setattr(error, _KNOWN, True)
+    return error
 
 
 def current_ranks() -> Ranks | None:

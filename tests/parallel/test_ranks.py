@@ -45,6 +45,8 @@ def farthest(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
 @pytest.mark.parametrize("sizes", [(150, 90), (40, 100, 100)])
 def test_processes_agree_to_the_bit_and_with_one_process_to_rounding(sizes: tuple[int, ...]) -> None:
     variants = [*EXACT, *MORE, *({**options, "dtype": torch.float32} for options in EXACT[::3])]
+    if len(sizes) > 2:
+        variants = [EXACT[0], EXACT[4], *MORE]
     found = world(len(sizes), several, sizes, variants)
     alone = several(None, sizes, variants)
     for i, options in enumerate(variants):
@@ -79,7 +81,8 @@ def test_bytes_that_are_sent() -> None:
     assert sent["gradient"] == 8 * PARAMETERS * STEPS
     others = sum(sent[what] for what in sent if what not in ("statistics", "inverses", "gradient", "exchanges"))
     assert others < 8 * 40 * STEPS  # a few numbers a step
-    assert sent["statistics"] == 8 * FACTORS * refreshes  # and at the end nothing: the last step refreshed
+    saved = not reports[-1][3]  # a state adds them up once more, unless the last step has
+    assert sent["statistics"] == 8 * FACTORS * (refreshes + saved)
     inverses = sum(result[0]["sent"]["inverses"] for result in found.results)
     assert inverses <= 8 * (FACTORS + 6) * refreshes
 
