@@ -313,9 +313,9 @@ class Processes(Ranks):
         except (RuntimeError, ValueError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             said = (
-                f"rank {self.rank} has no answer from the others in '{what}': one of them has died, hangs, or ran out of "
-                f"memory (its own message says more; torch says: {first[:200]}). Start all of them again, from the last "
-                "checkpoint"
+                f"rank {self.rank} has no answer from the others in '{what}': one of them has died, hangs, or ran out "
+                f"of memory (its own message says more; torch says: {first[:200]}). Start all of them again, from the "
+                "last checkpoint"
             )
             raise _told(RankError(said)) from error
 
