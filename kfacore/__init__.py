@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         KfacError,
         NumericalError,
         PluginError,
+        RankError,
         ResourceError,
         UnsupportedModelError,
     )
@@ -40,6 +41,7 @@ __all__ = [
     "PluginError",
     "Preconditioned",
     "Preconditioner",
+    "RankError",
     "ResourceError",
     "StepReport",
     "UnsupportedModelError",

@@ -87,6 +87,57 @@ def resumed(rank: int | None, sizes: Sequence[int], states: Sequence[Any], optio
     return [kfac(rank, sizes, options, STEPS // 2, STEPS // 2, state) for state in states]
 
 
+class Sequences(nn.Module):
+    """Tokens, positions that see each other, a norm: nothing of it is served by the fast path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(11, 6), nn.LayerNorm(6)
+        self.up, self.mix, self.head = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.mix(torch.tanh(self.up(self.norm(x)))).cumsum(1) / 4
+        found: Tensor = self.head(x)
+        return found
+
+
+class Images(nn.Module):
+    """Batch normalisation mixes the examples of a process; dropout draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(torch.tanh(self.norm(self.conv(x))).flatten(1))
+        return found
+
+
+def anything(rank: int | None, sizes: Sequence[int], kind: str, options: dict[str, Any], steps: int = 6) -> Any:
+    """Train a network that is no chain of layers."""
+    torch.manual_seed(2)
+    model = (Sequences() if kind == "sequences" else Images()).double()
+    opt = KFAC(model, likelihood="categorical", weight_decay=1e-2, **options)
+    for k in range(steps):
+        generator = torch.Generator().manual_seed(k)
+        n = sum(sizes)
+        if kind == "sequences":
+            x = torch.randint(11, (n, 4), generator=generator)
+            y = x.cumsum(1) % 5
+            x, y, valid = own(rank, sizes, x, y, torch.rand(n, 4, generator=generator) > 0.2)
+            opt.step(x, y, valid)
+        else:
+            x = torch.randn(n, 1, 4, 4, generator=generator, dtype=torch.float64)
+            opt.step(*own(rank, sizes, x, x.flatten(1)[:, :4].argmax(1)))
+    return [*bits(model), *(buffer.clone().double() for buffer in model.buffers())]
+
+
+def networks(rank: int | None, sizes: Sequence[int], cases: Sequence[tuple[str, dict[str, Any]]]) -> list[Any]:
+    return [anything(rank, sizes, kind, options) for kind, options in cases]
+
+
 def guest(rank: int | None, sizes: Sequence[int], options: dict[str, Any], steps: int = 12) -> dict[str, Any]:
     """Train with `Preconditioned` as a guest of AdamW, in a loop that averages gradients by DDP."""
     model = net()

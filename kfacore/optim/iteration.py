@@ -274,6 +274,11 @@ class Iteration:
         linearizer, ranks = self._parts.linearizer, self._parts.ranks
         if ranks.alone or linearizer.facts is None or not linearizer.facts.keeps:
             return
-        buffers = [buffer for buffer in linearizer.model.buffers() if buffer.is_floating_point()]
-        for buffer, total in zip(buffers, ranks.sum("buffers", buffers), strict=True):
-            buffer.copy_(total / ranks.size)
+        for buffer in linearizer.model.buffers():
+            if buffer.is_floating_point() and buffer.numel():
+                first = buffer.clone()
+                ranks.broadcast("buffers", first, 0)
+                # What is the same everywhere, infinite entries of a mask too, stays what it is to the last bit.
+                away = torch.where(buffer == first, 0.0, buffer - first)
+                ranks.sum_into("buffers", away)
+                buffer.copy_(first + away / ranks.size)

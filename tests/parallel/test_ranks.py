@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from world_runs import STEPS, dies, failures, guests, hangs, kfac, resumed, several
+from world_runs import STEPS, dies, failures, guests, hangs, kfac, networks, resumed, several
 from worlds import world
 
 from kfacore.errors import ConfigError
@@ -58,6 +58,22 @@ def test_processes_agree_to_the_bit_and_with_one_process_to_rounding(sizes: tupl
         assert farthest(here[0]["parameters"], alone[i]["parameters"]) < slack, options
         for mine, one in zip(here[0]["reports"], alone[i]["reports"], strict=True):
             assert mine == pytest.approx(one, rel=1e-4 if "dtype" in options else 1e-9), options
+
+
+def test_any_network() -> None:
+    sizes = (50, 30)
+    exact = {"kind": "exact", "tau1": 1.0}
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("sequences", {"approx": "blockdiag"}),
+        ("sequences", {"approx": "tridiag", "estimator": exact}),
+        ("images", {"approx": "blockdiag"}),
+    ]
+    first, second = world(2, networks, sizes, cases).results
+    alone = networks(None, sizes, cases[:2])
+    for i in range(len(cases)):
+        assert farthest(first[i], second[i]) == 0.0, cases[i]
+    for i, one in enumerate(alone):
+        assert farthest(first[i], one) < 1e-11, cases[i]
 
 
 def test_a_saved_state_goes_on_with_as_many_processes_to_the_bit_and_with_others_to_rounding() -> None:
