@@ -92,7 +92,8 @@ class Arrived(Root):
     @cached_property
     def whole(self) -> Tempered:
         """With eigenvectors, those of D^-1."""
-        values, vectors, _ = eigh_psd(self.inverse, *self.name)
+        layer, factor = self.name
+        values, vectors, _ = eigh_psd(self.inverse, layer, factor)
         tempered = values.reciprocal()
         damped = self.shift * (tempered / self.shift).clamp(min=1.0) ** (1.0 / self.power)
         return Tempered(vectors.mT.contiguous(), damped, tempered, self.inverse)

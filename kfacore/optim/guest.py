@@ -428,7 +428,7 @@ class Preconditioned(Sharing):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Model, base, options and state: a copy has a model of its own unless both are copied together."""
-        parts = {"likelihood": self.loss, "approx": self.approx, "estimator": self.estimator}
+        parts: dict[str, Any] = {"likelihood": self.loss, "approx": self.approx, "estimator": self.estimator}
         parts["process_group"] = False if self._group is False else None
         nest = self._curvature()
         return _copied, (type(self), self.network.model, self.base, {**parts, **self.options.chosen}, nest)

@@ -74,7 +74,7 @@ class Iteration:
         preconditioner.update(samples)
         preconditioner.spent(_OPERATIONS * at.whole.cases / parts.ranks.size * directions.size)
         if step == 1:
-            parts.damping.observe(mean_curvature(samples, parts.ranks, preconditioner.layers))
+            parts.damping.observe(mean_curvature(samples, parts.ranks, preconditioner.layers, at.loss.device))
         grad = directions.gradient(eta)
         undone = 0
         # Several iterations walk back through the graph, which parameters that were put back have left.

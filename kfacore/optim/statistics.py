@@ -94,13 +94,15 @@ def shared(
     return [part.with_numbers(total[i * size : (i + 1) * size]) for i in range(len(cases))]
 
 
-def mean_curvature(samples: Samples, ranks: Ranks, layers: Sequence[Block]) -> Tensor:  # () float64
+def mean_curvature(
+    samples: Samples, ranks: Ranks, layers: Sequence[Block], device: torch.device
+) -> Tensor:  # () float64
     """Mean diagonal entry of the Fisher of all that several processes have seen (`kfacore.roles.samples`)."""
     if ranks.alone:
         return mean_diagonal(samples, layers)
-    sums, S = traces(samples, layers), divisor_of(samples)
-    flat = torch.cat([sums.flatten(), torch.as_tensor(S, dtype=torch.float64, device=sums.device).view(1)])
+    sums, S = traces(samples, layers).to(device), divisor_of(samples)
+    flat = torch.cat([sums.flatten(), torch.as_tensor(S, dtype=torch.float64, device=device).view(1)])
     (total,) = ranks.sum("curvature", [flat])
-    found, seen_by = total[:-1].view(2, -1)
-    sizes = torch.tensor([float(layer.size) for layer in layers], dtype=torch.float64, device=total.device)
-    return found.sum() / total[-1] / sizes[seen_by > 0].sum()
+    sizes = torch.tensor([float(layer.size) for layer in layers], dtype=torch.float64, device=device)
+    some: Tensor = total[len(layers) : -1] > 0
+    return total[: len(layers)].sum() / total[-1] / sizes[some].sum()

@@ -39,8 +39,8 @@ def unfolded(
     half, low = (d + 1) // 2, d // 2
     odd = d % 2
     B, rest = values[..., : half * low], values[..., half * low :]
-    B = B.unflatten(-1, (half, low)) if low else B.new_empty(*B.shape[:-1], half, 0)
-    rest = rest.unflatten(-1, (half, half + 1 - odd))
+    B = B.reshape(*values.shape[:-1], half, low)
+    rest = rest.reshape(*values.shape[:-1], half, half + 1 - odd)
     X = values.new_empty(*values.shape[:-1], d, d)
     upper, lower = rest[..., :, 1 - odd :].triu(), rest[..., odd:, :low].tril()
     X[..., :half, :half] = upper + upper.triu(1).mT
