@@ -110,8 +110,8 @@ def evaluate(
         flat = torch.zeros(4, dtype=torch.float64, device=split.inputs.device)
         if total is not None:
             flat = torch.cat([total, torch.stack([torch.as_tensor(d).to(total) for d in divisors])])
-        total, parts = ranks.sum("evaluation", [flat])[0].split(2)
-        divisors = list(parts.unbind())
+        (flat,) = ranks.sum("evaluation", [flat])
+        total, divisors = flat[:2], list(flat[2:].unbind())
     if total is None:
         return Measure(float("nan"), float("nan"))
     if measured.per == "batch":  # a sum, over the whole set

@@ -249,7 +249,8 @@ def _packed(found: tuple[Canonical, list[Notice]]) -> tuple[list[Tensor], Any]:
 
 
 def _unpacked(_: int, tensors: list[Tensor], more: Any) -> tuple[Canonical, list[Notice]]:
-    return Canonical(*tensors, more[0]), more[1]
+    (K, Z, s), (scaled, notices) = tensors, more
+    return Canonical(K, Z, s, scaled), notices
 
 
 class BlockTridiagonal(Approximation):
