@@ -105,4 +105,5 @@ def mean_curvature(
     (total,) = ranks.sum("curvature", [flat])
     sizes = torch.tensor([float(layer.size) for layer in layers], dtype=torch.float64, device=device)
     some: Tensor = total[len(layers) : -1] > 0
-    return total[: len(layers)].sum() / total[-1] / sizes[some].sum()
+    mean: Tensor = total[: len(layers)].sum() / total[-1] / sizes[some].sum()
+    return mean

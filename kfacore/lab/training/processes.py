@@ -88,7 +88,8 @@ def told_first() -> bool:
             store = dist.distributed_c10d._get_default_store()
         elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun keeps it, whoever of us is gone
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.distributed_c10d.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
+            wait = timedelta(seconds=10)
+            store = dist.TCPStore(host, port, is_master=False, timeout=wait)  # type: ignore[attr-defined]  # it is there
         else:
             return os.environ.get("RANK", "0") == "0"
         return int(store.add("kfac/told", 1)) == 1
