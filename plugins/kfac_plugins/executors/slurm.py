@@ -195,7 +195,7 @@ class Slurm(Executor):
 
     def _end(self, run: str, job: Any) -> Ended:
         try:
-            return Ended(run, int(job.result()))
+            return Ended(run, int(job.results()[0]))  # of the first task, which tells how the run ended
         except Exception as error:  # the job was killed, cancelled, or lost: submitit has an exception for each
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return Ended(run, None, f"job {job.job_id} ended without a result ({job.state}): {reason}")
