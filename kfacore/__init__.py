@@ -57,6 +57,7 @@ __getattr__, __dir__ = lazy_names(
             "KfacError",
             "NumericalError",
             "PluginError",
+            "RankError",
             "ResourceError",
             "UnsupportedModelError",
         ),
