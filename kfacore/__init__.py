@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         KfacError,
         NumericalError,
         PluginError,
+        RankError,
         ResourceError,
         UnsupportedModelError,
     )
@@ -40,6 +41,7 @@ __all__ = [
     "PluginError",
     "Preconditioned",
     "Preconditioner",
+    "RankError",
     "ResourceError",
     "StepReport",
     "UnsupportedModelError",
@@ -55,6 +57,7 @@ __getattr__, __dir__ = lazy_names(
             "KfacError",
             "NumericalError",
             "PluginError",
+            "RankError",
             "ResourceError",
             "UnsupportedModelError",
         ),

@@ -18,6 +18,7 @@ __all__ = [
     "KfacError",
     "NumericalError",
     "PluginError",
+    "RankError",
     "ResourceError",
     "UnsupportedModelError",
     "nearest",
@@ -32,6 +33,12 @@ class KfacError(Exception):
 
 class ResourceError(KfacError):
     """The machine refused: a full or read-only disk, no network, a missing optional package."""
+
+    exit_code = 1
+
+
+class RankError(KfacError):
+    """Another process of the run failed, has died, hangs, or is at another place."""
 
     exit_code = 1
 

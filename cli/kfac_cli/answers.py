@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from kfacore.registry import Registry
 
-__all__ = ["heading", "print_json", "table", "warn_of_plugins"]
+__all__ = ["heading", "print_json", "several", "table", "tells", "warn_of_plugins"]
 
 
 def print_json(answer: Any) -> None:
@@ -40,3 +41,14 @@ def warn_of_plugins(registry: Registry) -> None:
     for plugin in registry.plugins():
         if plugin.state == "broken":
             typer.echo(f"note: {plugin} is broken, see kfac plugins", err=True)
+
+
+def several() -> bool:
+    """Whether this is one of several processes of a run, by the variables that torchrun sets."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return size.isdecimal() and int(size) > 1
+
+
+def tells() -> bool:
+    """Whether it is the one that prints: the first."""
+    return not several() or os.environ.get("RANK", "0") == "0"

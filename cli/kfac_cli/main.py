@@ -17,6 +17,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import kfacore
+from kfac_cli.answers import several
 from kfac_cli.usage import UsageError, explain_usage
 from kfacore.errors import KfacError
 
@@ -70,8 +71,19 @@ for _module in COMMANDS:
     import_module(_module).register(app)
 
 
+def _quiet() -> bool:
+    """Whether another process of the same run tells why it ended."""
+    if not several():
+        return False
+    from kfacore.lab.training.processes import told_first
+
+    return not told_first()
+
+
 def _say(message: str) -> None:
     """One error on stderr, even if its message has characters that the terminal's encoding lacks."""
+    if _quiet():
+        return
     try:
         print(f"error: {message}", file=sys.stderr, flush=True)
     except UnicodeEncodeError:

@@ -21,6 +21,8 @@ from kfacore.curvature.linalg import EIGENPROBLEM, cholesky_batch, eigh_again, e
 from kfacore.curvature.tempering import powers_of, untempered
 from kfacore.errors import NumericalError
 from kfacore.parallel.cores import share
+from kfacore.parallel.division import Wire
+from kfacore.parallel.triangles import folded, unfolded
 from kfacore.roles.inverse import Notice
 
 __all__ = ["DampedBatch", "Undamped", "apply_sides", "damp_batches", "symmetric_batch"]
@@ -81,7 +83,11 @@ def damp_batches(items: Sequence[Undamped], power: float = 1.0) -> tuple[list[Da
         return [], []
     jobs = [partial(_one, item, power) for item in items]
     costs = [item.cost * (1 if power == 1.0 else EIGENPROBLEM) for item in items]
-    done = share(jobs, costs, items[0].X.device)
+
+    def unpack(i: int, tensors: list[Tensor], _: None) -> tuple[DampedBatch, Tensor]:
+        return _unpacked(items[i], tensors, power)
+
+    done = share(jobs, costs, items[0].X.device, Wire(partial(_packed, power=power), unpack))
     good = torch.cat([fine for _, fine in done]).tolist()
     found, notices, start = [], list[Notice](), 0
     for item, (batch, fine) in zip(items, done, strict=True):
@@ -93,13 +99,36 @@ def damp_batches(items: Sequence[Undamped], power: float = 1.0) -> tuple[list[Da
     return found, notices
 
 
+def _packed(found: tuple[DampedBatch, Tensor], power: float) -> tuple[list[Tensor], None]:
+    """A result on its way to other processes: what cannot be made there in a moment."""
+    batch, fine = found
+    if batch.inverse.dim() == 2:
+        return [], None
+    matrices = [batch.inverse] if power == 1.0 else [batch.inverse, batch.damped]
+    return [fine.to(batch.inverse.dtype), *(folded(X) for X in matrices)], None
+
+
+def _unpacked(item: Undamped, tensors: list[Tensor], power: float) -> tuple[DampedBatch, Tensor]:
+    shift = item.shift.to(item.X.dtype).unsqueeze(1)
+    if not tensors:
+        return _diagonal(item.X, shift, power)
+    fine, *matrices = tensors
+    inverse, *rest = (unfolded(X, item.X.shape[1]) for X in matrices)
+    return DampedBatch(rest[0] if rest else _shifted(item.X, shift), inverse), fine.bool()
+
+
+def _shifted(X: Tensor, shift: Tensor) -> Tensor:
+    damped = X.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(shift)
+    return damped
+
+
 def _one(item: Undamped, power: float) -> tuple[DampedBatch, Tensor]:
     """One batch, and which of its matrices are right, (b,)."""
     shift = item.shift.to(item.X.dtype)
     if item.X.dim() == 2:
         return _diagonal(item.X, shift.unsqueeze(1), power)
-    damped = item.X.clone()
-    damped.diagonal(dim1=1, dim2=2).add_(shift.unsqueeze(1))
+    damped = _shifted(item.X, shift.unsqueeze(1))
     if power < 1.0:
         return _tempered(damped, item.shift, power)
     _, inverse, fine = cholesky_batch(damped)

@@ -31,6 +31,8 @@ __all__ = ["Full", "FullMoment"]
 class FullMoment(Moment):
     """F = (1 / S) sum over passes and cases of v v^T, (d_in, d_in), with the groups in front if there are several."""
 
+    symmetric = True
+
     @classmethod
     def serves(cls, block: Block) -> bool:
         """Blocks of kind ``"full"``."""

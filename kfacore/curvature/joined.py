@@ -28,7 +28,7 @@ from kfacore.errors import ConfigError
 from kfacore.roles.approx import Approximation, Factorisation
 from kfacore.roles.block import Block
 from kfacore.roles.inverse import Inverse
-from kfacore.roles.moment import Moment, Moments
+from kfacore.roles.moment import Moment, Moments, Tally
 from kfacore.roles.samples import Samples
 from kfacore.schema.slots import PiRule
 
@@ -113,6 +113,38 @@ class JoinedMoments(Moments):
         for moments in self.each:
             moments.commit(decay)
         self.updates = max((moments.updates for moments in self.each), default=0)
+
+    def tallies(self, samples: Samples) -> list[Tally]:
+        """Those of all parts."""
+        return [
+            tally
+            for part, moments in zip(self._parts, self.each, strict=True)
+            for tally in moments.tallies(part.of(samples))
+        ]
+
+    def update_share(self, samples: Samples, decay: float, tallies: Sequence[Tally]) -> None:
+        """Each part gets what its own blocks saw."""
+        start = 0
+        for part, moments in zip(self._parts, self.each, strict=True):
+            count = len(moments.tallies([None for _ in part.layers]))
+            moments.update_share(part.of(samples), decay, tallies[start : start + count])
+            start += count
+        self.updates += 1
+
+    @property
+    def averages(self) -> list[tuple[Tensor, bool]]:
+        """Those of all parts."""
+        return [found for moments in self.each for found in moments.averages]
+
+    @property
+    def turns(self) -> bool:
+        """Those of any part."""
+        return any(moments.turns for moments in self.each)
+
+    @property
+    def pending_symmetric(self) -> list[bool]:
+        """Those of all parts."""
+        return [found for moments in self.each for found in moments.pending_symmetric]
 
     def pending(self) -> list[Tensor]:
         """Those of all parts."""

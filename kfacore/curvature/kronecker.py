@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from kfacore.curvature.linalg import CholeskyRoot, Root, Spd, factor_spd, gammas_of, pi_of
-from kfacore.curvature.tempering import Tempered, temper
+from kfacore.curvature.tempering import Arrived, Tempered, temper
 from kfacore.roles.block import Block
 from kfacore.roles.inverse import Notice
 from kfacore.schema.slots import PiRule
 
 __all__ = ["Damped", "DampedFactors", "damp", "ready", "symmetric"]
 
-Factor = Spd | Tempered
+Factor = Spd | Tempered | Arrived
 
 
 def symmetric(values: Sequence[Tensor]) -> list[Tensor]:
@@ -59,13 +59,24 @@ class DampedFactors:
 
     def state_dict(self) -> dict[str, Any]:
         """Every tensor."""
-        return {side: [dict(vars(f)) for f in factors] for side, factors in (("A", self.A), ("G", self.G))}
+        sides = ("A", self.A), ("G", self.G)
+        return {side: [_state_of(f) for f in own] for side, own in sides}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> DampedFactors:
         """Restore from `state_dict`."""
-        A, G = ([Spd(**f) if "base" in f else Tempered(**f) for f in state[side]] for side in ("A", "G"))
+        A, G = ([_factor_of(f) for f in state[side]] for side in ("A", "G"))
         return cls(A, G)
+
+
+def _state_of(factor: Factor) -> dict[str, Any]:
+    return factor.state_dict() if isinstance(factor, Arrived) else dict(vars(factor))
+
+
+def _factor_of(state: Mapping[str, Any]) -> Factor:
+    if "base" in state:
+        return Spd(**state)
+    return Arrived(**state) if "power" in state else Tempered(**state)
 
 
 class Damped(NamedTuple):
@@ -117,7 +128,7 @@ def damp(
     roots: Sequence[Root]
     if power == 1.0:
         factors, lower, notices = factor_spd([*A, *G], shifts, names, keep_lower=keep_roots)
-        roots = [CholeskyRoot(L) for L in lower]
+        roots = [CholeskyRoot(L, factor) for L, factor in zip(lower, factors, strict=keep_roots)]
     else:
         factors, notices = temper([*A, *G], shifts, names, power)
         roots = factors if keep_roots else []

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from kfacore.errors import NumericalError
 from kfacore.parallel.cores import share
+from kfacore.parallel.division import Wire
+from kfacore.parallel.triangles import folded, unfolded
 from kfacore.roles.inverse import Notice
 from kfacore.schema.slots import PiRule
 
@@ -157,25 +159,41 @@ class Root(ABC):
         """B^-T V."""
 
 
-@dataclass(frozen=True)
 class CholeskyRoot(Root):
-    """D = Xd = L L^T."""
+    """D = Xd = L L^T.
 
-    L: Tensor
+    Args:
+        L: The Cholesky factor; None makes it when it is asked for, where another process has factorised D.
+        factor: D; needed without an L.
+    """
+
+    def __init__(self, L: Tensor | None, factor: Spd | None = None) -> None:
+        self._L, self._factor = L, factor
+
+    def _lower(self) -> Tensor:
+        if self._L is None:
+            assert self._factor is not None
+            lower: Tensor = torch.linalg.cholesky_ex(shifted(self._factor.base, self._factor.shift)).L
+            self._L = lower
+        return self._L
 
     def whiten(self, X: Tensor) -> Tensor:
         """L^-1 X."""
-        white: Tensor = torch.linalg.solve_triangular(self.L, X, upper=False)
+        white: Tensor = torch.linalg.solve_triangular(self._lower(), X, upper=False)
         return white
 
     def color(self, V: Tensor) -> Tensor:
         """L V."""
-        return self.L @ V
+        return self._lower() @ V
 
     def dual(self, V: Tensor) -> Tensor:
         """L^-T V."""
-        result: Tensor = torch.linalg.solve_triangular(self.L.T, V, upper=True)
+        result: Tensor = torch.linalg.solve_triangular(self._lower().T, V, upper=True)
         return result
+
+
+_Factored = tuple[Spd, Tensor | None, Tensor]
+"""A damped factor, its L if it is here, and whether both are right."""
 
 
 def shifted(base: Tensor, shift: Tensor) -> Tensor:
@@ -187,7 +205,7 @@ def shifted(base: Tensor, shift: Tensor) -> Tensor:
 
 def factor_spd(
     bases: Sequence[Tensor], shifts: Sequence[Tensor], names: Sequence[tuple[str, str]], *, keep_lower: bool = True
-) -> tuple[list[Spd], list[Tensor], list[Notice]]:
+) -> tuple[list[Spd], list[Tensor | None], list[Notice]]:
     """Inverses and Cholesky factors of many damped factors, with one wait for the device in all.
 
     Args:
@@ -197,22 +215,29 @@ def factor_spd(
         keep_lower: Whether the caller wants L; otherwise its memory becomes the inverse's, and none is returned.
 
     Returns:
-        The damped factors, L of each (L L^T = X + shift I) if wanted, and a notice for each that needed double
-        precision or jitter.
+        The damped factors, L of each (L L^T = X + shift I) if wanted, None where another process has it, and a notice
+        for each that needed double precision or jitter.
 
     Raises:
         NumericalError: Some factor is not finite or could not be factorised with any jitter; names the layer.
     """
+    here: dict[int, Tensor] = {}
 
-    def one(i: int) -> tuple[Spd, Tensor, Tensor]:
+    def one(i: int) -> _Factored:
         result, L, info = _cholesky(bases[i], shifts[i].to(bases[i].dtype), keep_lower)
+        here[i] = L
         return result, L, (info == 0) & torch.isfinite(result.inverse.diagonal().sum())
 
-    def several(batch: list[int]) -> list[tuple[Spd, Tensor, Tensor]]:
-        return _cholesky_batch([bases[i] for i in batch], [shifts[i] for i in batch])
+    def several(batch: list[int]) -> list[_Factored]:
+        found = _cholesky_batch([bases[i] for i in batch], [shifts[i] for i in batch])
+        here.update((i, L) for i, (_, L, _) in zip(batch, found, strict=True))
+        return list(found)
 
-    done = in_batches(one, several, bases, 1)
-    results, lower = [result for result, _, _ in done], [L for _, L, _ in done if keep_lower]
+    def arrived(i: int, inverse: Tensor, fine: Tensor) -> _Factored:
+        return Spd(bases[i], shifts[i].to(bases[i].dtype), inverse), here.get(i), fine
+
+    done = in_batches(one, several, bases, 1, (lambda found: (found[0].inverse, found[2]), arrived))
+    results, lower = [result for result, _, _ in done], [L for _, L, _ in done] if keep_lower else []
     good = torch.stack([check for _, _, check in done]).tolist()
     notices: list[Notice] = []
     for i, fine in enumerate(good):
@@ -235,15 +260,20 @@ def together(bases: Sequence[Tensor]) -> list[list[int]]:
 
 
 def in_batches(
-    one: Callable[[int], _T], several: Callable[[list[int]], list[_T]], bases: Sequence[Tensor], cost: float
+    one: Callable[[int], _T],
+    several: Callable[[list[int]], list[_T]],
+    bases: Sequence[Tensor],
+    cost: float,
+    way: tuple[Callable[[_T], tuple[Tensor, Tensor]], Callable[[int, Tensor, Tensor], _T]],
 ) -> list[_T]:
-    """What comes of each matrix, those that belong `together` at once; shared out over the cores.
+    """What comes of each matrix, those that belong `together` at once; shared out over the cores, and over processes.
 
     Args:
         one: Does it for the matrix of an index.
         several: Does it for many.
         bases: The matrices.
         cost: Operations of one over d^3.
+        way: To another process: a symmetric matrix and flags of a result, and the result of an index made of them.
     """
     batches = together(bases)
     jobs: list[Callable[[], list[_T]]] = [
@@ -251,7 +281,18 @@ def in_batches(
         for batch in batches
     ]
     costs = [len(batch) * cost * bases[batch[0]].shape[0] ** 3 for batch in batches]
-    found = share(jobs, costs, bases[0].device)
+
+    def pack(results: list[_T]) -> tuple[list[Tensor], None]:
+        parts = [way[0](result) for result in results]
+        X, flags = torch.stack([x for x, _ in parts]), torch.stack([flag for _, flag in parts])
+        return [folded(X), flags.to(X.dtype)], None
+
+    def unpack(k: int, tensors: list[Tensor], _: None) -> list[_T]:
+        matrices, flags = unfolded(tensors[0], bases[batches[k][0]].shape[0]), tensors[1].bool()
+        parts = zip(batches[k], matrices.unbind(), flags.unbind(), strict=True)
+        return [way[1](i, X, flag) for i, X, flag in parts]
+
+    found = share(jobs, costs, bases[0].device, Wire(pack, unpack))
     by_index = {i: x for batch, xs in zip(batches, found, strict=True) for i, x in zip(batch, xs, strict=True)}
     return [by_index[i] for i in range(len(bases))]
 

@@ -76,6 +76,8 @@ def side_shape(block: Block, side: Side, d: int) -> tuple[int, ...]:
 class InputFactor(Moment):
     """A_i = E[abar_i abar_i^T] over rows, or its diagonal."""
 
+    symmetric = True
+
     def shapes(self, layers: Sequence[Block]) -> list[tuple[int, ...]]:
         """(d_in, d_in) a block, with the groups in front if there are several; (d_in,) for a diagonal side."""
         return [side_shape(block, block.input_side, block.d_in) for block in layers]
@@ -103,6 +105,8 @@ class InputFactor(Moment):
 
 class OutputFactor(Moment):
     """G_i = E[g_i g_i^T], summed over passes and rows and divided by S, or its diagonal."""
+
+    symmetric = True
 
     def shapes(self, layers: Sequence[Block]) -> list[tuple[int, ...]]:
         """(d_out, d_out) a block, with the groups in front if there are several; (d_out,) for a diagonal side."""

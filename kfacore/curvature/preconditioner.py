@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kfacore.curvature.joined import Joined
@@ -16,14 +17,16 @@ from kfacore.curvature.schedule import FIRST_REFRESHES, scheduled
 from kfacore.errors import ConfigError, NumericalError
 from kfacore.parallel.background import BackgroundRefresh, Made
 from kfacore.parallel.pace import Pace
+from kfacore.parallel.ranks import ALONE, Ranks
+from kfacore.parallel.triangles import folded, unfolded
 from kfacore.roles.approx import Approximation
 from kfacore.roles.block import Block
 from kfacore.roles.inverse import Inverse, Notice
-from kfacore.roles.moment import Moments
+from kfacore.roles.moment import Moments, Tally
 from kfacore.roles.samples import Samples
 from kfacore.schema.slots import PiRule
 
-__all__ = ["Preconditioner"]
+__all__ = ["Preconditioner", "add_up"]
 
 _CHEAP = 2e7
 """Operations, a millisecond or two, below which a refresh costs what its calls cost: no share of anything."""
@@ -40,6 +43,8 @@ class Preconditioner:
         decay: Largest weight of the past in the running averages.
         pairs: Pairs (i, j) of blocks for approximations that couple them, a forest; each block and the next if left
             out.
+        ranks: The processes that train together. Averages are then sums over them, each process keeps its share, and
+            they are added up when an inverse is made; factors are divided among the processes.
 
     Raises:
         UnsupportedModelError: The approximation refuses the layers.
@@ -57,13 +62,17 @@ class Preconditioner:
         like: Tensor,
         decay: float,
         pairs: Sequence[tuple[int, int]] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.approx = approx
+        self.ranks = ranks
         self.layers = list(layers)
         self.decay = decay
         self.joined = Joined(approx, self.layers, pairs)  # moments may be large: this asks first whether all fits
         self.moments = self.joined.start(like)
         self._like = like
+        self._whole = True  # the averages are those of all processes, not this one's share
+        self._beside = ranks.beside() if approx.config.refresh == "background" else ranks
         self.inverse: Inverse | None = None
         self._background = BackgroundRefresh(like.device)
         self._hurried = self._owed = False
@@ -75,7 +84,31 @@ class Preconditioner:
 
     def update(self, samples: Samples) -> None:
         """Take in what the estimator saw in a mini-batch: `add` and `commit` in one."""
-        self.moments.update(samples, self.decay)
+        if self.ranks.alone:
+            self.moments.update(samples, self.decay)
+            return
+        if self._whole:  # of what all have alike each keeps a share, so that the shares add up
+            torch._foreach_mul_([value for value, _ in self.moments.averages], 1.0 / self.ranks.size)
+            self._whole = False
+        numbers = [float(x) for tally in self.moments.tallies(samples) for x in tally]
+        total = self.ranks.count("counts", numbers)
+        tallies = [Tally(*pair) for pair in zip(total[::2], total[1::2], strict=True)]
+        self.moments.update_share(samples, self.decay, tallies)
+
+    def check(self, samples: Samples) -> None:
+        """Refuse what `update` would refuse, before processes wait for each other in it."""
+        if not self.ranks.alone:
+            self.moments.tallies(samples)
+
+    def gather(self) -> None:
+        """Add up the processes' shares of the averages, which all of them then have."""
+        if self._whole or self.ranks.alone:
+            return
+        averages = self.moments.averages
+        parts = [folded(value) if symmetric else value for value, symmetric in averages]
+        for (value, symmetric), total in zip(averages, self.ranks.sum("statistics", parts), strict=True):
+            value.copy_(unfolded(total, value.shape[-1]) if symmetric else total)
+        self._whole = True
 
     def hurry(self) -> None:
         """Refresh in the next step, due or not: the inverse in use has led to a step that was undone."""
@@ -86,7 +119,8 @@ class Preconditioner:
         self.moments.add(samples)
 
     def commit(self) -> None:
-        """Average in what was added."""
+        """Average in what was added; all processes together, whether they have added something or not."""
+        add_up(self.moments, self.ranks)
         self.moments.commit(self.decay)
 
     def due(self, step: int) -> bool:
@@ -133,9 +167,10 @@ class Preconditioner:
         if self._background.due is not None and (wanted or self._background.due <= step):
             found = self._report(self._background.collect(self._load))
         if wanted:
+            self.gather()
             moments = self.moments.frozen()
             delay = config.refresh_delay
-            self._background.start(lambda: self._make(moments, gammas, pi), step + delay, delay)
+            self._background.start(lambda: self._make(moments, gammas, pi, self._beside), step + delay, delay)
             self._owed = False
             self._refreshed += self._background.operations or 0.0
         return found
@@ -150,8 +185,9 @@ class Preconditioner:
         Raises:
             NumericalError: All failed and there is no earlier inverse; the message names the layer.
         """
+        self.gather()
         with Pace() as pace:
-            made = self._make(self.moments, gammas, pi)
+            made = self._make(self.moments, gammas, pi, self.ranks)
         self._background.operations = pace.done
         self._refreshed += pace.done
         if self.inverse is None:
@@ -177,8 +213,12 @@ class Preconditioner:
     def _wanted(self, step: int, gammas: Sequence[Tensor]) -> bool:
         return self.due(step) or len(gammas) > 1
 
-    def _make(self, moments: Moments, gammas: Sequence[Tensor], pi: PiRule) -> Made:
+    def _make(self, moments: Moments, gammas: Sequence[Tensor], pi: PiRule, ranks: Ranks) -> Made:
         """Factorise and damp; touches nothing but its arguments, for it may run on another thread."""
+        with ranks.dividing():
+            return self._factorised(moments, gammas, pi)
+
+    def _factorised(self, moments: Moments, gammas: Sequence[Tensor], pi: PiRule) -> Made:
         pairs: list[tuple[Tensor, Inverse]] = []
         failure: str | None = None
         try:
@@ -210,6 +250,8 @@ class Preconditioner:
         """Take up one of the refreshed inverses."""
         self.inverse = inverse
         self._hurried = self._owed = False
+        if self.moments.turns:
+            self.gather()
         self.moments.refreshed(inverse)
 
     @property
@@ -236,7 +278,8 @@ class Preconditioner:
         self._background.load_state_dict(None, self._load)
 
     def state_dict(self) -> dict[str, Any]:
-        """Averages, the inverse in use, and a refresh under way."""
+        """Averages, the inverse in use, and a refresh under way; all processes together."""
+        self.gather()
         return {
             "layers": [layer.name for layer in self.layers],
             "moments": self.moments.state_dict(),
@@ -248,8 +291,20 @@ class Preconditioner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state of the same approximation and layers."""
         self.moments.load_state_dict(state["moments"])
+        self._whole = True
         saved = state["inverse"]
         self.inverse = None if saved is None else self._load(saved)
         self._background.load_state_dict(state["background"], self._load)
         schedule = state.get("schedule", (False, False, 0.0, 0.0, None))
         self._hurried, self._owed, self._worked, self._refreshed, self._background.operations = schedule
+
+
+def add_up(moments: Moments, ranks: Ranks) -> None:
+    """Sum over processes what was added to moments since their last `Moments.commit`."""
+    if ranks.alone:
+        return
+    pending, symmetric = moments.pending(), moments.pending_symmetric
+    parts = [folded(x) if half else x for x, half in zip(pending, symmetric, strict=True)]
+    total = ranks.sum("statistics", parts)
+    whole = [unfolded(x, old.shape[-1]) if half else x for x, old, half in zip(total, pending, symmetric, strict=True)]
+    moments.load_pending(whole)

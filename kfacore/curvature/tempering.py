@@ -13,15 +13,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfacore.curvature.linalg import EIGENPROBLEM, Root, eigh_again, eigh_batch, in_batches, shifted, try_eigh
+from kfacore.curvature.linalg import (
+    EIGENPROBLEM,
+    Root,
+    eigh_again,
+    eigh_batch,
+    eigh_psd,
+    in_batches,
+    shifted,
+    try_eigh,
+)
 from kfacore.errors import NumericalError
 from kfacore.roles.inverse import Notice
 
-__all__ = ["Tempered", "powers_of", "temper", "untempered"]
+__all__ = ["Arrived", "Tempered", "powers_of", "temper", "untempered"]
 
 
 @dataclass(frozen=True)
@@ -60,9 +71,53 @@ class Tempered(Root):
         return self.rows.T @ (V * self.tempered.rsqrt().unsqueeze(1))
 
 
+class Arrived(Root):
+    """A tempered factor that another process made: its inverse is here, the rest is made of that when it is asked for.
+
+    Args:
+        inverse: D^-1.
+        shift: c.
+        power: p.
+        name: (layer, factor), for messages.
+    """
+
+    def __init__(self, inverse: Tensor, shift: Tensor, power: float, name: Sequence[str]) -> None:
+        self.inverse, self.shift, self.power = inverse, shift.to(inverse.dtype), power
+        self.name = list(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The arguments."""
+        return {"inverse": self.inverse, "shift": self.shift, "power": self.power, "name": self.name}
+
+    @cached_property
+    def whole(self) -> Tempered:
+        """With eigenvectors, those of D^-1."""
+        layer, factor = self.name
+        values, vectors, _ = eigh_psd(self.inverse, layer, factor)
+        tempered = values.reciprocal()
+        damped = self.shift * (tempered / self.shift).clamp(min=1.0) ** (1.0 / self.power)
+        return Tempered(vectors.mT.contiguous(), damped, tempered, self.inverse)
+
+    def times(self, V: Tensor) -> Tensor:
+        """D V."""
+        return self.whole.times(V)
+
+    def whiten(self, X: Tensor) -> Tensor:
+        """See `Tempered.whiten`."""
+        return self.whole.whiten(X)
+
+    def color(self, V: Tensor) -> Tensor:
+        """See `Tempered.color`."""
+        return self.whole.color(V)
+
+    def dual(self, V: Tensor) -> Tensor:
+        """See `Tempered.dual`."""
+        return self.whole.dual(V)
+
+
 def temper(
     bases: Sequence[Tensor], shifts: Sequence[Tensor], names: Sequence[tuple[str, str]], power: float
-) -> tuple[list[Tempered], list[Notice]]:
+) -> tuple[list[Tempered | Arrived], list[Notice]]:
     """Compress the spectrum of damped factors, with one wait for the device in all.
 
     Args:
@@ -77,22 +132,30 @@ def temper(
     Raises:
         NumericalError: A factor is not finite, there is no damping, or an eigenproblem failed; names the layer.
     """
+    here: dict[int, Tempered] = {}
 
-    def one(i: int) -> tuple[Tempered, Tensor]:
+    def one(i: int) -> tuple[Tempered | Arrived, Tensor]:
         # Kept by nobody: what is alive here is alive once a core.
         values, vectors, count = try_eigh(shifted(bases[i], shifts[i]), bases[i].dtype)
-        factor, fine = powers_of(values, vectors, shifts[i], power)
-        return factor, torch.stack([count >= 0, fine])
+        here[i], fine = powers_of(values, vectors, shifts[i], power)
+        return here[i], torch.stack([count >= 0, fine])
 
-    def several(batch: list[int]) -> list[tuple[Tempered, Tensor]]:
+    def several(batch: list[int]) -> list[tuple[Tempered | Arrived, Tensor]]:
         damped, adds = torch.stack([bases[i] for i in batch]), torch.stack([shifts[i] for i in batch])
         damped.diagonal(dim1=1, dim2=2).add_(adds.to(damped.dtype).unsqueeze(1))
         values, vectors, solved = eigh_batch(damped)
         factors, fine = powers_of(values, vectors, adds, power)
-        parts = zip(*(x.unbind() for x in vars(factors).values()), strict=True)
-        return [(Tempered(*x), check) for x, check in zip(parts, torch.stack([solved, fine], 1), strict=True)]
+        parts = [Tempered(*x) for x in zip(*(x.unbind() for x in vars(factors).values()), strict=True)]
+        here.update(zip(batch, parts, strict=True))
+        return list(zip(parts, torch.stack([solved, fine], 1), strict=True))
 
-    done = in_batches(one, several, bases, EIGENPROBLEM)
+    def arrived(i: int, inverse: Tensor, checks: Tensor) -> tuple[Tempered | Arrived, Tensor]:
+        own = here.get(i)
+        if own is None:
+            return Arrived(inverse, shifts[i], power, names[i]), checks
+        return Tempered(own.rows, own.damped, own.tempered, inverse), checks
+
+    done = in_batches(one, several, bases, EIGENPROBLEM, (lambda made: (made[0].inverse, made[1]), arrived))
     found = [factor for factor, _ in done]
     notices: list[Notice] = []
     for i, (solved, fine) in enumerate(torch.stack([check for _, check in done]).tolist()):

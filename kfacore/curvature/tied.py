@@ -46,6 +46,8 @@ _NAMES = ("A_head", "G_head", "A_emb", "G_emb")
 class TiedMoment(Moment):
     """A_head (d, d), G_head (V, V) or its diagonal (V,), A_emb (V,) and G_emb (d, d) of every block, in this order."""
 
+    symmetric = True
+
     @classmethod
     def serves(cls, block: Block) -> bool:
         """Blocks of kind ``"tied"``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from kfacore.nest import tensors_of
 
-__all__ = ["Facts", "Way", "close", "common_cases", "equal"]
+__all__ = ["Facts", "Way", "agreed", "close", "common_cases", "equal"]
 
 Way = Literal["forward", "double", "none"]
 """How J v is taken: forward mode, double backward, or not at all."""
@@ -49,6 +50,30 @@ class Facts:
     outside: frozenset[int] = frozenset()
     pooled: frozenset[int] = frozenset()
     axes: tuple[tuple[int, int | None], ...] = ()
+
+
+def agreed(found: Sequence[Facts]) -> Facts:
+    """What several processes may rely on, each of which looked at its own part of a mini-batch."""
+    ways: tuple[Way, ...] = ("forward", "double", "none")
+    worst = max(found, key=lambda facts: ways.index(facts.way))
+    axes: dict[int, int | None] = {}
+    for index in dict.fromkeys(index for facts in found for index, _ in facts.axes):
+        own = {dict(facts.axes).get(index, 0) for facts in found}
+        axes[index] = own.pop() if len(own) == 1 else None
+    return Facts(
+        cut=all(facts.cut for facts in found),
+        draws=tuple(dict.fromkeys(name for facts in found for name in facts.draws)),
+        keeps=any(facts.keeps for facts in found),
+        mixes=any(facts.mixes for facts in found),
+        way=worst.way,
+        reason=worst.reason,
+        whole=next((facts.whole for facts in found if not facts.cut), ""),
+        settled=all(facts.settled for facts in found),
+        overwrites=any(facts.overwrites for facts in found),
+        outside=frozenset().union(*(facts.outside for facts in found)),
+        pooled=frozenset.intersection(*(facts.pooled for facts in found)),
+        axes=tuple(axes.items()),
+    )
 
 
 def common_cases(nest: Any) -> int | None:

@@ -94,6 +94,11 @@ class Linearization:
             for block, fast, used in zip(self.layers, self._fast, calls, strict=True)
         ]
 
+    @property
+    def cut(self) -> bool:
+        """Whether it may be cut by cases."""
+        return self._linearizer.cut
+
     def model_cases(self, cases: int) -> int:
         """How many cases J v is really of when it is asked for so many: all where a mini-batch is not cut."""
         return cases if self._linearizer.cut else self.cases
@@ -138,12 +143,21 @@ class Linearization:
             vectors = vectors * self.signs(z, generator)
         return self.backpropagate(vectors, valid=valid, total=total)
 
-    def signs(self, z: Tensor, generator: torch.Generator) -> Tensor:
+    def signs(self, z: Tensor, generator: torch.Generator, part: tuple[Tensor, int] | None = None) -> Tensor:
         """A random sign for every case and position: their products vanish in the mean, whatever the vectors are.
 
         What is a sum over cases and positions before it is squared, as the gradient by a raw parameter, or g behind a
         norm of the batch, is an unbiased estimate only so where vectors are not drawn.
+
+        Args:
+            z: Outputs of the cases.
+            generator: Source of the signs.
+            part: Places of their rows among those of all that several processes share, and how many those are.
         """
+        if part is not None:
+            own, whole = part
+            signs = torch.randint(0, 2, (whole,), generator=generator, device=generator.device)[own.to(z.device)]
+            return (2 * signs - 1).to(z.device, z.dtype).view(*z.shape[:-1], 1)
         signs = torch.randint(0, 2, z.shape[:-1], generator=generator, device=generator.device)
         return (2 * signs - 1).to(z.device, z.dtype).unsqueeze(-1)
 
@@ -211,6 +225,8 @@ class Linearization:
         out: BlockVector,
     ) -> BlockVector:
         """J^T v summed over the first n cases, written into ``out``; keeps the graph, which `gradient` must retain."""
+        if len(v) == 0:
+            out.flat.zero_()
         parts: list[Tensor] = []
         for chunk in self._chunks:
             if v.shape[0] == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -50,6 +50,7 @@ class Linearizer:
         plain: Whether the fast path served all of the last mini-batch.
         following: Pairs of blocks that follow each other and could be coupled; None before the first mini-batch, and
             where all blocks are a chain.
+        agree: What several processes make of what each found out about the model; all of them then look together.
 
     Args:
         model: Any module. A compiled one runs uncompiled here: torch supports neither hooks on its layers nor
@@ -94,6 +95,7 @@ class Linearizer:
         self._modes: tuple[bool, ...] | None = None
         self._several = False
         self._tries = 0
+        self.agree: Callable[[Facts], Facts] | None = None
         self._pooled: set[str] = set()
         self._axes: dict[str, int | None] = {}
         self.layers: list[ModelBlock] = []
@@ -180,7 +182,13 @@ class Linearizer:
     # --- a mini-batch -----------------------------------------------------------------------------------------------
 
     def __call__(
-        self, inputs: Any, statistics_cases: int | None = None, low: torch.dtype | None = None, pulled_cases: int = 0
+        self,
+        inputs: Any,
+        statistics_cases: int | None = None,
+        low: torch.dtype | None = None,
+        pulled_cases: int = 0,
+        *,
+        look: bool = False,
     ) -> Linearization:
         """Run the forward pass.
 
@@ -190,6 +198,7 @@ class Linearizer:
             statistics_cases: How many of the first cases the estimator will use; all if left out.
             low: Run forward and backward passes under autocast to this dtype.
             pulled_cases: How many of the first cases `Linearization.pull_back` will be asked for.
+            look: Find out about the model anew, whether that is due or not (`unsure`).
 
         Raises:
             UnsupportedModelError: The model cannot be linearised, or its parameters were changed; the message names
@@ -198,6 +207,8 @@ class Linearizer:
         """
         if any(tensor.dim() and tensor.shape[0] == 0 for tensor in tensors_of(inputs)) and common_cases(inputs) == 0:
             raise DataError("inputs: the mini-batch has no cases")
+        if look:
+            self._modes = None
         try:
             if self._lazy:
                 materialise(self.model, inputs)
@@ -263,15 +274,28 @@ class Linearizer:
             output=output or self.output,
         )
 
+    def unsure(self, inputs: Any) -> bool:
+        """Whether the next mini-batch would be looked at."""
+        if self._strict is not None:
+            return False
+        m = common_cases(inputs)
+        return self._due(tuple(module.training for module in self.model.modules()), m is None or m > 1)
+
+    def _due(self, modes: tuple[bool, ...], several: bool) -> bool:
+        known = self.facts is not None and modes == self._modes and (self._several or not several)
+        return not known or bool(self._tries)
+
     def _look(self, inputs: Any) -> None:
         """Find out what kind of model this is: at first, and when some module was switched between train and eval."""
         modes = tuple(module.training for module in self.model.modules())
         m = common_cases(inputs)
         several = m is None or m > 1
-        if self.facts is not None and modes == self._modes and (self._several or not several) and not self._tries:
+        if not self._due(modes, several):
             return
         study = Study(self.model, self.layers, self.names, self.draws, self.output, inputs, self._tangents)
         facts = study.facts()
+        if self.agree is not None:
+            facts = self.agree(facts)
         first = self.facts is None
         self.facts, self._modes, self._several = facts, modes, several
         self._axes = {self.layers[index].info.name: axis for index, axis in facts.axes}

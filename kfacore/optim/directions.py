@@ -17,7 +17,8 @@ from kfacore.network import BlockVector, Linearization
 from kfacore.optim.joint import BoundJoint
 from kfacore.optim.local import LocalModel
 from kfacore.optim.loss import BoundLoss
-from kfacore.optim.parts import Parts
+from kfacore.optim.parts import Parts, require_alike
+from kfacore.optim.phases import At
 from kfacore.roles.inverse import Inverse, Notice
 
 __all__ = ["Directions"]
@@ -66,7 +67,8 @@ class Directions:
             infos = [layer.info for layer in layers]
             like, decay = layers[0].parameters[0], parts.estimator.config.decay
             pairs = nearest(parts.linearizer.following)
-            self.preconditioner = Preconditioner(parts.approx, infos, like, decay, pairs)
+            require_alike(parts)
+            self.preconditioner = Preconditioner(parts.approx, infos, like, decay, pairs, parts.ranks)
             self.grad, self.delta = self._vector(), self._vector()
         return self.preconditioner
 
@@ -84,14 +86,17 @@ class Directions:
             self._views = [view for layer in self._parts.linearizer.layers for view in layer.views()]
         return self._views
 
-    def gradient(
-        self, batch: Linearization, bound: BoundLoss | BoundJoint, eta: float, *, retain: bool = False
-    ) -> BlockVector:
-        """Grad h = mean of J^T (d nll / dz) + eta theta."""
+    def backward(self, batch: Linearization, bound: BoundLoss | BoundJoint, *, retain: bool = False) -> None:
+        """Mean of J^T (d nll / dz), or this process's share of it."""
         assert self.grad is not None
-        grad = batch.gradient(bound.residuals(batch.outputs()), self.grad, retain=retain)
-        torch._foreach_add_(grad.parts, self.parameters(), alpha=eta)
-        return grad
+        batch.gradient(bound.residuals(batch.outputs()), self.grad, retain=retain)
+
+    def gradient(self, eta: float) -> BlockVector:
+        """Grad h, that mean + eta theta."""
+        assert self.grad is not None
+        self._parts.ranks.sum_into("gradient", self.grad.flat)
+        torch._foreach_add_(self.grad.parts, self.parameters(), alpha=eta)
+        return self.grad
 
     def inverses(
         self, preconditioner: Preconditioner, k: int, *, again: bool
@@ -111,12 +116,13 @@ class Directions:
             proposal.flat.neg_()
         return proposals
 
-    def local(self, batch: Linearization, bound: BoundLoss | BoundJoint, grad: BlockVector, eta: float) -> LocalModel:
+    def local(self, at: At, grad: BlockVector) -> LocalModel:
         """The quadratic model on the mini-batch's first cases."""
-        momentum = self._parts.momentum
-        n = batch.model_cases(momentum.cases(batch.cases))
-        own = self.parameters() if momentum.config.slope == "model" and n < batch.cases else None
-        return LocalModel(batch, bound, grad, self._parts.damping.lam, eta, n, own)
+        momentum, whole, batch = self._parts.momentum, at.whole.cases, at.batch
+        cases = momentum.cases(whole)
+        n = batch.model_cases(at.whole.first(cases))
+        own = self.parameters() if momentum.config.slope == "model" and batch.cut and cases < whole else None
+        return LocalModel(batch, at.curved, grad, self._parts.damping.lam, at.eta, n, own, self._parts.ranks)
 
     def planes(self, local: LocalModel, proposals: list[BlockVector], *, moving: bool) -> tuple[Tensor, Tensor]:
         """M and b on (Delta, delta_prev) for each candidate, or on Delta alone where there is no step before."""

@@ -25,6 +25,7 @@ from kfacore.optim.guest_targets import sampled_targets, vectors_of
 from kfacore.optim.joint import Joint, joint_or_loss
 from kfacore.optim.loss import Loss
 from kfacore.optim.sharing import Sharing
+from kfacore.parallel.ranks import checksum, find_ranks
 from kfacore.registry import get_registry
 
 __all__ = ["Preconditioned"]
@@ -58,6 +59,9 @@ class Preconditioned(Sharing):
         output: Where z is in what the model returns, for `observe`.
         reduce: Names of blocks whose positions are pooled.
         seed: Of the sampled targets.
+        process_group: Processes that train together, with gradients that are averaged over them (by
+            DistributedDataParallel, say): their statistics are added up. By default those of torch.distributed where it
+            is initialised, False for none.
 
     Raises:
         ConfigError: An option is wrong, or there is nothing to precondition.
@@ -87,6 +91,7 @@ class Preconditioned(Sharing):
         output: Output = None,
         reduce: Sequence[str] = (),
         seed: int = 0,
+        process_group: Any = None,
     ) -> None:
         if isinstance(base, Preconditioned):
             raise ConfigError("base is a Preconditioned optimizer itself: give it the optimizer inside, base.base")
@@ -122,6 +127,11 @@ class Preconditioned(Sharing):
         self.network.find(self.own())
         device = self.network.layers[0].parameters[0].device
         self.generator = torch.Generator(device).manual_seed(seed)
+        self.ranks = find_ranks(process_group)
+        self._group = process_group
+        self._agreed = self.ranks.alone
+        if self.loss is not None:
+            self.loss.shared = not self.ranks.alone
         self.steps = 0
         self.curvature: GuestCurvature | None = None
         self._grafting: Grafting | None = None
@@ -201,8 +211,10 @@ class Preconditioned(Sharing):
         z = self._outputs_of(z, recording)
         self.network.order(recording, z)
         if targets is None:
-            targets = sampled_targets(self.loss, z.detach(), valid, self.estimator, self.generator)
-        vectors, mask, total = vectors_of(self.loss, z, targets, valid, self.estimator, self.generator, self._dtype)
+            targets = sampled_targets(self.loss, z.detach(), valid, self.estimator, self.generator, self.ranks)
+        vectors, mask, total = vectors_of(
+            self.loss, z, targets, valid, self.estimator, self.generator, self._dtype, self.ranks
+        )
         self._prepare().add(self.network.samples(recording, z, vectors, mask, total))
         recording.observed = True
         recording.calls = [[] for _ in self.network.layers]  # the graph is the user's again
@@ -246,7 +258,7 @@ class Preconditioned(Sharing):
         """What needs the blocks' order."""
         if self.curvature is None:
             decay = self.estimator.config.decay
-            self.curvature = GuestCurvature(self.network, self.approx, decay, self.options, self._say)
+            self.curvature = GuestCurvature(self.network, self.approx, decay, self.options, self._say, self.ranks)
             self._grafting = Grafting(self.base, self.network.layers, self.options.decoupled)
         return self.curvature
 
@@ -255,6 +267,7 @@ class Preconditioned(Sharing):
         if self.curvature is not None:
             self.curvature.preconditioner.discard()
         self.curvature = self._grafting = None
+        self._agreed = self.ranks.alone
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
@@ -287,15 +300,42 @@ class Preconditioned(Sharing):
 
     def _refresh(self) -> None:
         """Average in what was observed, and a new inverse when it is due."""
-        nothing = self.curvature is None or not self.curvature.added
-        if self.due and nothing and self._moves():
+        due, added = self.due, self.curvature is not None and self.curvature.added > 0
+        if not self.ranks.alone:
+            added = due and self.ranks.any(f"step {self.steps + 1}", added)
+            if added:
+                self._agree()
+        if due and not added and self._moves():
             how = "observe(z) was not called" if self.loss is not None else "no pass ran"
             self._say(
                 f"statistics were due in step {self.steps + 1} and there were none: {how} in "
                 "`with optimizer.watch():`; it goes on with what it has"
             )
         if self.curvature is not None:
-            self.curvature.refresh(self.steps + 1)
+            self.curvature.refresh(self.steps + 1, added=added)
+
+    def _agree(self) -> None:
+        """All processes have the same blocks, parameters and place among the draws.
+
+        Raises:
+            ConfigError: Blocks or parameters differ.
+        """
+        if not self._agreed:
+            states = self.ranks.gather("blocks", self.network.state_dict() if self.network.ordered else None)
+            known = next(state for state in states if state is not None)
+            if not self.network.ordered:  # nothing was observed here yet
+                self.network.load_state_dict(known)
+            self._prepare()
+            self.ranks.require_same("blocks", self.network.state_dict(), "build the model alike on all processes")
+            self._agreed = True
+        parameters = [p for block in self.network.layers for p in block.parameters]
+        if not self.ranks.alike("parameters", checksum(parameters)):
+            raise ConfigError(
+                "the parameters differ between processes: gradients are not averaged over them, or the models were not "
+                "the same at the start. Wrap the model in DistributedDataParallel, or all-reduce the gradients"
+            )
+        if not self.ranks.alike("draws", checksum([self.generator.get_state()])):
+            self.generator.set_state(self.ranks.gather("draws", self.generator.get_state())[0])
 
     def _moves(self) -> bool:
         """Whether this is a step of a training: tools make one with rates of 0, to see what the state is like."""
@@ -388,7 +428,8 @@ class Preconditioned(Sharing):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Model, base, options and state: a copy has a model of its own unless both are copied together."""
-        parts = {"likelihood": self.loss, "approx": self.approx, "estimator": self.estimator}
+        parts: dict[str, Any] = {"likelihood": self.loss, "approx": self.approx, "estimator": self.estimator}
+        parts["process_group"] = False if self._group is False else None
         nest = self._curvature()
         return _copied, (type(self), self.network.model, self.base, {**parts, **self.options.chosen}, nest)
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from kfacore.curvature.forest import forest
-from kfacore.curvature.preconditioner import Preconditioner
+from kfacore.curvature.preconditioner import Preconditioner, add_up
 from kfacore.curvature.scales import MeanScales, gammas
 from kfacore.errors import NumericalError
 from kfacore.optim.guards import as_parameters
 from kfacore.optim.guest_capture import GuestNetwork
 from kfacore.optim.guest_options import GuestOptions
+from kfacore.parallel.ranks import ALONE, Ranks
 from kfacore.roles.approx import Approximation
 from kfacore.roles.block import Block
 from kfacore.roles.moment import Moments
@@ -36,6 +37,7 @@ class GuestCurvature:
         decay: Largest weight of the past in the averages.
         options: Of the guest.
         say: Told what must not pass in silence.
+        ranks: The processes whose statistics are added up.
 
     Attributes:
         preconditioner: Averages and inverse.
@@ -50,14 +52,15 @@ class GuestCurvature:
         decay: float,
         options: GuestOptions,
         say: Callable[[str], None],
+        ranks: Ranks = ALONE,
     ) -> None:
         infos = [block.info for block in network.layers]
         pairs = forest(network.following, [1.0 / abs(j - i) for i, j in network.following])
         self._like = network.layers[0].parameters[0]
-        self.preconditioner = Preconditioner(approx, infos, self._like, decay, pairs)
+        self.preconditioner = Preconditioner(approx, infos, self._like, decay, pairs, ranks)
         self.scales = Moments((MeanScales,), infos, self._like)
         self.added = 0
-        self._options, self._say = options, say
+        self._options, self._say, self._ranks = options, say, ranks
         self._work = self._adding = 0.0
 
     def add(self, samples: Sequence[LayerSamples | None]) -> None:
@@ -75,14 +78,21 @@ class GuestCurvature:
         self._adding += sum(_work(block, s) for block, s in zip(self.preconditioner.layers, samples, strict=True))
         self.added += 1
 
-    def refresh(self, step: int) -> None:
-        """Average in what was added, and take up a new inverse when it is time."""
+    def refresh(self, step: int, *, added: bool) -> None:
+        """Average in what was added, and take up a new inverse when it is time.
+
+        Args:
+            step: Number of the step.
+            added: Whether anything was, by any process.
+        """
         pre = self.preconditioner
-        if self.added:
+        if added:
             pre.commit()
+            add_up(self.scales, self._ranks)
             self.scales.commit(pre.decay)
             self.added = 0
-            self._work, self._adding = self._adding, 0.0
+            (work,) = self._ranks.count("work", [self._adding])
+            self._work, self._adding = work / self._ranks.size, 0.0
         pre.spent(self._work)  # other steps are taken to be as large as those that were watched
         if pre.moments.updates == 0:
             return

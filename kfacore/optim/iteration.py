@@ -9,20 +9,19 @@ from torch import Tensor
 
 from kfacore import host
 from kfacore.curvature.preconditioner import Preconditioner
-from kfacore.network import BlockVector, Linearization
+from kfacore.network import BlockVector
 from kfacore.optim.directions import Directions
+from kfacore.optim.drawing import Share
 from kfacore.optim.guards import require_finite
-from kfacore.optim.joint import BoundJoint
 from kfacore.optim.keeper import Keeper
 from kfacore.optim.local import LocalModel, combine
-from kfacore.optim.loss import BoundLoss
 from kfacore.optim.objective import penalty
 from kfacore.optim.parts import Parts
 from kfacore.optim.phases import At, Trial
 from kfacore.optim.quadratic import model_value
-from kfacore.optim.statistics import seen
+from kfacore.optim.statistics import mean_curvature, seen, shared
 from kfacore.roles.optimizer import StepReport
-from kfacore.roles.samples import Samples, mean_diagonal
+from kfacore.roles.samples import Samples
 
 __all__ = ["Iteration"]
 
@@ -66,14 +65,17 @@ class Iteration:
         at = self._look_back(self._begin(inputs, targets, valid, step, eta, low), low)
         preconditioner = directions.prepare()
         at.waits = at.adapts or at.asks or preconditioner.waits(step, parts.damping.candidates(step))
-        if at.waits or host.is_free(at.objective):
-            self._require_finite("objective", at.objective, at)
-        samples = self._samples(at.batch, at.bound)
+        with parts.ranks.together("backward passes"):
+            if at.waits or host.is_free(at.objective):
+                self._require_finite("objective", at.objective, at)
+            samples = self._samples(at)
+            directions.backward(at.batch, at.bound, retain=at.iterations > 1)
+            preconditioner.check(samples)
         preconditioner.update(samples)
-        preconditioner.spent(_OPERATIONS * at.batch.cases * directions.size)
+        preconditioner.spent(_OPERATIONS * at.whole.cases / parts.ranks.size * directions.size)
         if step == 1:
-            parts.damping.observe(mean_diagonal(samples, preconditioner.layers))
-        grad = directions.gradient(at.batch, at.bound, eta, retain=at.iterations > 1)
+            parts.damping.observe(mean_curvature(samples, parts.ranks, preconditioner.layers, at.loss.device))
+        grad = directions.gradient(eta)
         undone = 0
         # Several iterations walk back through the graph, which parameters that were put back have left.
         for attempt in range(parts.trust.attempts(step) if at.iterations == 1 else 1):
@@ -83,23 +85,50 @@ class Iteration:
             if not self._undone(at, accepted):
                 break
             undone += 1
+        self._agree_on_buffers()
         return trial.report(at, rho, accepted, undone)
 
     def _begin(self, inputs: Any, targets: Any, valid: Any, k: int, eta: float, low: torch.dtype | None) -> At:
         """The forward pass, and the objective before the step."""
-        parts = self._parts
-        m = parts.linearizer.cases(inputs, targets)
+        parts, ranks = self._parts, self._parts.ranks
+        unsure = not ranks.alone and parts.linearizer.unsure(inputs)
+        whole, look = ranks.whole(f"step {k}", lambda: parts.linearizer.cases(inputs, targets), unsure)
+        m = whole.cases
         adapts, asks, iterations = parts.damping.adapts(k), parts.trust.asks(k), parts.momentum.iterations(m)
-        pulled = parts.momentum.cases(m) if iterations > 1 else 0
-        batch = parts.linearizer(
-            inputs, parts.estimator.cases(m), None if adapts or asks or iterations > 1 else low, pulled
-        )
-        if batch.bare and isinstance(targets, Tensor) and targets.dim() == 1:
-            targets = targets.unsqueeze(1)  # one number a case, as the model's outputs
-        bound = parts.loss.bind(batch.outputs(), targets, valid, step=k)
-        loss, error = bound.value(batch.outputs())
+        sampled, curved = whole.first(parts.estimator.cases(m)), whole.first(parts.momentum.cases(m))
+        with ranks.together("forward pass"):
+            batch = parts.linearizer(
+                inputs,
+                sampled,
+                None if adapts or asks or iterations > 1 else low,
+                curved if iterations > 1 else 0,
+                look=look and not ranks.alone,
+            )
+            if batch.bare and isinstance(targets, Tensor) and targets.dim() == 1:
+                targets = targets.unsqueeze(1)  # one number a case, as the model's outputs
+            bound = parts.loss.bind(batch.outputs(), targets, valid, step=k)
+        counts = batch.cases, sampled, batch.model_cases(curved)
+        own, of_samples, of_model = shared(bound, ranks, whole, counts, k)
+        loss, error = ranks.sum("objective", own.value(batch.outputs()))
         objective = loss + penalty(self._directions.parameters(), eta)
-        return At(k, eta, inputs, targets, valid, batch, bound, loss, objective, error, adapts, asks, iterations)
+        return At(
+            step=k,
+            eta=eta,
+            inputs=inputs,
+            targets=targets,
+            valid=valid,
+            batch=batch,
+            bound=own,
+            loss=loss,
+            objective=objective,
+            error=error,
+            adapts=adapts,
+            asks=asks,
+            iterations=iterations,
+            whole=whole,
+            sampled=of_samples,
+            curved=of_model,
+        )
 
     def _look_back(self, at: At, low: torch.dtype | None) -> At:
         """Undo the step before if the new mini-batch shows that it did harm; one forward pass where it is in doubt."""
@@ -127,7 +156,7 @@ class Iteration:
         directions, damping, momentum = self._directions, self._parts.damping, self._parts.momentum
         candidates, notices, refreshed = directions.inverses(preconditioner, at.step, again=again)
         proposals = directions.propose([inverse for _, inverse in candidates], grad)
-        local = directions.local(at.batch, at.bound, grad, at.eta)
+        local = directions.local(at, grad)
         used = momentum.uses_model or damping.uses_model or at.iterations > 1
         M, b = self._model(local, proposals, at.step, used)
         if not again:
@@ -221,8 +250,10 @@ class Iteration:
 
     def _measure(self, at: At) -> Tensor:
         """h of the mini-batch at the parameters as they are now."""
-        with torch.no_grad():
+        ranks = self._parts.ranks
+        with torch.no_grad(), ranks.together("objective after the step"):
             loss, _ = at.bound.value([at.batch.again()])
+        (loss,) = ranks.sum("objective", [loss])
         return loss + penalty(self._directions.parameters(), at.eta)
 
     def _require_finite(self, what: str, value: Tensor, at: At) -> None:
@@ -230,8 +261,24 @@ class Iteration:
         found = damping.lam, damping.gamma
         require_finite(what, value, at.inputs, at.targets, step=at.step, damping=found, deferred=deferred)
 
-    def _samples(self, batch: Linearization, bound: BoundLoss | BoundJoint) -> Samples:
+    def _samples(self, at: At) -> Samples:
         """What the estimator's backward passes show of each block, with the S that their squares are divided by."""
-        estimator, generator = self._parts.estimator, self._parts.generator
-        vectors = bound.statistics(batch.statistics_outputs(), estimator, generator)
-        return seen(batch, bound, vectors, generator, drawn=estimator.draws)
+        estimator, generator, ranks = self._parts.estimator, self._parts.generator, self._parts.ranks
+        part = None if ranks.alone else Share(at.whole, estimator.cases(at.whole.cases), ranks)
+        z = at.batch.statistics_outputs()
+        vectors = at.sampled.statistics(z, estimator, generator, part)
+        return seen(at.batch, at.sampled, vectors, generator, drawn=estimator.draws, part=part)
+
+    def _agree_on_buffers(self) -> None:
+        """Buffers that a forward pass moves, as running statistics, become the mean over processes."""
+        linearizer, ranks = self._parts.linearizer, self._parts.ranks
+        if ranks.alone or linearizer.facts is None or not linearizer.facts.keeps:
+            return
+        for buffer in linearizer.model.buffers():
+            if buffer.is_floating_point() and buffer.numel():
+                first = buffer.clone()
+                ranks.broadcast("buffers", first, 0)
+                # What is the same everywhere, infinite entries of a mask too, stays what it is to the last bit.
+                away = torch.where(buffer == first, 0.0, buffer - first)
+                ranks.sum_into("buffers", away)
+                buffer.copy_(first + away / ranks.size)

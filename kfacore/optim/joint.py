@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfacore.errors import ConfigError, DataError
-from kfacore.optim.loss import BoundLoss, Loss
+from kfacore.optim.drawing import Share
+from kfacore.optim.loss import BoundLoss, Loss, Total
 from kfacore.optim.targets import DeferredRefusal
 from kfacore.roles.estimator import Estimator
 from kfacore.roles.likelihood import Likelihood
@@ -57,6 +58,16 @@ class Joint:
         self.deferred = DeferredRefusal()
         for loss in self.heads.values():
             loss.deferred = self.deferred
+
+    @property
+    def shared(self) -> bool:
+        """See `Loss`."""
+        return all(loss.shared for loss in self.heads.values())
+
+    @shared.setter
+    def shared(self, value: bool) -> None:
+        for loss in self.heads.values():
+            loss.shared = value
 
     @property
     def likelihood(self) -> Likelihood:
@@ -138,9 +149,30 @@ class BoundJoint:
     valid: None = None
     """No mask belongs to all heads; each head's own is in what leaves here."""
 
-    def total(self, cases: int | None = None) -> int:
+    given: Total | None = None
+    """S of the mini-batch that several processes share, see `BoundLoss.given`."""
+
+    def total(self, cases: int | None = None) -> Total:
         """S, the number of cases."""
+        return self.weight(cases) if self.given is None else self.given
+
+    def weight(self, cases: int | None = None) -> int:
+        """What the first cases add to S."""
         return self.cases if cases is None else cases
+
+    def numbers(self, cases: int) -> list[Total]:
+        """The number of cases, and those of each head; processes sum them."""
+        return [cases, *(number for bound in self.heads.values() for number in bound.numbers(cases))]
+
+    def part_of(self, whole: int) -> BoundJoint:
+        """The same loss, of a part of a mini-batch with so many cases."""
+        return replace(self, heads={key: bound.part_of(whole) for key, bound in self.heads.items()})
+
+    def with_numbers(self, numbers: Sequence[Total]) -> BoundJoint:
+        """The same loss, divided by the sums of `numbers` over processes."""
+        pairs = zip(numbers[1::2], numbers[2::2], strict=True)
+        heads = {key: self.heads[key].with_numbers(pair) for key, pair in zip(self.heads, pairs, strict=True)}
+        return replace(self, heads=heads, given=numbers[0])
 
     def value(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:  # (), () float64
         """The weighted sum of the heads' losses, and the sum of their errors."""
@@ -157,7 +189,7 @@ class BoundJoint:
         return [_side_by_side([found[i] for found in weighted.values()]) for i in range(len(outputs))]
 
     def statistics(
-        self, z: Tensor, estimator: Estimator, generator: torch.Generator, part: tuple[int, int] | None = None
+        self, z: Tensor, estimator: Estimator, generator: torch.Generator, part: Share | None = None
     ) -> Tensor:  # (k, n, D)
         """What the estimator sends back. One set of passes for all heads where their vectors are uncorrelated.
 
@@ -196,10 +228,10 @@ class BoundJoint:
 
     def _root(self, key: Key, cases: int) -> float | Tensor:
         """Root of a head's weight, times S / S_j where it is divided by another number."""
-        total, weight = self.heads[key].total(cases), self.loss.weights[key]
+        total, weight, S = self.heads[key].total(cases), self.loss.weights[key], self.total(cases)
         if isinstance(total, Tensor):
-            return (weight * cases / total.double()).sqrt()
-        return math.sqrt(weight * cases / total)
+            return (weight * S / total.double()).sqrt()
+        return math.sqrt(weight * S / total)
 
 
 def joint_or_loss(value: Any) -> Loss | Joint:

@@ -24,6 +24,7 @@ from kfacore.optim.joint import Joint
 from kfacore.optim.loss import Loss
 from kfacore.optim.options import KFACConfig, complete
 from kfacore.optim.parts import Part, compose
+from kfacore.parallel.ranks import Ranks, find_ranks
 from kfacore.registry import get_registry
 from kfacore.roles.approx import Approximation
 from kfacore.roles.damping import Damping
@@ -71,6 +72,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             one row an example, and what draws random numbers or mixes examples.
         output: Where z is in what the model returns, a name or a function; ``"logits"`` and the first tensor are found.
         reduce: Names of blocks whose positions are pooled: their rows are summed over an example's positions first.
+        process_group: Processes that train together, each with its part of every mini-batch; by default those of
+            torch.distributed where it is initialised, False for none. See docs/howto/several-gpus.md.
 
     Raises:
         ConfigError: An option is wrong.
@@ -85,6 +88,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
     momentum = Part[Momentum]()
     trust = Part[Trust]()
     generator = Part[torch.Generator]()
+    ranks = Part[Ranks]()
 
     def __init__(
         self,
@@ -104,6 +108,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         unsupported: str | None = None,
         output: str | Callable[[Any], Tensor] | None = None,
         reduce: Sequence[str] = (),
+        process_group: Any = None,
     ) -> None:
         given = {
             "likelihood": likelihood,
@@ -128,7 +133,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         if not isinstance(chosen["seed"], int) or isinstance(chosen["seed"], bool):
             raise ConfigError(f"seed must be an integer, found {chosen['seed']!r}")
         self._low = torch.bfloat16 if chosen["autocast"] else None
-        self._parts = compose(registry, model, chosen)
+        self._group = process_group
+        self._parts = compose(registry, model, chosen, find_ranks(process_group))
         self._model_options = {key: chosen[key] for key in ("unsupported", "output", "reduce")}
         self._eta = float(eta)
         self.damping.start(self._eta, self.generator.device)
@@ -238,7 +244,11 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         return self._directions.curvature()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on bit for bit, copied; loads with ``torch.load(weights_only=True)``."""
+        """Everything needed to go on bit for bit, copied; loads with ``torch.load(weights_only=True)``.
+
+        Several processes call it together, since statistics are summed; all get the same, and one may write it.
+        """
+        self.ranks.any("state_dict", flag=False)
         state, delta = super().state_dict(), self._directions.delta
         state["kfac"] = {
             "steps": self.steps,
@@ -306,6 +316,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             "seed": self.generator.initial_seed(),
             "autocast": None if self._low is None else "bfloat16",
             **self._model_options,
+            "process_group": False if self._group is False else None,
         }
         return _copied, (type(self), self.model, options, self.state_dict())
 

@@ -18,6 +18,7 @@ from kfacore.network import BlockVector, Linearization
 from kfacore.optim.joint import BoundJoint
 from kfacore.optim.loss import BoundLoss
 from kfacore.optim.quadratic import model_value, on_planes, symmetric_gram
+from kfacore.parallel.ranks import ALONE, Ranks
 from kfacore.roles.likelihood import Likelihood
 from kfacore.roles.momentum import Momentum
 
@@ -44,6 +45,7 @@ class LocalModel:
         cases: How many of the first cases F is the mean of.
         own: theta, if the slope along the directions is to be that of these cases too, mean of r^T J v + eta theta^T v
             with the residual r; left out, it is that of the gradient.
+        ranks: The processes that share the mini-batch: the loss gives this one's share, which they add up.
 
     Attributes:
         grad: The gradient.
@@ -59,7 +61,9 @@ class LocalModel:
         eta: float,
         cases: int,
         own: Sequence[Tensor] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self.grad = grad
         self.J = lam.new_empty(0)
         self._batch = batch
@@ -83,7 +87,9 @@ class LocalModel:
         return given
 
     def push(self, directions: Sequence[BlockVector]) -> Tensor:  # (k, n, o)
-        """J v for each direction, in one pass."""
+        """J v for each direction, in one pass; of no cases where all are other processes'."""
+        if self._cases == 0:
+            return self._z.new_zeros(len(directions), *self._z.shape)
         return self._batch.jvp([v.blocks for v in directions], self._cases)
 
     def planes(
@@ -97,8 +103,10 @@ class LocalModel:
             J: J v of the directions, (k, n, o), if it is known.
             grad: The model's gradient where the planes begin, if that is not zero.
         """
-        self.J = self.push(directions) if J is None else J
-        gram = self._loss.fisher_gram(self._z, self.J)
+        with self._ranks.together("quadratic model"):
+            self.J = self.push(directions) if J is None else J
+            gram = self._loss.fisher_gram(self._z, self.J)
+        (gram,) = self._ranks.sum("quadratic model", [gram])
         inner = symmetric_gram(lambda i, j: torch.dot(directions[i].flat, directions[j].flat), len(directions))
         M = gram + self._damping * inner
         b = self._slopes(directions, self.grad if grad is None else grad, beginning=grad is None)
@@ -113,7 +121,7 @@ class LocalModel:
         """Derivative of h along each direction."""
         if self._own is None or not beginning:
             return torch.stack([torch.dot(v.flat, grad.flat) for v in directions]).double()
-        slopes = self._loss.slopes(self._z, self.J)
+        (slopes,) = self._ranks.sum("slopes", [self._loss.slopes(self._z, self.J)])
         if not self._eta:
             return slopes
         return slopes + self._eta * torch.stack([_inner(self._own, v.parts) for v in directions])
@@ -131,7 +139,9 @@ class LocalModel:
         out: BlockVector,
     ) -> BlockVector:
         """F delta = J^T F_R J delta / S, written into ``out``: one backward pass."""
-        return self._batch.pull_back(self._loss.fisher_product(self._z, Jdelta.unsqueeze(0))[0], out)
+        self._batch.pull_back(self._loss.fisher_product(self._z, Jdelta.unsqueeze(0))[0], out)
+        self._ranks.sum_into("F delta", out.flat)
+        return out
 
     def gradient_at(
         self,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kfacore.errors import ConfigError, DataError
 from kfacore.optim.comparison import compare
+from kfacore.optim.drawing import Share, drawn_part
 from kfacore.optim.guards import check_form
 from kfacore.optim.layout import Layout, find_layout
 from kfacore.optim.quadratic import fisher_gram, gram
@@ -51,12 +52,14 @@ class Loss:
         likelihood: The likelihood.
         per: What S counts: ``"example"``, ``"position"``, or ``"batch"``, which is counted as one.
         deferred: Targets that only the device knows to be wrong, until somebody waits for it.
+        shared: Whether mini-batches are parts of those that several processes share: then nothing may count in one.
     """
 
     def __init__(self, likelihood: Likelihood) -> None:
         self.likelihood = likelihood
         self.per: str = likelihood.config.per or likelihood.per
         self.deferred = DeferredRefusal()
+        self.shared = False
         self._form: tuple[Any, ...] | None = None
         self._second = likelihood.class_second
         self._compared = likelihood.criterion is None
@@ -115,7 +118,7 @@ class Loss:
             counts = terms.counts if counts is None else counts & terms.counts
         bound = BoundLoss(self, layout, cases, y, terms, counts, bad)
         self._require_rows(bound, where, step)
-        if not self._compared:
+        if not self._compared and not (self.shared and not bound.weight()):
             self._compared = True
             compare(bound, outputs, targets, masked=valid is not None)
         return bound
@@ -144,7 +147,7 @@ class Loss:
 
     def _require_rows(self, bound: BoundLoss, where: str, step: int) -> None:
         """Refuse a mini-batch in which nothing counts, or keep that for later."""
-        nothing = None if bound.counts is None else ~bound.counts.any()
+        nothing = None if bound.counts is None or self.shared else ~bound.counts.any()
         if on_host(bound.y):
             if nothing is not None and true_on_host(nothing):
                 raise DataError(
@@ -170,6 +173,9 @@ class BoundLoss:
         terms: What they come to.
         counts: Rows that count, (n R,); None is all.
         bad: Rows whose target is wrong, on an accelerator.
+        given: S and the number that errors are divided by, of the mini-batch that several processes share: what sums
+            over these cases are divided by, however many they are. Values and products are then shares of the whole's.
+        whole: Cases of that mini-batch.
     """
 
     loss: Loss
@@ -179,6 +185,8 @@ class BoundLoss:
     terms: Terms
     counts: Tensor | None = None
     bad: Tensor | None = None
+    given: tuple[Total, Total] | None = None
+    whole: int | None = None
 
     @classmethod
     def untargeted(cls, likelihood: Likelihood, cases: int, outputs: int) -> BoundLoss:
@@ -210,25 +218,51 @@ class BoundLoss:
 
     def total(self, cases: int | None = None) -> Total:
         """S of the first cases, all if left out."""
-        n = self.cases if cases is None else cases
-        rows = n * self.layout.rows
-        if self.loss.per == "batch":
-            return n / self.cases
-        if self.loss.per == "position" and self.terms.share is not None:
-            share = self.terms.share[:rows].double()
-            if self.counts is not None:
-                share = torch.where(self.counts[:rows], share, torch.zeros_like(share))
-            total = share.sum()
-            return torch.where(total > 0, total, torch.ones_like(total))
-        return self._counted(n)
+        if self.given is not None:
+            return self.given[0]
+        total = self.weight(cases)
+        if not isinstance(total, Tensor):
+            return total
+        return torch.where(total > 0, total, torch.ones_like(total)) if self._by_share else total.clamp(min=1)
 
-    def _counted(self, n: int) -> int | Tensor:
-        """Examples or positions that count, at least 1."""
+    def weight(self, cases: int | None = None) -> Total:
+        """What the first cases add to S, 0 where nothing counts."""
+        n = self.cases if cases is None else cases
+        if self.loss.per == "batch":
+            return n / (self.whole or self.cases)
+        if not self._by_share:
+            return self._number(n)
+        assert self.terms.share is not None
+        rows = n * self.layout.rows
+        share = self.terms.share[:rows].double()
+        if self.counts is not None:
+            share = torch.where(self.counts[:rows], share, torch.zeros_like(share))
+        return share.sum()
+
+    @property
+    def _by_share(self) -> bool:
+        return self.loss.per == "position" and self.terms.share is not None
+
+    def _number(self, n: int) -> int | Tensor:
+        """Examples or positions that count."""
         by_example = self.loss.per == "example"
         if self.counts is None:
             return n if by_example else n * self.layout.rows
         counts = self.counts[: n * self.layout.rows]
-        return (counts.view(n, -1).any(1) if by_example else counts).sum().clamp(min=1)
+        return (counts.view(n, -1).any(1) if by_example else counts).sum()
+
+    def numbers(self, cases: int) -> list[Total]:
+        """What the first cases add to S and to the number of errors; processes sum them."""
+        return [self.weight(cases), self._number(cases)]
+
+    def part_of(self, whole: int) -> BoundLoss:
+        """The same loss, of a part of a mini-batch with so many cases."""
+        return replace(self, whole=whole)
+
+    def with_numbers(self, numbers: Sequence[Total]) -> BoundLoss:
+        """The same loss, divided by the sums of `numbers` over processes."""
+        first, second = (n.clamp(min=1e-300) if isinstance(n, Tensor) else (n or 1) for n in numbers)
+        return replace(self, given=(first, second))
 
     @property
     def plain(self) -> bool:
@@ -243,9 +277,12 @@ class BoundLoss:
         return loss / self.total(), error / self.counted
 
     @property
-    def counted(self) -> int | Tensor:
+    def counted(self) -> Total:
         """Examples or positions that the error is the mean over."""
-        return self._counted(self.cases)
+        if self.given is not None:
+            return self.given[1]
+        number = self._number(self.cases)
+        return number.clamp(min=1) if isinstance(number, Tensor) else number
 
     def sums(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:  # (), () float64
         """The two means of `value` before they are divided, by `total` and by `counted`."""
@@ -279,7 +316,7 @@ class BoundLoss:
         z: Tensor,  # (n, ..., o)
         estimator: Estimator,
         generator: torch.Generator,
-        part: tuple[int, int] | None = None,
+        part: Share | None = None,
     ) -> Tensor:  # (k, n, ..., o)
         """What the estimator sends back for the first cases; sums of squares are S times F_R: see `total`.
 
@@ -287,8 +324,8 @@ class BoundLoss:
             z: Outputs of the first cases.
             estimator: The estimator.
             generator: Source of every draw.
-            part: (start, whole): these cases are start, start + 1, ... of a mini-batch of so many cases that several
-                processes share. The targets are then those that one process would draw for the whole of it.
+            part: Which of the first cases of a mini-batch that several processes share these are. The targets are then
+                those that one process would draw for all of them.
         """
         rows = self.layout.to_rows(z)
         here = slice(0, len(rows))
@@ -296,11 +333,7 @@ class BoundLoss:
         if part is None:
             vectors = estimator.output_vectors(rows, target, self.likelihood, generator)
         else:
-            start, whole = (count * self.layout.rows for count in part)
-            own = slice(start, start + len(rows))
-            vectors = estimator.output_vectors(
-                _embed(rows, own, whole), _embed(target, own, whole), self.likelihood, generator
-            )[:, own]
+            vectors = drawn_part(estimator, rows, target, self.likelihood, generator, part, self.layout.rows)
         if self.layout.rows > 1 and not estimator.shares_passes:
             vectors = self._apart(vectors, estimator)
         return self.layout.from_rows(self._masked(self._weighted(vectors, here, root=True), here))
@@ -394,10 +427,3 @@ class BoundLoss:
 
 def _sum(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
-
-
-def _embed(values: Tensor, own: slice, whole: int) -> Tensor:
-    """Rows in their places among those of the whole mini-batch, which are zero."""
-    placed = values.new_zeros((whole, *values.shape[1:]))
-    placed[own] = values
-    return placed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, overload
@@ -11,8 +12,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from kfacore.network import Linearizer
+from kfacore.network.facts import agreed
 from kfacore.optim.joint import Joint, joint_or_loss
 from kfacore.optim.loss import Loss
+from kfacore.parallel.ranks import ALONE, Ranks
 from kfacore.registry import Registry
 from kfacore.roles.approx import Approximation
 from kfacore.roles.damping import Damping
@@ -20,7 +23,7 @@ from kfacore.roles.estimator import Estimator
 from kfacore.roles.momentum import Momentum
 from kfacore.roles.trust import Trust
 
-__all__ = ["Part", "Parts", "compose"]
+__all__ = ["Part", "Parts", "compose", "fingerprint", "require_alike"]
 
 P = TypeVar("P")
 
@@ -42,6 +45,7 @@ class Parts:
         momentum: The momentum rule.
         trust: The rule of trust.
         generator: Source of every draw.
+        ranks: The processes that train together.
     """
 
     linearizer: Linearizer
@@ -52,6 +56,7 @@ class Parts:
     momentum: Momentum
     trust: Trust
     generator: torch.Generator
+    ranks: Ranks
 
 
 class Part(Generic[P]):
@@ -71,13 +76,14 @@ class Part(Generic[P]):
         setattr(instance._parts, self._name, value)
 
 
-def compose(registry: Registry, model: nn.Module, chosen: Mapping[str, Any]) -> Parts:
+def compose(registry: Registry, model: nn.Module, chosen: Mapping[str, Any], ranks: Ranks = ALONE) -> Parts:
     """Build the parts.
 
     Args:
         registry: Where components come from.
         model: The model.
         chosen: Every option with its value, see `kfacore.optim.options.complete`.
+        ranks: The processes that train together.
 
     Raises:
         ConfigError: An option of a part is wrong.
@@ -101,7 +107,39 @@ def compose(registry: Registry, model: nn.Module, chosen: Mapping[str, Any]) -> 
     )
     approx.check_layers([x.info for x in linearizer.layers if approx.serves(x.info)])
     generator = torch.Generator(linearizer.parameters[0].device).manual_seed(chosen["seed"])
-    return Parts(linearizer, loss, approx, estimator, damping, momentum, trust, generator)
+    loss.shared = not ranks.alone
+    linearizer.agree = None if ranks.alone else lambda facts: agreed(ranks.gather("model", facts))
+    return Parts(linearizer, loss, approx, estimator, damping, momentum, trust, generator, ranks)
+
+
+def require_alike(parts: Parts) -> None:
+    """Refuse processes that do not train the same model with the same options.
+
+    Raises:
+        ConfigError: Something differs; the message names it, with both values.
+    """
+    if parts.ranks.alone:
+        return
+    linearizer = parts.linearizer
+    remedy = "build model and optimizer alike on all processes: the same seed, or load_state_dict of one state"
+    slots = ("approx", "estimator", "damping", "momentum", "trust")
+    options = {f"the option {slot}": getattr(parts, slot).config for slot in slots}
+    options["the likelihood"] = parts.loss.likelihood.config
+    options["the seed"] = parts.generator.initial_seed()
+    blocks = {
+        "the order of blocks": [layer.info.name for layer in linearizer.layers],
+        "the shapes of blocks": [layer.info.shape for layer in linearizer.layers],
+        "which blocks follow each other": linearizer.following,
+        "which blocks are pooled": sorted(linearizer.reduced),
+    }
+    values = {f"the parameter {name}": fingerprint(p) for name, p in linearizer.named.items()}
+    parts.ranks.require_same("first step", {**options, **blocks, **values}, remedy)
+
+
+def fingerprint(tensor: torch.Tensor) -> str:
+    """A hash of the bits of a tensor."""
+    bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(bits.tobytes(), digest_size=8).hexdigest()
 
 
 def _widest(model: nn.Module, limit: int) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 from kfacore.network import BlockVector, Linearization
 from kfacore.optim.joint import BoundJoint
 from kfacore.optim.loss import BoundLoss
+from kfacore.parallel.whole import Whole
 from kfacore.roles.inverse import Inverse, Notice
 from kfacore.roles.optimizer import StepReport
 
@@ -34,6 +35,9 @@ class At:
         adapts: Whether lambda is adapted after this step.
         asks: Whether the rule of trust wants h after this step besides.
         iterations: Steps on the quadratic model.
+        whole: The mini-batch of all processes, of which inputs and targets are this one's part.
+        sampled: The loss, divided by the S of the estimator's cases.
+        curved: The loss, divided by the S of the quadratic model's cases.
         waits: Whether this step waits for the device anyway.
         undone: What is to be said about the step before.
     """
@@ -51,6 +55,9 @@ class At:
     adapts: bool
     asks: bool
     iterations: int
+    whole: Whole
+    sampled: BoundLoss | BoundJoint
+    curved: BoundLoss | BoundJoint
     waits: bool = False
     undone: tuple[str, ...] = ()
 
@@ -89,7 +96,7 @@ class Trial:
         """The step's report."""
         return StepReport(
             step=at.step,
-            batch_size=at.batch.cases,
+            batch_size=at.whole.cases,
             loss=at.loss,
             objective=at.objective,
             error=at.error,

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from kfacore.errors import DataError
 from kfacore.network import Linearization
+from kfacore.optim.drawing import Share
 from kfacore.optim.joint import BoundJoint
-from kfacore.optim.loss import BoundLoss
-from kfacore.roles.samples import Samples
+from kfacore.optim.loss import BoundLoss, Total
+from kfacore.parallel.ranks import Ranks
+from kfacore.parallel.whole import Whole
+from kfacore.roles.block import Block
+from kfacore.roles.moment import divisor_of
+from kfacore.roles.samples import Samples, mean_diagonal, traces
 
-__all__ = ["seen"]
+__all__ = ["mean_curvature", "seen", "shared"]
 
 
 def seen(
@@ -20,6 +28,7 @@ def seen(
     generator: torch.Generator,
     *,
     drawn: bool = False,
+    part: Share | None = None,
 ) -> Samples:
     """What each block sees of vectors of the loss (`BoundLoss.statistics`), with the S of their squares.
 
@@ -29,12 +38,72 @@ def seen(
         vectors: One set a backward pass, of the estimator's cases.
         drawn: Whether they are independent draws of mean zero, whose products vanish without signs.
         generator: Source of the random signs that general networks need (`Linearization.signs`).
+        part: Which cases these are of those that several processes share; S is then what they add to it.
     """
     z = batch.statistics_outputs()
-    n, total = len(z), bound.total(len(z))
+    n = len(z)
+    if n == 0:  # all are other processes'
+        return [None for _ in batch.layers]
+    total = bound.total(n) if part is None else bound.weight(n)
     if batch.plain and bound.valid is None and not isinstance(total, Tensor) and total == n:
         return batch.backpropagate(vectors)
     if not (batch.plain or drawn):
-        vectors = vectors * batch.signs(z, generator)
+        positions = z.shape[1:-1].numel()
+        vectors = vectors * batch.signs(z, generator, None if part is None else part.rows(positions))
     valid = None if bound.valid is None else bound.valid[:n]
     return batch.backpropagate(vectors, valid=valid, total=total)
+
+
+def shared(
+    bound: BoundLoss | BoundJoint, ranks: Ranks, whole: Whole, cases: Sequence[int], step: int
+) -> list[BoundLoss | BoundJoint]:
+    """The loss of one part, divided by the S of the whole mini-batch.
+
+    Args:
+        bound: The loss of the part.
+        ranks: The processes.
+        whole: The mini-batch that they share.
+        cases: Numbers of first cases of the part; all of them first.
+        step: Number of the step, for a refusal that comes later.
+
+    Returns:
+        For each of these numbers the loss whose S is that of the first cases of all processes.
+
+    Raises:
+        DataError: Nothing counts in the whole mini-batch.
+    """
+    if ranks.alone:
+        return [bound for _ in cases]
+    part = bound.part_of(whole.cases)
+    each = [part.numbers(n) for n in cases]
+    flat = [number for numbers in each for number in numbers]
+    device = next((number.device for number in flat if isinstance(number, Tensor)), None)
+    total: Sequence[Total]
+    if device is None or device.type == "cpu":
+        total = ranks.count("S", [float(number) for number in flat])
+        if not total[0]:
+            raise DataError(
+                "targets: no position of the mini-batch counts on any process (all are masked or ignored), so its loss "
+                "is 0 / 0; leave such mini-batches out"
+            )
+    else:  # only the device knows
+        numbers = torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in flat])
+        total = list(ranks.sum("S", [numbers])[0].unbind())
+        bound.loss.deferred.note(torch.as_tensor(total[0] == 0), step)
+    size = len(each[0])
+    return [part.with_numbers(total[i * size : (i + 1) * size]) for i in range(len(cases))]
+
+
+def mean_curvature(
+    samples: Samples, ranks: Ranks, layers: Sequence[Block], device: torch.device
+) -> Tensor:  # () float64
+    """Mean diagonal entry of the Fisher of all that several processes have seen (`kfacore.roles.samples`)."""
+    if ranks.alone:
+        return mean_diagonal(samples, layers)
+    sums, S = traces(samples, layers).to(device), divisor_of(samples)
+    flat = torch.cat([sums.flatten(), torch.as_tensor(S, dtype=torch.float64, device=device).view(1)])
+    (total,) = ranks.sum("curvature", [flat])
+    sizes = torch.tensor([float(layer.size) for layer in layers], dtype=torch.float64, device=device)
+    some: Tensor = total[len(layers) : -1] > 0
+    mean: Tensor = total[: len(layers)].sum() / total[-1] / sizes[some].sum()
+    return mean

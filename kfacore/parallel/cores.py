@@ -15,7 +15,9 @@ from typing import TypeVar
 
 import torch
 
+from kfacore.parallel.division import Wire, divided, owners
 from kfacore.parallel.pace import current_pace
+from kfacore.parallel.ranks import current_ranks
 
 __all__ = ["owners", "share", "torch_threads"]
 
@@ -37,8 +39,16 @@ def torch_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def share(jobs: Sequence[Callable[[], _Result]], costs: Sequence[float], device: torch.device) -> list[_Result]:
+def share(
+    jobs: Sequence[Callable[[], _Result]],
+    costs: Sequence[float],
+    device: torch.device,
+    wire: Wire[_Result] | None = None,
+) -> list[_Result]:
     """``[job() for job in jobs]``, on a CPU several at a time, and counted towards the pace of the caller's thread.
+
+    Several processes that divide their work (`kfacore.parallel.ranks.Ranks.dividing`) do each its own jobs, if there is
+    a wire; without one each does all.
 
     The torch threads of the caller are divided among as many jobs as the largest of them lets run for the whole time:
     with one large factor and many small ones there is nothing to run beside it, and it gets all threads.
@@ -48,10 +58,30 @@ def share(jobs: Sequence[Callable[[], _Result]], costs: Sequence[float], device:
         costs: Of each job, in operations: d^3 for a Cholesky factor and inverse. The costliest begin first; after each
             the thread rests if its pace says so (`kfacore.parallel.pace`).
         device: Where the jobs compute. A GPU is kept busy by one thread.
+        wire: How a result travels to other processes.
 
     Raises:
         Exception: Whatever a job raised, that of the earliest; the others have ended.
     """
+    ranks = current_ranks()
+    if ranks is None or wire is None:
+        return _share_here(jobs, costs, device)
+
+    def run(mine: list[int]) -> list[_Result]:
+        return _share_here([jobs[i] for i in mine], [costs[i] for i in mine], device)
+
+    found = divided(ranks, costs, run, wire, device)
+    pace = current_pace()
+    if pace is not None:  # schedules count what the busiest does, the same number on all
+        loads = [0.0] * ranks.size
+        for cost, owner in zip(costs, owners(costs, ranks.size), strict=True):
+            loads[owner] += cost
+        pace.work(max(loads) - loads[ranks.rank])
+    return found
+
+
+def _share_here(jobs: Sequence[Callable[[], _Result]], costs: Sequence[float], device: torch.device) -> list[_Result]:
+    """All jobs in this process."""
     threads, pace = torch.get_num_threads(), current_pace()
     total = sum(costs)
     abreast = 1
@@ -90,23 +120,3 @@ def share(jobs: Sequence[Callable[[], _Result]], costs: Sequence[float], device:
     if failures:
         raise failures[min(failures)]
     return [results[i] for i in range(len(jobs))]
-
-
-def owners(costs: Sequence[float], ranks: int) -> list[int]:
-    """Who does what, for processes that divide factors among themselves: largest first, each to the least busy.
-
-    A pure function of its arguments, so that all processes agree without a word. No rank has more than the mean load
-    plus one job (Graham 1969: at most 4/3 of the best division).
-
-    Args:
-        costs: Of each job, at least 0.
-        ranks: Number of processes, at least 1.
-
-    Returns:
-        The rank of each job, in 0..ranks-1; of equal loads the lowest rank is taken, of equal costs the earliest job.
-    """
-    loads, found = [0.0] * ranks, [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda job: (-costs[job], job)):
-        found[i] = min(range(ranks), key=loads.__getitem__)
-        loads[found[i]] += costs[i]
-    return found

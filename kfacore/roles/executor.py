@@ -37,9 +37,14 @@ class Executor(Part):
     claims the run, trains or resumes it, and writes how it ended; the exit code matters only where it could not.
 
     Life: `open` once, then `submit` and `poll` as often as needed, `close` once, also after an error.
+
+    Attributes:
+        processes: How many processes a run is divided among, set before `open`. The process of a run starts them itself
+            (`kfacore.lab.studies.worker`), unless an executor does, in torch's environment (RANK, WORLD_SIZE, ...).
     """
 
     config: ExecutorConfig
+    processes: int = 1
 
     @property
     def workers(self) -> int:

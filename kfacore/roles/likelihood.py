@@ -97,6 +97,25 @@ class Likelihood(Part):
     ) -> Tensor:  # like y
         """One target for each case, drawn from p(y | z) with the generator, which lives on the device of z."""
 
+    def sample_part(
+        self,
+        z: Tensor,  # (n, o)
+        own: Tensor,  # (n,) integers
+        whole: int,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:  # like y
+        """The targets that `sample` would draw for these cases among all those that several processes share.
+
+        Args:
+            z: Of these cases.
+            own: Their places among all.
+            whole: How many there are in all.
+            generator: Moves as far as `sample` of all would move it.
+        """
+        placed = z.new_zeros((whole, *z.shape[1:]))
+        placed[own] = z
+        return self.sample(placed, generator)[own]
+
     @abstractmethod
     def residual(
         self,

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import copy
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -77,6 +77,9 @@ class Moment(ABC):
         self._sums: list[Tensor] | None = None
         self._tallies: list[Tally] = []
 
+    symmetric: ClassVar[bool] = False
+    """Whether values with two equal last dimensions are symmetric matrices, which travel between processes as half."""
+
     @classmethod
     def serves(cls, block: Block) -> bool:
         """Whether samples of this kind of block can be summed; by default of any Kronecker product."""
@@ -138,8 +141,18 @@ class Moment(ABC):
                 self._blend_on_device(i, value, new, tally, decay)
         self._sums = None
 
-    def average(self, samples: Samples, decay: float) -> None:
-        """`add` and `commit` of a mini-batch in one part: sums straight into the averages, where the host can count."""
+    def average(self, samples: Samples, decay: float, tallies: Sequence[Tally] | None = None) -> None:
+        """`add` and `commit` of a mini-batch in one part: sums straight into the averages, where the host can count.
+
+        Args:
+            samples: What was seen.
+            decay: Largest weight of the past.
+            tallies: Of the mini-batch that this is one process's part of: the averages are then its share of those of
+                the whole, which are sums over processes.
+        """
+        if tallies is not None:
+            self._average_share(samples, decay, tallies)
+            return
         tallies = self.tallies(samples)
         if any(isinstance(x, Tensor) for tally in tallies for x in tally) or any(
             isinstance(k, Tensor) for k in self.updates
@@ -153,6 +166,20 @@ class Moment(ABC):
                 beta[i] = self._keep(i, decay)
                 alpha[i] = (1.0 - beta[i]) / float(tally.divisor)
         self.accumulate(self.values, samples, beta, alpha)
+
+    def _average_share(self, samples: Samples, decay: float, tallies: Sequence[Tally]) -> None:
+        """The weights are those of the whole mini-batch, also where this part of it showed nothing."""
+        here = [bool(float(tally.seen)) for tally in self.tallies(samples)]
+        beta, alpha = [1.0] * len(tallies), [0.0] * len(tallies)
+        for i, tally in enumerate(tallies):
+            if float(tally.seen):
+                beta[i] = self._keep(i, decay)
+                alpha[i] = (1.0 - beta[i]) / float(tally.divisor)
+        for value, b, some in zip(self.values, beta, here, strict=True):
+            if not some and b != 1.0:  # what is not accumulated must decay all the same
+                value.mul_(b) if b else value.zero_()
+        kept = [b if some else 1.0 for b, some in zip(beta, here, strict=True)]
+        self.accumulate(self.values, samples, kept, alpha)
 
     def _keep(self, i: int, decay: float) -> float:
         """f of one value, whose k goes up."""
@@ -186,6 +213,14 @@ class Moment(ABC):
         if tensors:
             *self._sums, tallies = tensors
             self._tallies = [Tally(*row.unbind()) for row in tallies]
+
+    def averaged(self) -> list[bool]:
+        """Which of `values` are averages, which processes add up; others (coordinates, say) all have alike."""
+        return [True] * len(self.values)
+
+    def is_symmetric(self, value: Tensor) -> bool:
+        """Whether one of `values` is a symmetric matrix, or several."""
+        return self.symmetric and value.dim() >= 2 and value.shape[-1] == value.shape[-2]
 
     def frozen(self: M) -> M:
         """A copy that later updates do not change."""
@@ -270,6 +305,49 @@ class Moments:
         """Take in a mini-batch with f = min(1 - 1/k, decay)."""
         self.add(samples)
         self.commit(decay)
+
+    def tallies(self, samples: Samples) -> list[Tally]:
+        """What each sum of `samples` is divided by, kind by kind."""
+        return [tally for moment in self._by_kind.values() for tally in moment.tallies(samples)]
+
+    def update_share(self, samples: Samples, decay: float, tallies: Sequence[Tally]) -> None:
+        """Take in one process's part of a mini-batch, for averages that are sums over processes.
+
+        Args:
+            samples: What was seen here.
+            decay: Largest weight of the past.
+            tallies: As `tallies` gives them, summed over processes.
+        """
+        self.updates += 1
+        start = 0
+        for moment in self._by_kind.values():
+            count = len(moment.values)
+            moment.average(samples, decay, tallies[start : start + count])
+            start += count
+
+    @property
+    def averages(self) -> list[tuple[Tensor, bool]]:
+        """Every average, and whether it is a symmetric matrix, in a fixed order."""
+        return [
+            (value, moment.is_symmetric(value))
+            for moment in self._by_kind.values()
+            for value, one in zip(moment.values, moment.averaged(), strict=True)
+            if one
+        ]
+
+    @property
+    def turns(self) -> bool:
+        """Whether some averages are kept in coordinates of the inverse in use."""
+        return any(type(moment).refreshed is not Moment.refreshed for moment in self._by_kind.values())
+
+    @property
+    def pending_symmetric(self) -> list[bool]:
+        """Which of the tensors of `pending` are symmetric matrices."""
+        return [
+            symmetric
+            for moment in self._by_kind.values()
+            for symmetric in (*map(moment.is_symmetric, moment.values), *([False] if moment.values else []))
+        ]
 
     def add(self, samples: Samples) -> None:
         """Take in a part of a mini-batch: a micro-batch, say. Averages do not move before `commit`.

@@ -13,7 +13,7 @@ X and g, and are not counted. A list of samples has one entry a block, None for 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from kfacore.errors import ConfigError
 from kfacore.roles.block import Block
 
-__all__ = ["LayerSamples", "Samples", "mean_diagonal"]
+__all__ = ["LayerSamples", "Samples", "mean_diagonal", "traces"]
 
 _CHUNK = 1 << 24
 """Numbers that a chunk of cases may take while rows of a case are compared with each other."""
@@ -101,6 +101,22 @@ def mean_diagonal(samples: Samples, blocks: Sequence[Block] | None = None) -> Te
     if not traces:
         raise ConfigError("the mean diagonal of the Fisher was asked for, and no block saw anything in this mini-batch")
     return torch.stack(traces).sum() / parameters
+
+
+def traces(samples: Samples, blocks: Sequence[Block]) -> Tensor:  # (2, blocks) float64
+    """S tr F of each block, and whether it saw anything: sums that several processes can add up.
+
+    Where rows do not belong to cases in equal numbers, the Kronecker estimate is that of each process's own rows.
+    """
+    like = next((s.gradients for s in samples if s is not None), None)
+    device = None if like is None else like.device
+    found = torch.zeros(2, len(blocks), dtype=torch.float64, device=device)
+    for i, s in enumerate(samples):
+        if s is not None:
+            head = None if s.head is None else replace(s.head, total=1.0)
+            found[0, i] = _trace(replace(s, total=1.0, head=head))
+            found[1, i] = 1.0
+    return found
 
 
 def _parameters(s: LayerSamples) -> int:

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from kfac_plugins.estimators.exact import Exact
 from kfac_plugins.estimators.monte_carlo import MonteCarlo
 from kfacore.errors import ConfigError, DataError
+from kfacore.optim.drawing import Share
 from kfacore.optim.loss import BoundLoss, Loss
+from kfacore.parallel.ranks import ALONE
+from kfacore.parallel.whole import Whole, interleaved
 from kfacore.roles import Likelihood
 
 Float = torch.float64
@@ -205,11 +208,29 @@ def test_draws_belong_to_the_place_in_the_whole_batch(likelihood: str) -> None:
     z = normal(5, 2, CLASSES)
     y = labels(5, 2) if likelihood == "categorical" else normal(5, 2, CLASSES, seed=1).sigmoid()
     loss = Loss.of(likelihood)
-    want = loss.bind([z], y).statistics(z, MonteCarlo(), draws())
-    for start, stop in ((0, 2), (2, 5)):
-        own = loss.bind([z[start:stop]], y[start:stop])
-        found = own.statistics(z[start:stop], MonteCarlo(), draws(), part=(start, 5))
-        assert torch.equal(found, want[:, start:stop])
+    after = draws()
+    want = loss.bind([z], y).statistics(z, MonteCarlo(), after)
+    for rank, places in enumerate(interleaved((2, 3))):
+        own, generator = loss.bind([z[places]], y[places]), draws()
+        found = own.statistics(z[places], MonteCarlo(), generator, part=Share(Whole((2, 3), rank), 5, ALONE))
+        assert torch.equal(found, want[:, places])
+        assert torch.equal(generator.get_state(), after.get_state())
+
+
+def test_loss_of_parts_is_divided_by_what_counts_in_the_whole() -> None:
+    z, y = normal(6, 2, CLASSES), labels(6, 2)
+    valid = torch.tensor([[1, 1], [0, 1], [1, 0], [1, 1], [0, 0], [0, 0]]).bool()
+    loss, whole = Loss.of("categorical"), Whole((4, 2), 0)
+    loss.shared = True
+    want = loss.bind([z], y, valid)
+    parts = [loss.bind([z[a:b]], y[a:b], valid[a:b]).part_of(whole.cases) for a, b in ((0, 4), (4, 6))]
+    total = [sum(pair) for pair in zip(*(part.numbers(part.cases) for part in parts), strict=True)]
+    shares = [part.with_numbers(total) for part in parts]
+    values = [share.value([z[a:b]]) for share, (a, b) in zip(shares, ((0, 4), (4, 6)), strict=True)]
+    assert float(values[0][0] + values[1][0]) == pytest.approx(float(want.value([z])[0]), rel=1e-14)
+    assert float(values[0][1] + values[1][1]) == pytest.approx(float(want.value([z])[1]), rel=1e-14)
+    gradients = [share.residuals([z[a:b]])[0] for share, (a, b) in zip(shares, ((0, 4), (4, 6)), strict=True)]
+    torch.testing.assert_close(torch.cat(gradients), want.residuals([z])[0])
 
 
 def test_scale_goes_everywhere() -> None:

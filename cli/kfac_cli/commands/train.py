@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kfac_cli.answers import tells
 from kfacore.errors import ConfigError, NumericalError
 from kfacore.registry import get_registry
 from kfacore.schema.table import SLOT_DEFAULTS, SLOTS, flag_of
@@ -167,7 +168,8 @@ def _problem(what: str | None, problem: str | None) -> str | None:
 def _say_what_was_inferred(config: RunConfig) -> None:
     """Where the likelihood was concluded from data, say so in one line."""
     suggestions = config.problem.suggestions()
-    if suggestions.reason and suggestions.values["likelihood"]["kind"] == config.likelihood.kind:
+    inferred = suggestions.reason and suggestions.values["likelihood"]["kind"] == config.likelihood.kind
+    if inferred and tells():
         typer.echo(suggestions.reason, err=True)
 
 
@@ -177,11 +179,12 @@ def _train(config: RunConfig, *, out: Path | None, resume: Path | None, init: Pa
     from kfac_cli.summary import summary
     from kfacore.lab.training.signals import Interrupted
 
+    others = not tells()
     with LiveLine() as live:
         from kfacore.lab.training.loop import train
 
-        listeners: list[Callable[[Mapping[str, Any]], None]] = [live]
-        if json:
+        listeners: list[Callable[[Mapping[str, Any]], None]] = [] if others else [live]
+        if json and not others:
             listeners.append(_print_event)
         interrupted: Interrupted | None = None
         try:
@@ -189,9 +192,10 @@ def _train(config: RunConfig, *, out: Path | None, resume: Path | None, init: Pa
         except Interrupted as stopped:
             interrupted = stopped
     if interrupted is not None:
-        typer.echo(str(interrupted), err=True)
+        if not others:
+            typer.echo(str(interrupted), err=True)
         raise typer.Exit(interrupted.exit_code)
-    for line in summary(result):
+    for line in () if others else summary(result):
         typer.echo(line, err=json)  # where programs read stdout, it is theirs alone
     if result.verdict == "diverged":
         raise typer.Exit(NumericalError.exit_code)

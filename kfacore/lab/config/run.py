@@ -131,6 +131,8 @@ class RunConfig(Model):
     """Device of the computation: auto, cpu, cuda, cuda:1, ..."""
     dtype: Literal["float32", "float64"] = "float32"
     """Number format of parameters and data."""
+    processes: Count = 1
+    """Processes that the run is divided among, started by torchrun; 1 says nothing of them."""
     threads: Count | None = None
     """Threads of the CPU computation; as many as torch chooses if left out."""
     weight_decay: NonNegative = 0.0

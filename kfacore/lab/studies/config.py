@@ -42,6 +42,7 @@ Name = Annotated[str, Field(min_length=1, max_length=80)]
 STUDY_KEYS = {
     "seed": "seeds = [...]",
     "threads": "threads = N",
+    "processes": "processes = N",
     "steps": "[budget] steps = N",
     "budget": "[budget]",
 }
@@ -124,6 +125,8 @@ class StudyConfig(Model):
     """How long each run lasts."""
     threads: Count = 1
     """CPU threads of each run."""
+    processes: Count = 1
+    """Processes that each run is divided among."""
     executor: str | dict[str, Any] = SLOT_DEFAULTS["executor"]
     """Where the runs are executed: a name or a table with kind."""
 

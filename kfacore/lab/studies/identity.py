@@ -32,6 +32,8 @@ def relevant(config: Mapping[str, Any]) -> dict[str, Any]:
         for name in tables:
             table = table.get(name) or {}
         table.pop(key, None)
+    if content.get("processes") == 1:  # as ever
+        del content["processes"]
     return content
 
 

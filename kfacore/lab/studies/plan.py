@@ -104,7 +104,8 @@ class Study:
         seeds: The seeds, paired over the variants.
         target: What is to be reached, or None.
         budget: ``steps``, ``cases`` and ``seconds`` of a run, those that are limited.
-        threads: CPU threads of a run.
+        threads: CPU threads of a run, in each of its processes.
+        processes: Processes of a run.
         versions: Versions that the numbers depend on.
         runs: The runs; tuning runs are not among them.
     """
@@ -122,6 +123,7 @@ class Study:
     threads: int
     versions: Mapping[str, str]
     runs: tuple[PlannedRun, ...] = ()
+    processes: int = 1
 
     @property
     def study_file(self) -> Path:
@@ -173,6 +175,7 @@ class Study:
             "target": None if self.target is None else {"measure": self.target.measure, "value": self.target.value},
             "budget": dict(self.budget),
             "threads": self.threads,
+            **({"processes": self.processes} if self.processes > 1 else {}),
             "versions": dict(self.versions),
         }
 
@@ -241,6 +244,7 @@ def _from_json(folder: Path, content: Mapping[str, Any], entries: Sequence[Mappi
         target=None if target is None else Target(str(target["measure"]), float(target["value"])),
         budget=dict(content["budget"]),
         threads=int(content["threads"]),
+        processes=int(content.get("processes", 1)),
         versions=dict(content["versions"]),
         runs=tuple(
             PlannedRun(str(entry["hash"]), str(entry["variant"]), str(entry["problem"]), int(entry["seed"]))

@@ -169,6 +169,7 @@ class _Planner:
             target=None if target is None else Target(target.measure, target.value),
             budget={k: v for k, v in config.budget.model_dump().items() if v is not None},
             threads=config.threads,
+            processes=config.processes,
             versions=dict(self.versions),
             runs=tuple(runs),
         )
@@ -298,6 +299,8 @@ class _Planner:
         top = Layer(f"{self.origin} (the study)", user=True)
         put(top, "seed", seed)
         put(top, "threads", self.config.threads)
+        if self.config.processes > 1:
+            put(top, "processes", self.config.processes)
         limits = {key: value for key, value in (("cases", budget.cases), ("seconds", budget.seconds)) if value}
         if budget.steps is not None or limits:
             put(top, "steps", budget.steps or UNLIMITED_STEPS)

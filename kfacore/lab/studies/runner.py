@@ -153,6 +153,7 @@ class _Runner:
         stop = StopSignals()
         with stop:
             if self._left():
+                self.executor.processes = self.plan.study.processes
                 self.executor.open(self.folder, threads=self.plan.study.threads)
                 try:
                     self._loop(stop)

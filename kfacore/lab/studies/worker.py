@@ -21,14 +21,18 @@ from kfacore.errors import DataError, KfacError, NumericalError
 from kfacore.lab.config.resolve import read_saved
 from kfacore.lab.studies.claims import Claim
 from kfacore.lab.studies.identity import relevant
+from kfacore.lab.studies.launch import launch, left_alone
 from kfacore.lab.studies.machine import Presence
 from kfacore.lab.studies.state import BUSY, RunState, note, own_plan, read_state, state_folder, write_outcome
 from kfacore.lab.training.outcome import Losses
+from kfacore.lab.training.processes import joined, started
 from kfacore.lab.training.run import RunFolder
 from kfacore.lab.training.signals import Interrupted
+from kfacore.parallel.ranks import ALONE, Ranks
 from kfacore.registry import get_registry
 
 if TYPE_CHECKING:
+    from kfacore.lab.config.run import RunConfig
     from kfacore.registry import Registry
 
 __all__ = ["execute", "main"]
@@ -56,6 +60,11 @@ def execute(
     Returns:
         An exit code: 0 done, 1 failed, 3 diverged, 130 or 143 stopped and saved, or `BUSY`.
     """
+    processes = int(_read_planned(study, run)["config"].get("processes", 1)) if _planned(study, run) else 1
+    if processes > 1 and started() == 1:
+        return launch(study, run, processes, parent, leave)
+    if processes > 1:
+        return _member(study, run, registry or get_registry(), parent, leave)
     claim = Claim.take(state_folder(study, run), on_lost=_die)
     if claim is None:
         return BUSY
@@ -67,8 +76,42 @@ def execute(
         claim.release()
 
 
+def _member(study: Path, run: str, registry: Registry, parent: int | None, leave: Callable[[], bool] | None) -> int:
+    """One of the processes of a run: the first claims it and writes how it ended, the others train with it."""
+    planned = _read_planned(study, run)
+    with joined(str(planned["config"].get("device", "auto"))) as ranks:
+        first = ranks.rank == 0
+        claim = Claim.take(state_folder(study, run), on_lost=_die) if first else None
+        try:
+            told = 0 if first and read_state(study, run).ended else None if claim else BUSY
+            done = ranks.gather("claim", told)[0]
+            if done is not None:
+                return int(done)
+            if claim is not None:
+                return _attempt(study, run, registry, claim, parent, leave, ranks)
+            return _follow(study, run, planned, registry, ranks)
+        finally:
+            if claim is not None:
+                claim.release()
+
+
+def _follow(study: Path, run: str, planned: Mapping[str, Any], registry: Registry, ranks: Ranks) -> int:
+    """Train with the first process, which tells what came of it."""
+    try:
+        _train(study, run, planned, registry, lambda event: None, ranks)
+    except KfacError as error:
+        return error.exit_code
+    return 0
+
+
 def _attempt(
-    study: Path, run: str, registry: Registry, claim: Claim, parent: int | None, leave: Callable[[], bool] | None
+    study: Path,
+    run: str,
+    registry: Registry,
+    claim: Claim,
+    parent: int | None,
+    leave: Callable[[], bool] | None,
+    ranks: Ranks = ALONE,
 ) -> int:
     """One life of a run, written down."""
     planned = _read_planned(study, run)
@@ -87,7 +130,7 @@ def _attempt(
                 signal.raise_signal(signal.SIGTERM)
 
         try:
-            fault = _train(study, run, planned, registry, watch)
+            fault = _train(study, run, planned, registry, watch, ranks)
         except Interrupted as stopped:
             note(study, run, "stopped", step=stopped.step)
             return stopped.exit_code
@@ -110,7 +153,12 @@ def _attempt(
 
 
 def _train(
-    study: Path, run: str, planned: Mapping[str, Any], registry: Registry, watch: Callable[[Mapping[str, Any]], None]
+    study: Path,
+    run: str,
+    planned: Mapping[str, Any],
+    registry: Registry,
+    watch: Callable[[Mapping[str, Any]], None],
+    ranks: Ranks = ALONE,
 ) -> str:
     """Start the run or go on with it, whatever is there of it.
 
@@ -121,23 +169,41 @@ def _train(
 
     folder = RunFolder(study / "runs" / run)
     config = read_saved(registry, planned["config"])
+    way = ""
+    with ranks.together("preparation"):
+        if ranks.rank == 0:
+            way = _prepared(study, run, folder, config)
+    way = ranks.gather("preparation", way)[0]
+    if way == "ended":
+        return _fault(Losses.of(folder.events()))
+    place = {"out": folder.path} if way == "started" else {"resume": folder.path}
+    return _fault(train(config, registry=registry, listeners=[watch], **place).losses)
+
+
+def _prepared(study: Path, run: str, folder: RunFolder, config: RunConfig) -> str:
+    """What is to be done with what is there: ``"started"``, ``"resumed"`` or ``"ended"``."""
     if not folder.checkpoint_file.exists():
         if folder.path.exists():  # killed before the first checkpoint: nothing of it is worth keeping
             shutil.rmtree(folder.path)
         note(study, run, "started")
-        return _fault(train(config, registry=registry, out=folder.path, listeners=[watch]).losses)
+        return "started"
     if relevant(folder.read_config()) != relevant(config.as_dict()):
         raise DataError(f"{folder.path} holds another run than its name says; delete it, and it is run anew")
     events = folder.events()
     if events and events[-1].get("event") == "done":  # killed between its end and the writing of its outcome
-        return _fault(Losses.of(events))
+        return "ended"
     note(study, run, "resumed")
-    return _fault(train(config, registry=registry, resume=folder.path, listeners=[watch]).losses)
+    return "resumed"
 
 
 def _fault(losses: Losses) -> str:
     """Why a run that came to its end has diverged, empty if it has not."""
     return f"it got worse: training loss {losses}" if losses.verdict == "diverged" else ""
+
+
+def _planned(study: Path, run: str) -> bool:
+    folder = state_folder(study, run)
+    return own_plan(folder).exists() or (folder / "planned.json").exists()
 
 
 def _read_planned(study: Path, run: str) -> dict[str, Any]:
@@ -178,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("study", type=Path)
     parser.add_argument("run")
     given = parser.parse_args(arguments)
-    return execute(given.study, given.run, parent=os.getppid())
+    return execute(given.study, given.run, parent=os.getppid(), leave=left_alone())
 
 
 if __name__ == "__main__":

@@ -148,14 +148,15 @@ class BatchSampler:
             self._drawn = draw, torch.randperm(len(self.split), generator=self._generator)
         return self._drawn[1][start : start + self.schedule.size(step)]
 
-    def batch(self, step: int) -> Split:
+    def batch(self, step: int, part: tuple[int, int] = (0, 1)) -> Split:
         """Inputs and targets of batch k; an autoencoder's target stays the very same tensor as its input.
 
         Args:
             step: k, from 1.
+            part: (r, W): every W-th case alone, from the r-th on, one process's part of W.
         """
         inputs, targets = self.split.inputs, self.split.targets
-        indices = self.indices(step)
+        indices = self.indices(step)[part[0] :: part[1]]
         if inputs.device.type == "cuda":
             # Pinned memory is what makes the copy asynchronous; the device never waits for the draw.
             indices = indices.pin_memory()

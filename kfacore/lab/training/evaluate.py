@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kfacore.optim.loss import Loss
+from kfacore.parallel.ranks import ALONE, Ranks
 from kfacore.roles.likelihood import Likelihood
 from kfacore.roles.problem import Split
 
@@ -72,7 +73,9 @@ class Measure:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, likelihood: Likelihood, split: Split, *, chunk: int | None = None) -> Measure:
+def evaluate(
+    model: nn.Module, likelihood: Likelihood, split: Split, *, chunk: int | None = None, ranks: Ranks = ALONE
+) -> Measure:
     """Mean loss and error of a model, in evaluation mode and without gradients.
 
     Args:
@@ -80,13 +83,16 @@ def evaluate(model: nn.Module, likelihood: Likelihood, split: Split, *, chunk: i
         likelihood: The likelihood.
         split: The cases, on the model's device.
         chunk: Cases in one forward pass; by default as many as `chunk_size` says.
+        ranks: Processes that divide the cases among themselves.
 
     Returns:
         The two means; sums over chunks are kept in double precision. One synchronisation.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
+    split = split if ranks.alone else _every(split, ranks)
     measured = Loss(likelihood)
+    measured.shared = not ranks.alone
     total: Tensor | None = None
     divisors: Sequence[float | Tensor] = (0, 0)
     try:
@@ -100,12 +106,24 @@ def evaluate(model: nn.Module, likelihood: Likelihood, split: Split, *, chunk: i
     finally:
         for module in training:  # each as it was: a user may keep parts of a model in evaluation mode
             module.training = True
+    if not ranks.alone:
+        flat = torch.zeros(4, dtype=torch.float64, device=split.inputs.device)
+        if total is not None:
+            flat = torch.cat([total, torch.stack([torch.as_tensor(d).to(total) for d in divisors])])
+        (flat,) = ranks.sum("evaluation", [flat])
+        total, divisors = flat[:2], list(flat[2:].unbind())
     if total is None:
         return Measure(float("nan"), float("nan"))
     if measured.per == "batch":  # a sum, over the whole set
         divisors = (1, divisors[1])
     loss, error = torch.stack([value / by for value, by in zip(total, divisors, strict=True)]).tolist()
     return Measure(loss, error)
+
+
+def _every(split: Split, ranks: Ranks) -> Split:
+    """One process's part of the cases."""
+    inputs = split.inputs[ranks.rank :: ranks.size]
+    return Split(inputs, inputs if split.targets is split.inputs else split.targets[ranks.rank :: ranks.size])
 
 
 class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -145,6 +163,7 @@ def evaluate_all(
     likelihood: Likelihood,
     train: Split,
     test: Split | None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float | None]:
     """The measures of an evaluation event, None where there is no test set or no average yet.
 
@@ -154,6 +173,7 @@ def evaluate_all(
         likelihood: The likelihood.
         train: Training cases.
         test: Test cases.
+        ranks: Processes that divide the cases among themselves.
 
     Returns:
         ``train_loss``, ``train_error``, ``test_loss``, ``test_error`` and the same with ``averaged_`` in front.
@@ -161,7 +181,9 @@ def evaluate_all(
     result: dict[str, float | None] = {}
     for prefix, candidate in (("", model), ("averaged_", averaged)):
         for name, split in (("train", train), ("test", test)):
-            measure = evaluate(candidate, likelihood, split) if candidate is not None and split is not None else None
+            measure = None
+            if candidate is not None and split is not None:
+                measure = evaluate(candidate, likelihood, split, ranks=ranks)
             result[f"{prefix}{name}_loss"] = None if measure is None else measure.loss
             result[f"{prefix}{name}_error"] = None if measure is None else measure.error
     return result

@@ -21,6 +21,7 @@ from kfacore.lab.training.files import disk_errors, tracebacks
 from kfacore.lab.training.notices import NoticeLog
 from kfacore.lab.training.outcome import Losses
 from kfacore.lab.training.plots import draw_run
+from kfacore.lab.training.processes import joined
 from kfacore.lab.training.progress import Progress
 from kfacore.lab.training.results import RunResult, read_scalars
 from kfacore.lab.training.resume import warn_of_changes
@@ -28,6 +29,7 @@ from kfacore.lab.training.run import RunFolder, default_folder
 from kfacore.lab.training.setup import Parts, build_parts, manifest, method_of
 from kfacore.lab.training.signals import StopSignals, resume_command
 from kfacore.parallel.cores import torch_threads
+from kfacore.parallel.ranks import ALONE, Ranks
 from kfacore.roles import Sink
 
 if TYPE_CHECKING:
@@ -75,24 +77,64 @@ def train(
     """
     if resume is not None and (out is not None or init is not None):
         raise ConfigError("a resumed run keeps its folder and parameters; leave out --out and --init")
-    folder = RunFolder(resume or out or default_folder(config.problem.kind, method_of(config)))
-    if resume is None:
-        folder.check_free()
-    with torch_threads(config.threads):
-        if resume is not None:
-            folder.lock()
+    with torch_threads(config.threads), joined(config.device) as ranks:
+        new = str(default_folder(config.problem.kind, method_of(config)))  # named by one clock
+        folder = RunFolder(resume or out or Path(ranks.gather("folder", new)[0]))
+        first = ranks.rank == 0
         try:
-            checkpoint = load_checkpoint(folder.checkpoint_file) if resume is not None else None
-            parts = build_parts(config, registry, init)
-            run = _Run(config, registry, folder, parts, listeners)
-            if checkpoint is None:
-                folder.create(config.as_dict(), manifest(config, registry, parts, _now()))
-            else:
-                run.restore(checkpoint)
+            with ranks.together("start"):
+                if first and resume is None:
+                    folder.check_free()
+                if first and resume is not None:
+                    folder.lock()
+                checkpoint = load_checkpoint(folder.checkpoint_file) if resume is not None else None
+            parts = _built(config, registry, init, ranks)
+            run = _Run(config, registry, folder, parts, listeners, ranks)
+            with ranks.together("run folder"):
+                if checkpoint is not None:
+                    run.restore(checkpoint)
+                elif first:
+                    folder.create(config.as_dict(), manifest(config, registry, parts, _now(), ranks.size))
             with StopSignals() as stop, tracebacks(folder.path):
                 return run.go(stop)
         finally:
             folder.unlock()
+
+
+def _built(config: RunConfig, registry: Registry, init: Path | None, ranks: Ranks) -> Parts:
+    """The parts of the run; the first process builds its own before the others, so that data is fetched once."""
+    parts: Parts | None = None
+    for turn in range(min(2, ranks.size)):
+        with ranks.together("build"):
+            if turn == min(ranks.rank, 1):
+                parts = build_parts(config, registry, init)
+                _require_processes(config, parts, ranks)
+    assert parts is not None
+    return parts
+
+
+def _require_processes(config: RunConfig, parts: Parts, ranks: Ranks) -> None:
+    """Refuse what cannot run on several processes.
+
+    Raises:
+        ConfigError: The optimizer works alone, or a mini-batch is too small to be shared.
+    """
+    if config.processes not in (1, ranks.size):
+        raise ConfigError(
+            f"processes = {config.processes}, and this run has {ranks.size}: start it with torchrun --nproc-per-node "
+            f"{config.processes} -m kfac_cli train ..."
+        )
+    if ranks.alone:
+        return
+    if not isinstance(getattr(parts.optimizer, "ranks", None), Ranks):
+        raise ConfigError(
+            f"optimizer '{config.optimizer.kind}' runs in one process: start it without torchrun, or use 'kfac'"
+        )
+    if min(config.batch.start, len(parts.train)) < ranks.size:
+        raise ConfigError(
+            f"batch.start = {config.batch.start} is less than one example for each of {ranks.size} processes; start "
+            "fewer, or raise batch.start"
+        )
 
 
 def _now() -> str:
@@ -103,13 +145,21 @@ class _Run:
     """One life of a run: from a start or a checkpoint to its end or an interruption."""
 
     def __init__(
-        self, config: RunConfig, registry: Registry, folder: RunFolder, parts: Parts, listeners: Sequence[Listener]
+        self,
+        config: RunConfig,
+        registry: Registry,
+        folder: RunFolder,
+        parts: Parts,
+        listeners: Sequence[Listener],
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
+        self.first = ranks.rank == 0  # the one that writes and tells
         self.config = config
         self.folder = folder
         self.parts = parts
-        self.listeners = listeners
-        self.sinks: list[Sink] = [registry.build("sink", sink) for sink in config.sink]
+        self.listeners = listeners if self.first else ()
+        self.sinks: list[Sink] = [registry.build("sink", sink) for sink in config.sink] if self.first else []
         batch = config.batch
         schedule = BatchSchedule(batch.schedule, len(parts.train), batch.start, batch.target_step, batch.hold)
         self.sampler = BatchSampler(parts.train, schedule, config.seed, batch.sampling)
@@ -155,8 +205,12 @@ class _Run:
         self.evaluated, self.saved = checkpoint.evaluated, checkpoint.step
         self._kept = (self.step, self.evaluated)
         self.progress = Progress.of(checkpoint.progress, folder)
-        warn_of_changes(record, parts.device_name)
+        if not self.first:
+            return
+        warn_of_changes(record, parts.device_name, self.ranks.size)
         life = {"step": self.step, "time": _now(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        if not self.ranks.alone:
+            life["processes"] = self.ranks.size
         record["resumed"] = [*record.get("resumed", []), life]
         folder.write_config(self.config.as_dict())
         folder.write_manifest(record)
@@ -165,16 +219,19 @@ class _Run:
         """Train to the last step."""
         config, folder = self.config, self.folder
         try:
-            for sink in self.sinks:
-                with self._disk():
-                    sink.open(folder.path, step=self.step)
-            self._emit(self._start_event())
+            with self.ranks.together("sinks"):
+                for sink in self.sinks:
+                    with self._disk():
+                        sink.open(folder.path, step=self.step)
+                self._emit(self._start_event())
             if self._evaluates(self.step):
                 self._evaluate()
             self._save()
+            stop.hear(self.ranks)
             while not self._over():
                 if stop.received is None:
                     self._advance()
+                    stop.hear(self.ranks)
                 if stop.received is not None:
                     self._save()
                     raise stop.exception(folder.path, self.step)
@@ -198,14 +255,16 @@ class _Run:
         """One step, timed, with its report read and passed on."""
         started = time.perf_counter()
         step = self.step + 1
-        batch = self.sampler.batch(step)
+        size = self.sampler.schedule.size(step)
+        batch = self.sampler.batch(step, part=(self.ranks.rank, self.ranks.size))
         report = self.parts.optimizer.step(batch.inputs, batch.targets)
         if self.parts.average is not None:
             self.parts.average.update(self.parts.model, step)
         scalars = read_scalars(report)
-        self.seconds += time.perf_counter() - started
+        spent = int(1e9 * (time.perf_counter() - started))
+        self.seconds += self.ranks.most("seconds", spent) / 1e9  # one clock, for budgets
         self.step = step
-        self.cases += len(batch)
+        self.cases += size
         extra: dict[str, Any] = {"notices": list(report.notices)} if report.notices else {}
         if scalars["rho"] == -math.inf:  # which files of events cannot hold
             extra["increased"] = True
@@ -216,7 +275,7 @@ class _Run:
             {
                 "event": "step",
                 "step": step,
-                "batch_size": len(batch),
+                "batch_size": size,
                 **scalars,
                 "seconds": self.seconds,
                 **extra,
@@ -249,7 +308,7 @@ class _Run:
     def _evaluate(self) -> None:
         parts = self.parts
         averaged = None if parts.average is None else parts.average.model
-        self.measures = evaluate_all(parts.model, averaged, parts.likelihood, *self._evaluated_on)
+        self.measures = evaluate_all(parts.model, averaged, parts.likelihood, *self._evaluated_on, ranks=self.ranks)
         self.evaluated = self.step
         self._emit({"event": "eval", "step": self.step, **self.measures, "seconds": self.seconds})
         loss = self.measures["train_loss"]
@@ -260,7 +319,9 @@ class _Run:
             self._require_finite()
             config, data = self.config.as_dict(), parts.data.checksum
             content = Best(parts.model.state_dict(), self.step, loss, config, data)
-            save_best(self.folder.best_file, content, remedy=self._remedy())
+            with self.ranks.together("best parameters"):
+                if self.first:
+                    save_best(self.folder.best_file, content, remedy=self._remedy())
 
     def _save(self) -> None:
         """Write a checkpoint, unless it would replace a good one by numbers that are not finite."""
@@ -269,24 +330,23 @@ class _Run:
             return
         parts = self.parts
         self._require_finite()
-        for sink in self.sinks:
-            with self._disk():
-                sink.flush()  # first, so that no event before the checkpoint can be missing after a crash
-        save_checkpoint(
-            self.folder.checkpoint_file,
-            Checkpoint(
-                model=parts.model.state_dict(),
-                optimizer=parts.optimizer.state_dict(),
-                averaged=None if parts.average is None else parts.average.state_dict(),
-                step=self.step,
-                seconds=self.seconds,
-                evaluated=self.evaluated,
-                config=self.config.as_dict(),
-                data=parts.data.checksum,
-                progress=self.progress.as_dict(),
-            ),
-            remedy=self._remedy(),
+        content = Checkpoint(
+            model=parts.model.state_dict(),
+            optimizer=parts.optimizer.state_dict(),  # of all processes together
+            averaged=None if parts.average is None else parts.average.state_dict(),
+            step=self.step,
+            seconds=self.seconds,
+            evaluated=self.evaluated,
+            config=self.config.as_dict(),
+            data=parts.data.checksum,
+            progress=self.progress.as_dict(),
         )
+        with self.ranks.together("checkpoint"):
+            for sink in self.sinks:
+                with self._disk():
+                    sink.flush()  # first, so that no event before the checkpoint can be missing after a crash
+            if self.first:
+                save_checkpoint(self.folder.checkpoint_file, content, remedy=self._remedy())
         self.saved, self._kept = self.step, state
         path = str(self.folder.checkpoint_file)
         self._emit({"event": "checkpoint", "step": self.step, "path": path, "seconds": self.seconds})
@@ -297,18 +357,23 @@ class _Run:
             raise NumericalError(f"the parameters after step {self.step} hold NaN or infinity")
 
     def _finish(self) -> RunResult:
-        parts, folder = self.parts, self.folder
         self._save()
+        with self.ranks.together("end"):
+            return self._told()
+
+    def _told(self) -> RunResult:
+        """The end of the run, with its pictures where the first process looks back at it."""
+        parts, folder = self.parts, self.folder
         for sink in self.sinks:
             with self._disk():
                 sink.flush()
-        events = folder.events()
+        events = folder.events() if self.first else []
         if not self.measures:  # everything was done before this life began; its last evaluation is on file
             names = [f"{prefix}{name}" for prefix in ("", "averaged_") for name in _MEASURES]
             last: dict[str, Any] = next((event for event in reversed(events) if event.get("event") == "eval"), {})
             self.measures = {name: last.get(name) for name in names}
         plots = draw_run(folder, events, parts) if events else ()
-        if not events:
+        if not events and self.first:
             logger.warning("no plots: the jsonl sink, which keeps the events for them, is switched off")
         best = folder.best_file if folder.best_file.exists() else None
         if self.progress.losses.last is None:  # the checkpoint is of a version that did not keep them

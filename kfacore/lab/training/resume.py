@@ -26,6 +26,7 @@ _FREE = (
     ("budget",),
     ("device",),
     ("threads",),
+    ("processes",),
     ("sink",),
     ("eval",),
     ("checkpoint",),
@@ -77,18 +78,21 @@ def resume_config(
         raise DataError(f"{folder.config_file} is not the configuration of a run: {error}") from error
 
 
-def warn_of_changes(record: Mapping[str, Any], device: str) -> None:
+def warn_of_changes(record: Mapping[str, Any], device: str, processes: int = 1) -> None:
     """Say what keeps a resumed run from being bit for bit the one that never stopped.
 
     Args:
         record: The run's manifest.
         device: The device of now, in words.
+        processes: How many train it now.
     """
     import torch
 
     versions = record.get("versions", {})
     now = {"torch": torch.__version__, "device": device, "threads": torch.get_num_threads()}
+    now["processes"] = processes
     then = {"torch": versions.get("torch"), "device": record.get("device"), "threads": record.get("threads")}
+    then["processes"] = record.get("processes", 1)
     for name, value in now.items():
         if value != then[name]:
             logger.warning(

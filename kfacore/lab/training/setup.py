@@ -18,6 +18,7 @@ from kfacore.lab.data import check
 from kfacore.lab.training.averaging import IterateAverage
 from kfacore.lab.training.batches import derive_seed
 from kfacore.lab.training.init import load_parameters
+from kfacore.lab.training.processes import device_of
 from kfacore.optim.layout import find_layout
 from kfacore.roles import Likelihood, Optimizer, Problem, ProblemData, Split
 from kfacore.schema.table import RUN_SLOTS, SLOTS
@@ -117,7 +118,7 @@ def build_parts(config: RunConfig, registry: Registry, init: Path | None = None)
     Raises:
         KfacError: Whatever is wrong with the configuration, the data or the parameters; nothing has been written.
     """
-    device = resolve_device(config.device)
+    device = resolve_device(device_of(config.device))
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
     problem: Problem = registry.build("problem", config.problem)
     likelihood: Likelihood = registry.build("likelihood", config.likelihood)
@@ -143,7 +144,7 @@ def build_parts(config: RunConfig, registry: Registry, init: Path | None = None)
     )
 
 
-def manifest(config: RunConfig, registry: Registry, parts: Parts, started: str) -> dict[str, Any]:
+def manifest(config: RunConfig, registry: Registry, parts: Parts, started: str, processes: int = 1) -> dict[str, Any]:
     """Everything besides the configuration that the run's numbers depend on; the data's source may be a path."""
     return {
         "format": 1,
@@ -165,6 +166,7 @@ def manifest(config: RunConfig, registry: Registry, parts: Parts, started: str) 
         "host": hashlib.sha256(platform.node().encode()).hexdigest()[:8],  # tells machines apart, and names none
         "device": parts.device_name,
         "threads": torch.get_num_threads(),
+        **({"processes": processes} if processes > 1 else {}),
         "dtype": config.dtype,
         "seed": config.seed,
         "data": {

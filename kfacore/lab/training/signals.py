@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from kfacore.errors import KfacError
+
+if TYPE_CHECKING:
+    from kfacore.parallel.ranks import Ranks
 
 __all__ = ["Interrupted", "StopSignals", "Terminated", "heard_signals", "resume_command"]
 
@@ -104,6 +107,12 @@ class StopSignals:
             raise SystemExit(Terminated.exit_code)
         else:
             raise KeyboardInterrupt
+
+    def hear(self, ranks: Ranks) -> None:
+        """Take up a signal that another process of the run has received: all stop after the same step."""
+        number = ranks.most("signals", 0 if self.received is None else int(self.received))
+        if number and self.received is None:
+            self.received = signal.Signals(number)
 
     def exception(self, run: Path, step: int) -> Interrupted:
         """What to raise once the run is saved."""

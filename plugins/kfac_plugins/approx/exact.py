@@ -38,6 +38,8 @@ __all__ = ["DenseMoment", "Exact"]
 class DenseMoment(Moment):
     """F = E[v v^T] over all blocks' parameters, one value of (P, P)."""
 
+    symmetric = True
+
     @classmethod
     def serves(cls, block: Block) -> bool:
         """Whatever has gradients of single cases."""

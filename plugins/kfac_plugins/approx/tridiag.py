@@ -43,6 +43,7 @@ from kfacore.curvature.kronecker import DampedFactors, damp, ready
 from kfacore.curvature.linalg import log_pi_of
 from kfacore.curvature.moments import InputCross, InputFactor, OutputCross, OutputFactor
 from kfacore.parallel.cores import share
+from kfacore.parallel.division import Wire
 from kfacore.plugin import PiRule
 from kfacore.roles.approx import Approximation, Factorisation
 from kfacore.roles.block import Block
@@ -235,10 +236,21 @@ class BlockTridiagonalFactorisation(Factorisation):
             for (i, j), X in zip(self._pairs, cross, strict=True):
                 jobs.append(partial(canonical, X, own[i], own[j], tolerance, self._layers[i].name, f"{side}x"))
                 costs.append(cost_of(X))
-        found = share(jobs, costs, gamma.device)
+        found = share(jobs, costs, gamma.device, Wire(_packed, _unpacked))
         notices += tuple(notice for _, more in found for notice in more)
         both, edges = [pair for pair, _ in found], len(self._pairs)
         return BlockTridiagonalInverse(self._layers, factors, self._pairs, both[:edges], both[edges:], notices)
+
+
+def _packed(found: tuple[Canonical, list[Notice]]) -> tuple[list[Tensor], Any]:
+    """One side of a pair on its way to other processes."""
+    pair, notices = found
+    return [pair.K, pair.Z, pair.s], (pair.scaled, notices)
+
+
+def _unpacked(_: int, tensors: list[Tensor], more: Any) -> tuple[Canonical, list[Notice]]:
+    (K, Z, s), (scaled, notices) = tensors, more
+    return Canonical(K, Z, s, scaled), notices
 
 
 class BlockTridiagonal(Approximation):

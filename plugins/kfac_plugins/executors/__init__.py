@@ -37,7 +37,9 @@ class SlurmConfig(ExecutorConfig):
     memory_gb: Annotated[float, Field(gt=0.0)] | None = None
     """Memory of a job; the cluster's default if left out."""
     gpus: Annotated[int, Field(strict=True, ge=0)] = 0
-    """GPUs of a job."""
+    """GPUs of a job, on each of its machines."""
+    nodes: Whole = 1
+    """Machines that the processes of a run are spread over."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further options of sbatch, by their long names, for example ``{ account = "lab" }``."""
     cluster: Literal["slurm", "local"] = "slurm"

@@ -33,9 +33,11 @@ class Job:
         study: The study folder, on a disk that all machines of the cluster share.
         run: The run's hash.
         alone: Whether the job is a child of submitit's local mode, and ends, saved, when that is gone.
+        processes: Tasks of the job, each one process of the run.
     """
 
-    def __init__(self, study: Path, run: str, *, alone: bool = False) -> None:
+    def __init__(self, study: Path, run: str, *, alone: bool = False, processes: int = 1) -> None:
+        self.processes = processes
         self.study = study
         self.run = run
         self.alone = alone
@@ -49,6 +51,8 @@ class Job:
         """
         from kfacore.lab.studies.worker import execute
 
+        if self.processes > 1:
+            import_module("submitit").helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         announced: list[int] = []
         handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2)}
         for number, handler in handlers.items():
@@ -113,7 +117,13 @@ class Slurm(Executor):
                 f"no jobs can be sent to SLURM from this machine: {error}; run the study on a login node, or with "
                 "--executor local"
             ) from error
+        if self.processes % config.nodes:
+            raise ConfigError(
+                f"executor: processes = {self.processes} cannot be spread evenly over nodes = {config.nodes}"
+            )
+        several = {"nodes": config.nodes, "tasks_per_node": self.processes // config.nodes}
         given = {
+            **(several if self.processes > 1 else {}),
             "name": "kfac-study",
             "timeout_min": config.minutes,
             "cpus_per_task": threads,
@@ -136,7 +146,8 @@ class Slurm(Executor):
         _wish(self._study, run).unlink(missing_ok=True)
         try:
             with heard_signals():
-                self._jobs[run] = self._executor.submit(Job(self._study, run, alone=self._alone))
+                job = Job(self._study, run, alone=self._alone, processes=self.processes)
+                self._jobs[run] = self._executor.submit(job)
         except Exception as error:  # submitit lets whatever sbatch causes through
             raise ResourceError(f"SLURM does not take the job: {error}; see executor.options") from error
 
@@ -184,7 +195,7 @@ class Slurm(Executor):
 
     def _end(self, run: str, job: Any) -> Ended:
         try:
-            return Ended(run, int(job.result()))
+            return Ended(run, int(job.results()[0]))  # of the first task, which tells how the run ended
         except Exception as error:  # the job was killed, cancelled, or lost: submitit has an exception for each
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return Ended(run, None, f"job {job.job_id} ended without a result ({job.state}): {reason}")

@@ -57,8 +57,20 @@ class Categorical(Likelihood):
 
         `torch.multinomial` reads its input back to check it, which would make every step wait for the device.
         """
+        return self._inverted(z, torch.rand((*z.shape[:-1], 1), generator=generator, dtype=z.dtype, device=z.device))
+
+    def sample_part(
+        self,
+        z: Tensor,  # (n, c)
+        own: Tensor,  # (n,)
+        whole: int,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:  # (n,)
+        """One uniform number a case is drawn for all, whatever the number of classes."""
+        return self._inverted(z, torch.rand((whole, 1), generator=generator, dtype=z.dtype, device=z.device)[own])
+
+    def _inverted(self, z: Tensor, u: Tensor) -> Tensor:
         cumulative = self.mean(z).cumsum(dim=-1)
-        u = torch.rand((*z.shape[:-1], 1), generator=generator, dtype=z.dtype, device=z.device)
         # The last entry differs from 1 by rounding; scaling u by it keeps the shares right. "<=" skips classes of
         # probability 0 also for u = 0.
         below = cumulative <= u * cumulative[..., -1:]

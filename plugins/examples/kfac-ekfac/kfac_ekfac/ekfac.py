@@ -119,6 +119,11 @@ class EigenMoment(Moment):
         fixed = [Tally(0, 0)] * (2 * len(rows) + 1)
         return [*per_total, *(Tally(seen, seen) for seen in rows), *per_total, *fixed]
 
+    def averaged(self) -> list[bool]:
+        """All but the basis and its age."""
+        n = len(self.layers)
+        return [True] * (3 * n) + [False] * (2 * n + 1)
+
     def accumulate(
         self, values: Sequence[Tensor], samples: Samples, beta: Sequence[float], alpha: Sequence[float]
     ) -> None:
