@@ -60,6 +60,7 @@ def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         name: str, source: str, *, distribution: str | None = None, entry: str | None = None, version: str = "1.2"
     ) -> Path:
         distribution = distribution or name.replace("_", "-")
+        monkeypatch.delitem(sys.modules, name, raising=False)  # another test's, from elsewhere
         module = site / f"{name}.py"
         module.write_text(textwrap.dedent(source), encoding="utf-8")
         info = site / f"{distribution.replace('-', '_')}-{version}.dist-info"

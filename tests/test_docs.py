@@ -379,7 +379,7 @@ def test_the_keys_are_documented_and_exist() -> None:
 
 
 def test_a_key_too_many_or_too_few_would_be_found() -> None:
-    run, components = (document.read_text(encoding="utf-8") for document in configuration_keys.DOCUMENTS)
+    run, components = (document.read_text(encoding="utf-8") for document in configuration_keys.DOCUMENTS[:2])
     for key in ("budget.cases", "steps"):
         assert f"\n| `{key}` |" in run
     for key in ("approx.max_parameters", "executor.workers", "damping.gamma_max"):

@@ -26,7 +26,7 @@ QUESTIONS = {
     "How do I use it in my own loop?": "`report = optimizer.step(inputs, targets)`",
     "How do I add a type of layer?": "one class in a plug-in",
     "How do I resume?": "`kfac train --resume RUN`",
-    "Does it run on two GPUs?": "Two GPUs: not yet",
+    "Does it run on two GPUs?": "start the same program several times",
     "How do I cite it?": "Cite the method",
     "Which approximation do I choose?": "Start with `blockdiag`",
     "What does it cost?": "two to three times one of SGD",

@@ -127,7 +127,7 @@ name = "breaks"
 optimizer = "weak"
 [[variants]]
 name = "late"
-approx = "blockdiag"
+approx = "tridiag"
 """
 
 

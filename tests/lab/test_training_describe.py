@@ -10,7 +10,7 @@ from kfacore.registry import get_registry
 
 
 def test_tridiag_lists_factors_and_cross_factors(tmp_path):
-    table = describe(small_config(tmp_path), get_registry())
+    table = describe(small_config(tmp_path, "approx=tridiag"), get_registry())
     assert [(row.name, row.d_in, row.d_out, row.parameters) for row in table.rows] == [
         ("0", 17, 8, 136), ("2", 9, 3, 27), ("3", 4, 8, 32), ("5", 9, 16, 144),
     ]  # fmt: skip

@@ -102,7 +102,7 @@ def scripted(monkeypatch):
         keys = [f"{p}{s}_{k}" for p in ("", "averaged_") for s in ("train", "test") for k in ("loss", "error")]
         count = iter(range(len(losses)))
 
-        def evaluate(*_):
+        def evaluate(*_, **__):
             return {**dict.fromkeys(keys), "train_loss": values[next(count)], "train_error": 1.0}
 
         monkeypatch.setattr("kfacore.lab.training.loop.evaluate_all", evaluate)
