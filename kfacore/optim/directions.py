@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfacore.curvature.forest import nearest
 from kfacore.curvature.joined import Joined
 from kfacore.curvature.preconditioner import Preconditioner
-from kfacore.network import BlockVector, Linearization
+from kfacore.network import Accumulated, BlockVector, Linearization
 from kfacore.optim.joint import BoundJoint
 from kfacore.optim.local import LocalModel
 from kfacore.optim.loss import BoundLoss
@@ -28,17 +28,20 @@ class Directions:
 
     Args:
         parts: The optimizer's parts.
+        fill_grad: Whether the gradient of the loss is left in ``p.grad``, as ``loss.backward()`` leaves it.
 
     Attributes:
         preconditioner: Statistics and inverse; None before the first step, as the vectors.
         grad: grad h.
         delta: The last step.
         size: Number of parameters.
+        fill_grad: As given.
         spare: Four vectors for steps of several iterations, once there was one.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, *, fill_grad: bool = False) -> None:
         self._parts = parts
+        self.fill_grad = fill_grad
         self.preconditioner: Preconditioner | None = None
         self.grad: BlockVector | None = None
         self.delta: BlockVector | None = None
@@ -85,13 +88,24 @@ class Directions:
         return self._views
 
     def gradient(
-        self, batch: Linearization, bound: BoundLoss | BoundJoint, eta: float, *, retain: bool = False
+        self, batch: Linearization | Accumulated, bound: BoundLoss | BoundJoint, eta: float, *, retain: bool = False
     ) -> BlockVector:
         """Grad h = mean of J^T (d nll / dz) + eta theta."""
         assert self.grad is not None
         grad = batch.gradient(bound.residuals(batch.outputs()), self.grad, retain=retain)
+        if self.fill_grad:
+            self._fill(grad)
         torch._foreach_add_(grad.parts, self.parameters(), alpha=eta)
         return grad
+
+    def _fill(self, grad: BlockVector) -> None:
+        """Copy it to where torch's tools look for gradients."""
+        own: dict[nn.Parameter, Tensor] = {p: torch.zeros_like(p) for p in self._parts.linearizer.parameters}
+        for layer, matrix in zip(self._parts.linearizer.layers, grad.blocks, strict=True):
+            for view, part in zip(layer.view(own.__getitem__), layer.split(matrix), strict=True):
+                view.copy_(part)
+        for parameter, value in own.items():
+            parameter.grad = value
 
     def inverses(
         self, preconditioner: Preconditioner, k: int, *, again: bool
@@ -111,7 +125,9 @@ class Directions:
             proposal.flat.neg_()
         return proposals
 
-    def local(self, batch: Linearization, bound: BoundLoss | BoundJoint, grad: BlockVector, eta: float) -> LocalModel:
+    def local(
+        self, batch: Linearization | Accumulated, bound: BoundLoss | BoundJoint, grad: BlockVector, eta: float
+    ) -> LocalModel:
         """The quadratic model on the mini-batch's first cases."""
         momentum = self._parts.momentum
         n = batch.model_cases(momentum.cases(batch.cases))

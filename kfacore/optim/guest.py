@@ -357,6 +357,8 @@ class Preconditioned(Sharing):
             given = given if changed is None else dict(changed)
         state, ours = split_state(given)
         nest = unpack(ours)
+        if nest is not None and "network" not in nest:
+            raise ConfigError("the state is of KFAC, which keeps no state of a base optimizer: load it into a KFAC")
         if nest is not None and nest["approx"] != self.approx.config.kind:
             raise ConfigError(
                 f"the state is of approx = {nest['approx']!r}, this optimizer has {self.approx.config.kind!r}"

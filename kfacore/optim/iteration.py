@@ -2,6 +2,7 @@ r"""One iteration, phase by phase: begin, look back, try, judge, undo (method.md
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,20 +10,18 @@ from torch import Tensor
 
 from kfacore import host
 from kfacore.curvature.preconditioner import Preconditioner
-from kfacore.network import BlockVector, Linearization
+from kfacore.network import Accumulated, BlockVector, MicroBatches
 from kfacore.optim.directions import Directions
 from kfacore.optim.guards import require_finite
-from kfacore.optim.joint import BoundJoint
 from kfacore.optim.keeper import Keeper
 from kfacore.optim.local import LocalModel, combine
-from kfacore.optim.loss import BoundLoss
 from kfacore.optim.objective import penalty
 from kfacore.optim.parts import Parts
 from kfacore.optim.phases import At, Trial
 from kfacore.optim.quadratic import model_value
 from kfacore.optim.statistics import seen
 from kfacore.roles.optimizer import StepReport
-from kfacore.roles.samples import Samples, mean_diagonal
+from kfacore.roles.samples import mean_diagonal
 
 __all__ = ["Iteration"]
 
@@ -49,30 +48,28 @@ class Iteration:
         self.predicted = torch.full((), torch.nan, dtype=torch.float64, device=parameters[0].device)
 
     def run(
-        self, inputs: Any, targets: Any, valid: Any, *, step: int, eta: float, low: torch.dtype | None
+        self, inputs: Any, targets: Any, valid: Any, *, step: int, eta: float, lr: float, low: torch.dtype | None
     ) -> StepReport:
         """Forward, backward, statistics, inverse, quadratic model, update, damping.
 
         Args:
-            inputs: Of the mini-batch.
+            inputs: Of the mini-batch; `MicroBatches` are treated as one.
             targets: Of the mini-batch.
             valid: Positions that count.
             step: Number of the step, k.
             eta: Weight decay.
+            lr: What the step is multiplied by: with 1 it goes to the minimum of the model.
             low: Autocast dtype of the forward and backward passes.
         """
         parts, directions = self._parts, self._directions
         directions.begin()
-        at = self._look_back(self._begin(inputs, targets, valid, step, eta, low), low)
+        at = self._look_back(self._begin(inputs, targets, valid, step, eta, lr, low), low)
         preconditioner = directions.prepare()
         at.waits = at.adapts or at.asks or preconditioner.waits(step, parts.damping.candidates(step))
         if at.waits or host.is_free(at.objective):
             self._require_finite("objective", at.objective, at)
-        samples = self._samples(at.batch, at.bound)
-        preconditioner.update(samples)
+        self._statistics(at, preconditioner)
         preconditioner.spent(_OPERATIONS * at.batch.cases * directions.size)
-        if step == 1:
-            parts.damping.observe(mean_diagonal(samples, preconditioner.layers))
         grad = directions.gradient(at.batch, at.bound, eta, retain=at.iterations > 1)
         undone = 0
         # Several iterations walk back through the graph, which parameters that were put back have left.
@@ -85,21 +82,22 @@ class Iteration:
             undone += 1
         return trial.report(at, rho, accepted, undone)
 
-    def _begin(self, inputs: Any, targets: Any, valid: Any, k: int, eta: float, low: torch.dtype | None) -> At:
+    def _begin(
+        self, inputs: Any, targets: Any, valid: Any, k: int, eta: float, lr: float, low: torch.dtype | None
+    ) -> At:
         """The forward pass, and the objective before the step."""
         parts = self._parts
-        m = parts.linearizer.cases(inputs, targets)
+        m = sum(inputs.sizes) if isinstance(inputs, MicroBatches) else parts.linearizer.cases(inputs, targets)
         adapts, asks, iterations = parts.damping.adapts(k), parts.trust.asks(k), parts.momentum.iterations(m)
         pulled = parts.momentum.cases(m) if iterations > 1 else 0
-        batch = parts.linearizer(
-            inputs, parts.estimator.cases(m), None if adapts or asks or iterations > 1 else low, pulled
-        )
+        make = partial(Accumulated, parts.linearizer) if isinstance(inputs, MicroBatches) else parts.linearizer
+        batch = make(inputs, parts.estimator.cases(m), None if adapts or asks or iterations > 1 else low, pulled)
         if batch.bare and isinstance(targets, Tensor) and targets.dim() == 1:
             targets = targets.unsqueeze(1)  # one number a case, as the model's outputs
         bound = parts.loss.bind(batch.outputs(), targets, valid, step=k)
         loss, error = bound.value(batch.outputs())
         objective = loss + penalty(self._directions.parameters(), eta)
-        return At(k, eta, inputs, targets, valid, batch, bound, loss, objective, error, adapts, asks, iterations)
+        return At(k, eta, lr, inputs, targets, valid, batch, bound, loss, objective, error, adapts, asks, iterations)
 
     def _look_back(self, at: At, low: torch.dtype | None) -> At:
         """Undo the step before if the new mini-batch shows that it did harm; one forward pass where it is in doubt."""
@@ -115,7 +113,7 @@ class Iteration:
             if trust.disowns(now, earlier):
                 self.keeper.restore(parameters, delta)
                 self._distrust(at.step, trust.late)
-                at = self._begin(at.inputs, at.targets, at.valid, at.step, at.eta, low)
+                at = self._begin(at.inputs, at.targets, at.valid, at.step, at.eta, at.lr, low)
                 said = f"objective {now:.4g} on a new mini-batch, {earlier:.4g} without it"
                 at.undone = (f"step {at.step - 1} was undone: {said}",)
                 now = earlier
@@ -133,6 +131,8 @@ class Iteration:
         if not again:
             damping.confirm(*(local.before() / self.predicted.abs()))
         x = momentum.coefficients(M, b)
+        if at.lr != 1.0 and at.iterations == 1:
+            x = at.lr * x
         values = model_value(M, b, x)
         best = 0
         if len(candidates) > 1:
@@ -149,6 +149,8 @@ class Iteration:
             previous = local.J[len(proposals) :].sum(0)  # zero in the first step, which has none
             Jdelta = combine(alpha, local.J[best], mu, previous)
             value = value + local.go_on(further, Jdelta, inverse, momentum, at.iterations - 1, directions.spare[1:])
+            if at.lr != 1.0:
+                value = _scaled(further, value, grad, at.lr)
         if (at.waits or refreshed) and not self._parts.trust.looks_back:
             self._require_finite("quadratic model", value, at)
         return Trial(proposals[best], inverse, further, alpha, mu, value, used, damping.lam, gamma, refreshed, notices)
@@ -179,7 +181,7 @@ class Iteration:
             change = self._measure(at) - at.objective
             rho = torch.where(change > 0, -torch.inf, change / trial.value)
             accepted = accepted & self._parts.trust.accepts(at.objective, change)
-            if at.adapts:
+            if at.adapts and at.lr:  # a step of length zero tells nothing
                 self._parts.damping.adapt(rho)
         self.predicted = trial.value
         return rho, accepted
@@ -230,8 +232,22 @@ class Iteration:
         found = damping.lam, damping.gamma
         require_finite(what, value, at.inputs, at.targets, step=at.step, damping=found, deferred=deferred)
 
-    def _samples(self, batch: Linearization, bound: BoundLoss | BoundJoint) -> Samples:
-        """What the estimator's backward passes show of each block, with the S that their squares are divided by."""
-        estimator, generator = self._parts.estimator, self._parts.generator
+    def _statistics(self, at: At, preconditioner: Preconditioner) -> None:
+        """Average in what the estimator's backward passes show of each block; the first step tells lambda of it."""
+        estimator, generator, batch, bound = self._parts.estimator, self._parts.generator, at.batch, at.bound
         vectors = bound.statistics(batch.statistics_outputs(), estimator, generator)
-        return seen(batch, bound, vectors, generator, drawn=estimator.draws)
+        diagonal: Tensor | float = 0.0
+        for share, samples in seen(batch, bound, vectors, generator, drawn=estimator.draws):
+            preconditioner.add(samples)
+            if at.step == 1:
+                diagonal = diagonal + share * mean_diagonal(samples, preconditioner.layers)
+        preconditioner.commit()
+        if isinstance(diagonal, Tensor):
+            self._parts.damping.observe(diagonal)
+
+
+def _scaled(step: BlockVector, value: Tensor, grad: BlockVector, lr: float) -> Tensor:
+    """Shorten a step, and say what the model then comes to: of g + q, its linear and its square term, lr g + lr^2 q."""
+    slope = torch.dot(step.flat, grad.flat).double()
+    step.flat.mul_(lr)
+    return lr * slope + lr**2 * (value - slope)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from kfacore.network import Linearization
+from kfacore.network import Accumulated, Linearization
 from kfacore.optim.joint import BoundJoint
 from kfacore.optim.loss import BoundLoss
 from kfacore.roles.samples import Samples
@@ -14,14 +16,16 @@ __all__ = ["seen"]
 
 
 def seen(
-    batch: Linearization,
+    batch: Linearization | Accumulated,
     bound: BoundLoss | BoundJoint,
     vectors: Tensor,  # (k, n, ..., o)
     generator: torch.Generator,
     *,
     drawn: bool = False,
-) -> Samples:
+) -> Iterator[tuple[float, Samples]]:
     """What each block sees of vectors of the loss (`BoundLoss.statistics`), with the S of their squares.
+
+    A micro-batch at a time, each with its share of S, or all at once with the share 1.
 
     Args:
         batch: The mini-batch.
@@ -33,8 +37,9 @@ def seen(
     z = batch.statistics_outputs()
     n, total = len(z), bound.total(len(z))
     if batch.plain and bound.valid is None and not isinstance(total, Tensor) and total == n:
-        return batch.backpropagate(vectors)
+        yield from batch.seen(vectors)
+        return
     if not (batch.plain or drawn):
         vectors = vectors * batch.signs(z, generator)
     valid = None if bound.valid is None else bound.valid[:n]
-    return batch.backpropagate(vectors, valid=valid, total=total)
+    yield from batch.seen(vectors, valid=valid, total=total)
