@@ -98,6 +98,7 @@ class Accumulated:
     ) -> Iterator[tuple[float, Sequence[LayerSamples | None]]]:
         """What the blocks saw in each micro-batch, with its share of the estimator's cases, which is that of S too."""
         n, start = vectors.shape[1], 0
+        total = total.double() if isinstance(total, Tensor) else total
         for part in self._parts:
             size = len(part.statistics_outputs())
             if not size:

@@ -116,12 +116,12 @@ class Directions:
         found, notices = preconditioner.refresh(gammas, pi=pi) if again else preconditioner.candidates(k, gammas, pi=pi)
         return found or [(damping.gamma, preconditioner.in_use)], notices, bool(found)
 
-    def propose(self, inverses: list[Inverse], grad: BlockVector) -> list[BlockVector]:
+    def propose(self, preconditioner: Preconditioner, inverses: list[Inverse], grad: BlockVector) -> list[BlockVector]:
         """Delta = -F-hat^-1 grad for each inverse."""
         self._proposals += [self._vector() for _ in inverses[len(self._proposals) :]]
         proposals = self._proposals[: len(inverses)]
         for inverse, proposal in zip(inverses, proposals, strict=True):
-            inverse.solve_into(grad.blocks, proposal.blocks)
+            preconditioner.solve_into(inverse, grad.blocks, proposal.blocks)
             proposal.flat.neg_()
         return proposals
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kfacore.curvature.faults import blaming
 from kfacore.curvature.schedule import FIRST_REFRESHES
 from kfacore.errors import ConfigError, DataError
 from kfacore.network.outputs import Output, read_output
@@ -271,7 +272,7 @@ class Preconditioned(Sharing):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
+        with torch.no_grad(), blaming(self._components, f"step {self.steps + 1}"):
             self._hear()
             self._refresh()
             if self._inverse is None or self._grafting is None:
@@ -284,6 +285,11 @@ class Preconditioned(Sharing):
         self.steps += 1
         mark(self.state, [p for p in self.own() if p.grad is not None], self.steps)
         return loss
+
+    def _components(self) -> Iterator[tuple[str, Any]]:
+        """What may be somebody's own, with its slot."""
+        yield "approx", self.approx
+        yield "estimator", self.estimator
 
     def _refresh(self) -> None:
         """Average in what was observed, and a new inverse when it is due."""

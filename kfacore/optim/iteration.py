@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kfacore import host
 from kfacore.curvature.preconditioner import Preconditioner
+from kfacore.errors import NumericalError
 from kfacore.network import Accumulated, BlockVector, MicroBatches
 from kfacore.optim.directions import Directions
 from kfacore.optim.guards import require_finite
@@ -20,6 +21,7 @@ from kfacore.optim.parts import Parts
 from kfacore.optim.phases import At, Trial
 from kfacore.optim.quadratic import model_value
 from kfacore.optim.statistics import seen
+from kfacore.roles.inverse import Notice
 from kfacore.roles.optimizer import StepReport
 from kfacore.roles.samples import mean_diagonal
 
@@ -124,7 +126,7 @@ class Iteration:
         """Delta, and how far to go along it and the step before, by the quadratic model of the mini-batch."""
         directions, damping, momentum = self._directions, self._parts.damping, self._parts.momentum
         candidates, notices, refreshed = directions.inverses(preconditioner, at.step, again=again)
-        proposals = directions.propose([inverse for _, inverse in candidates], grad)
+        proposals = directions.propose(preconditioner, [inverse for _, inverse in candidates], grad)
         local = directions.local(at.batch, at.bound, grad, at.eta)
         used = momentum.uses_model or damping.uses_model or at.iterations > 1
         M, b = self._model(local, proposals, at.step, used)
@@ -151,9 +153,29 @@ class Iteration:
             value = value + local.go_on(further, Jdelta, inverse, momentum, at.iterations - 1, directions.spare[1:])
             if at.lr != 1.0:
                 value = _scaled(further, value, grad, at.lr)
-        if (at.waits or refreshed) and not self._parts.trust.looks_back:
-            self._require_finite("quadratic model", value, at)
+        notices = notices + self._examine(at, value, proposals[best], grad, waits=at.waits or refreshed, used=used)
         return Trial(proposals[best], inverse, further, alpha, mu, value, used, damping.lam, gamma, refreshed, notices)
+
+    def _examine(
+        self, at: At, value: Tensor, proposal: BlockVector, grad: BlockVector, *, waits: bool, used: bool
+    ) -> list[Notice]:
+        """Name who made a step that is not finite. Where trust undoes it, and tries anew, that is only reported."""
+        undoes, preconditioner = self._parts.trust.looks_back, self._directions.preconditioner
+        finite = True
+        if waits or self._reads(value):
+            finite = bool(torch.isfinite(value)) and (used or bool(torch.isfinite(proposal.flat).all()))
+        if not finite:
+            assert preconditioner is not None
+            try:
+                preconditioner.examine(proposal.blocks, grad.blocks)
+            except NumericalError as error:
+                if not undoes:
+                    raise
+                block, _, message = str(error).partition(": ")
+                return [Notice(block, message)]
+        if (waits or not finite) and not undoes:
+            self._require_finite("quadratic model", value, at)
+        return []
 
     def _model(self, local: LocalModel, proposals: list[BlockVector], step: int, used: bool) -> tuple[Tensor, Tensor]:
         """M and b for each candidate; zeros if nothing uses the model."""

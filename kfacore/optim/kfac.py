@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfacore.curvature.faults import blaming
 from kfacore.curvature.joined import Joined
 from kfacore.curvature.preconditioner import Preconditioner
 from kfacore.errors import ConfigError
@@ -230,7 +231,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         self._follow_model()
         self._follow_weight_decay()
         k, lr = self.steps + 1, float(self.param_groups[0]["lr"])
-        report = self._iteration.run(inputs, targets, valid, step=k, eta=self.weight_decay, lr=lr, low=low)
+        with blaming(self._parts.components, f"step {k}"):
+            report = self._iteration.run(inputs, targets, valid, step=k, eta=self.weight_decay, lr=lr, low=low)
         self.steps = k
         return report
 

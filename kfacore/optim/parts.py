@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, overload
 
@@ -52,6 +52,15 @@ class Parts:
     momentum: Momentum
     trust: Trust
     generator: torch.Generator
+
+    def components(self) -> Iterator[tuple[str, Any]]:
+        """Every component that may be somebody's own, with its slot."""
+        losses = self.loss.heads.values() if isinstance(self.loss, Joint) else (self.loss,)
+        yield from (("likelihood", loss.likelihood) for loss in losses)
+        for slot in ("approx", "estimator", "damping", "momentum", "trust"):
+            yield slot, getattr(self, slot)
+        types = {id(user.type): user.type for layer in self.linearizer.layers for user in layer.users if user.type}
+        yield from (("layer", each) for each in types.values())
 
 
 class Part(Generic[P]):
