@@ -44,12 +44,14 @@ def _timed(run: Callable[[], Any], device: torch.device, turns: int = 3) -> tupl
 
 def _decrease(optimizer: KFAC, update: Sequence[Tensor], x: Tensor) -> float:
     """How far the exact model falls with the step that would be taken, re-scaling and momentum included."""
+    directions, eta = optimizer._directions, optimizer.weight_decay
     batch = optimizer.linearizer(x, len(x))
-    grad = optimizer._gradient(batch, x)
+    bound = optimizer.loss.bind(batch.outputs(), x)
+    grad = directions.gradient(batch, bound, eta)
     proposal = BlockVector.zeros(optimizer.linearizer.layers)
     for block, value in zip(proposal.blocks, update, strict=True):
         block.copy_(-value)
-    M, b = optimizer._model(optimizer._local(batch, grad), [proposal])
+    M, b = directions.planes(directions.local(batch, bound, grad, eta), [proposal], moving=optimizer.steps > 0)
     return float(-model_value(M, b, optimizer.momentum.coefficients(M, b)))
 
 
@@ -62,7 +64,9 @@ def measure(report: Report, net: str, device: torch.device, steps: int = 60) -> 
         step(turn)
     assert optimizer.preconditioner is not None
     x = batches(steps)
-    grad = [block.clone() for block in optimizer._gradient(optimizer.linearizer(x, len(x)), x).blocks]
+    batch = optimizer.linearizer(x, len(x))
+    bound = optimizer.loss.bind(batch.outputs(), x)
+    grad = [block.clone() for block in optimizer._directions.gradient(batch, bound, optimizer.weight_decay).blocks]
     moments, gamma = optimizer.preconditioner.moments, optimizer.damping.gamma
     registry, config = get_registry(), optimizer.approx.config
 
