@@ -2,6 +2,7 @@ r"""One iteration, phase by phase: begin, look back, try, judge, undo (method.md
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -41,11 +42,13 @@ class Iteration:
     Attributes:
         keeper: The parameters before the last step, where the rule of trust looks back.
         predicted: Change of h that the model predicted of the last step, () float64.
+        rate: What that step was multiplied by.
     """
 
     def __init__(self, parts: Parts, directions: Directions) -> None:
         self._parts, self._directions = parts, directions
         self.keeper = Keeper()
+        self.rate = 1.0
         parameters = parts.linearizer.parameters
         self.predicted = torch.full((), torch.nan, dtype=torch.float64, device=parameters[0].device)
 
@@ -131,7 +134,7 @@ class Iteration:
         used = momentum.uses_model or damping.uses_model or at.iterations > 1
         M, b = self._model(local, proposals, at.step, used)
         if not again:
-            damping.confirm(*(local.before() / self.predicted.abs()))
+            damping.confirm(*self._seen_of_before(local))
         x = momentum.coefficients(M, b)
         if at.lr != 1.0 and at.iterations == 1:
             x = at.lr * x
@@ -156,13 +159,29 @@ class Iteration:
         notices = notices + self._examine(at, value, proposals[best], grad, waits=at.waits or refreshed, used=used)
         return Trial(proposals[best], inverse, further, alpha, mu, value, used, damping.lam, gamma, refreshed, notices)
 
+    def _seen_of_before(self, local: LocalModel) -> Tensor:  # (2,) float64
+        """Slope and curvature that this mini-batch sees along the step before, over what the model predicted of it.
+
+        Of one that was multiplied by a rate, as if it had its whole length l: with s and c along r l of it, the slope
+        there is (s + (1/r - 1) c) / r, the curvature c / r^2, and the model, at its minimum at r = 1, predicted the
+        change there was over 2 r - r^2.
+        """
+        before, predicted, r = local.before(), self.predicted, self.rate
+        if r == 0.0:
+            return torch.full_like(before, torch.nan)
+        if r != 1.0:
+            s, c = before.unbind()
+            before = torch.stack([(s + (1.0 / r - 1.0) * c) / r, c / r**2])
+            predicted = predicted / (2.0 * r - r**2 or math.nan)
+        return before / predicted.abs()
+
     def _examine(
         self, at: At, value: Tensor, proposal: BlockVector, grad: BlockVector, *, waits: bool, used: bool
     ) -> list[Notice]:
         """Name who made a step that is not finite. Where trust undoes it, and tries anew, that is only reported."""
         undoes, preconditioner = self._parts.trust.looks_back, self._directions.preconditioner
         finite = True
-        if waits or self._reads(value):
+        if waits or host.is_free(value):
             finite = bool(torch.isfinite(value)) and (used or bool(torch.isfinite(proposal.flat).all()))
         if not finite:
             assert preconditioner is not None
@@ -205,7 +224,7 @@ class Iteration:
             accepted = accepted & self._parts.trust.accepts(at.objective, change)
             if at.adapts and at.lr:  # a step of length zero tells nothing
                 self._parts.damping.adapt(rho)
-        self.predicted = trial.value
+        self.predicted, self.rate = trial.value, at.lr
         return rho, accepted
 
     def _wonders(self, at: At, trial: Trial) -> bool:

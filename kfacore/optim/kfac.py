@@ -294,6 +294,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             "delta": None if delta is None else delta.flat.clone(),
             "following": self.linearizer.following,
             "predicted": self._iteration.predicted,
+            "rate": self._iteration.rate,
             "trust": self.trust.state_dict(),
             "before": self._iteration.keeper.state(),
         }
@@ -333,6 +334,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             self.generator.manual_seed(own["seed"] + self.steps)
         again, directions = self._iteration, self._directions
         again.predicted = own.get("predicted", torch.full((), torch.nan)).to(again.predicted)
+        again.rate = float(own.get("rate", 1.0))
         self.trust.load_state_dict(own.get("trust", self.trust.state_dict()))
         directions.clear()
         again.keeper.load(own.get("before"), directions.parameters())

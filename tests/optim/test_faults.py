@@ -65,7 +65,7 @@ def broken(_: Any) -> Any:
 
 HOW: dict[str, tuple[Callable[[list[Tensor]], Any], type[Exception], str]] = {
     "exception": (broken, PluginError, r"approx 'blockdiag' \(.*Mine\): solve failed on the blocks 0, 2: ZeroDivision"),
-    "shape": (lambda v: [v[0].T, v[1]], PluginError, r"Mine\): solve failed on the blocks 0, 2: RuntimeError.*size"),
+    "shape": (lambda v: [v[0], v[1].T], PluginError, r"Mine\): solve failed on the blocks 0, 2: RuntimeError.*size"),
     "number": (lambda v: v[:1], PluginError, r"Mine\): solve failed on the blocks 0, 2: RuntimeError"),
     "NaN": (lambda v: [v[0], v[1] * torch.nan], NumericalError, r"^2: approx 'blockdiag' \(.*Mine\) made NaN or inf"),
 }
