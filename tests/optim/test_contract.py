@@ -101,6 +101,20 @@ def test_a_rate_of_one_is_the_step_bit_for_bit_and_of_zero_none() -> None:
     assert float(none.damping.lam) < 1e3, "steps of length zero say nothing against the model"
 
 
+def test_what_is_seen_along_a_scaled_step_is_that_of_the_whole_one() -> None:
+    """To rounding, on a linear model with a quadratic loss: lambda does not take a short step for a timid one."""
+    seen = []
+    for lr in (1.0, 0.5, 0.25):
+        torch.manual_seed(1)
+        optimizer = make(nn.Linear(5, 3).double(), likelihood="gaussian", damping=CONSTANT, estimator="exact", lr=lr)
+        optimizer.damping.confirm = lambda *each: seen.append(torch.stack(each))  # type: ignore[method-assign]  # a spy
+        for _ in range(2):
+            x, _ = data()
+            optimizer.step(x, x[:, :3])
+    for found in seen[3::2]:
+        torch.testing.assert_close(found, seen[1], rtol=1e-10, atol=0.0)
+
+
 @pytest.mark.parametrize("lr", [-1.0, float("nan"), "0.1", True])
 def test_rates_that_are_none(lr: Any) -> None:
     with pytest.raises(ConfigError, match="lr must be a number >= 0, found"):
