@@ -29,22 +29,17 @@ class Phases:
     def __init__(self, optimizer: KFAC, device: torch.device) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._device = device
-        self._watch(optimizer, "_objective", "forward")
-        self._watch(optimizer, "_gradient", "gradient")
-        self._watch(optimizer.estimator, "collect", "statistics")
-        self._watch(optimizer, "_inverses", "refresh")
-        self._watch(optimizer, "_propose", "solve")
-        self._watch(optimizer, "_model", "quadratic model")
-        self._watch(optimizer, "_adapt", "adaptation")
-        optimizer.linearizer = self._timed(optimizer.linearizer, "forward")  # type: ignore[assignment]
+        iteration, directions = optimizer._iteration, optimizer._directions
+        self._watch(iteration, "_begin", "forward")
+        self._watch(directions, "backward", "gradient")
+        self._watch(iteration, "_statistics", "statistics")
+        self._watch(directions, "inverses", "refresh")
+        self._watch(directions, "propose", "solve")
+        self._watch(directions, "planes", "quadratic model")
+        self._watch(iteration, "_judge", "adaptation")
 
     def _watch(self, owner: Any, method: str, phase: str) -> None:
         setattr(owner, method, self._timed(getattr(owner, method), phase))
-
-    def watch_averages(self, optimizer: KFAC) -> None:
-        """Only once the first step has made the preconditioner."""
-        assert optimizer.preconditioner is not None
-        self._watch(optimizer.preconditioner, "update", "statistics")
 
     def _timed(self, inner: Callable[..., Any], phase: str) -> Callable[..., Any]:
         return _Timed(inner, phase, self.seconds, self._device)
@@ -81,8 +76,6 @@ def measure(report: Report, net: str, batch: int, device: torch.device, turns: i
         phases, run = Phases(optimizer, device), kfac_step(optimizer, batches)
         for turn in range(20):
             run(turn)
-            if turn == 0:
-                phases.watch_averages(optimizer)
         phases.seconds.clear()
         start = _now(device)
         for turn in range(turns):

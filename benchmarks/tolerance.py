@@ -22,6 +22,7 @@ from benchmarks.nets import NETS, build
 from benchmarks.report import Report
 from kfacore import KFAC
 from kfacore.network import BlockVector
+from kfacore.optim.local import LocalModel
 from kfacore.optim.quadratic import model_value
 from kfacore.registry import get_registry
 from kfacore.roles.inverse import Inverse
@@ -44,12 +45,17 @@ def _timed(run: Callable[[], Any], device: torch.device, turns: int = 3) -> tupl
 
 def _decrease(optimizer: KFAC, update: Sequence[Tensor], x: Tensor) -> float:
     """How far the exact model falls with the step that would be taken, re-scaling and momentum included."""
+    directions, eta = optimizer._directions, optimizer.weight_decay
     batch = optimizer.linearizer(x, len(x))
-    grad = optimizer._gradient(batch, x)
+    bound = optimizer.loss.bind(batch.outputs(), x)
+    directions.backward(batch, bound)
+    grad = directions.gradient(eta)
     proposal = BlockVector.zeros(optimizer.linearizer.layers)
     for block, value in zip(proposal.blocks, update, strict=True):
         block.copy_(-value)
-    M, b = optimizer._model(optimizer._local(batch, grad), [proposal])
+    cases = batch.model_cases(optimizer.momentum.cases(batch.cases))
+    local = LocalModel(batch, bound, grad, optimizer.damping.lam, eta, cases)
+    M, b = directions.planes(local, [proposal], moving=optimizer.steps > 0)
     return float(-model_value(M, b, optimizer.momentum.coefficients(M, b)))
 
 
@@ -62,7 +68,10 @@ def measure(report: Report, net: str, device: torch.device, steps: int = 60) -> 
         step(turn)
     assert optimizer.preconditioner is not None
     x = batches(steps)
-    grad = [block.clone() for block in optimizer._gradient(optimizer.linearizer(x, len(x)), x).blocks]
+    batch = optimizer.linearizer(x, len(x))
+    bound = optimizer.loss.bind(batch.outputs(), x)
+    optimizer._directions.backward(batch, bound)
+    grad = [block.clone() for block in optimizer._directions.gradient(optimizer.weight_decay).blocks]
     moments, gamma = optimizer.preconditioner.moments, optimizer.damping.gamma
     registry, config = get_registry(), optimizer.approx.config
 

@@ -159,10 +159,25 @@ def guests(rank: int | None, sizes: Sequence[int], variants: Sequence[dict[str, 
     return [guest(rank, sizes, options) for options in variants]
 
 
+def contract(rank: int | None, sizes: Sequence[int]) -> dict[str, Any]:
+    """Train with a rate, gradients left behind, and a model that is moved half way."""
+    model = net(torch.float32)
+    opt = KFAC(model, likelihood="categorical", weight_decay=1e-2, fill_grad=True)
+    gradients = []
+    for k in range(6):
+        if k == 3:
+            model.double()
+        opt.param_groups[0]["lr"] = 1.0 / (k + 1)
+        opt.step(*own(rank, sizes, *data(sum(sizes), k, next(model.parameters()).dtype)))
+        gradients += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return {"parameters": bits(model), "gradients": gradients}
+
+
 def failures(rank: int) -> dict[str, str]:
     """What each process is told when one of them has a problem."""
     told = {}
     runs = {"nan": _nan, "model": _other_model, "place": _other_place, "nothing": _nothing, "memory": _memory}
+    runs |= {"micro-batches": _micro_batches, "rate": _other_rate}
     for name, run in runs.items():
         try:
             run(rank)
@@ -197,6 +212,19 @@ def _other_place(rank: int) -> None:
 def _nothing(rank: int) -> None:
     x, y = own(rank, (10, 10), *data(20, 0))
     KFAC(net(), likelihood="categorical").step(x, y, torch.zeros(10, dtype=torch.bool))
+
+
+def _micro_batches(rank: int) -> None:
+    x, y = own(rank, (10, 10), *data(20, 0))
+    opt = KFAC(net(), likelihood="categorical")
+    if rank == 0:
+        opt.step([(x[:5], y[:5]), (x[5:], y[5:])])
+    else:
+        opt.step(x, y)
+
+
+def _other_rate(rank: int) -> None:
+    KFAC(net(), likelihood="categorical", lr=1.0 - rank / 2).step(*own(rank, (10, 10), *data(20, 0)))
 
 
 def _memory(rank: int) -> None:

@@ -355,6 +355,15 @@ class Joined:
             solved = inverse.solve(ones)
         self.examine(solved, ones)
 
+    def solve_into(self, inverse: Inverse, blocks: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """F-hat^-1 v written over ``out``.
+
+        Raises:
+            PluginError: The approximation raised what is no error of kfacore; names it.
+        """
+        with named(self._approx, self._own, "solve"):
+            inverse.solve_into(blocks, out)
+
     def examine(self, solved: Sequence[Tensor], gradient: Sequence[Tensor]) -> None:
         """Check a solution block by block; waits for the device.
 

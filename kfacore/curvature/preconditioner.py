@@ -273,6 +273,14 @@ class Preconditioner:
         """
         return self.in_use.solve(blocks)
 
+    def solve_into(self, inverse: Inverse, blocks: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """F-hat^-1 v with one of the inverses, written over ``out``.
+
+        Raises:
+            PluginError: The approximation raised something; names it.
+        """
+        self.joined.solve_into(inverse, blocks, out)
+
     def discard(self) -> None:
         """Let go of a refresh under way: nobody will collect it."""
         self._background.load_state_dict(None, self._load)

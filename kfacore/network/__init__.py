@@ -12,9 +12,11 @@ Files, from the ground up:
 * `jvp`: J v in three ways.
 * `watched`: the parameters that were found, and whether they are still the same.
 * `facts`, `study`: what kind of function a model is, found out on its first mini-batch. `checks`: the strict mode.
-* `linearization`, `linearizer`: a mini-batch as a linear map, and what makes it from a model.
+* `linearization`, `linearizer`: a mini-batch as a linear map, and what makes it from a model. `accumulated`: of several
+  micro-batches.
 """
 
+from kfacore.network.accumulated import Accumulated, MicroBatches
 from kfacore.network.blocks import ModelBlock, User
 from kfacore.network.facts import Facts
 from kfacore.network.finding import find_layers
@@ -24,10 +26,12 @@ from kfacore.network.outputs import read_output
 from kfacore.network.vectors import BlockVector
 
 __all__ = [
+    "Accumulated",
     "BlockVector",
     "Facts",
     "Linearization",
     "Linearizer",
+    "MicroBatches",
     "ModelBlock",
     "User",
     "find_layers",

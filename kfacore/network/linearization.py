@@ -60,6 +60,7 @@ class Linearization:
         chunks: Its forward passes, in the order of the cases.
         kept: The estimator's cases, the first of them.
         before: What a further pass has to put back.
+        low: Autocast dtype of the forward passes.
 
     Attributes:
         layers: The blocks, in execution order.
@@ -69,7 +70,13 @@ class Linearization:
     """
 
     def __init__(
-        self, linearizer: Linearizer, inputs: Any, chunks: list[Chunk], kept: int, before: Before | None = None
+        self,
+        linearizer: Linearizer,
+        inputs: Any,
+        chunks: list[Chunk],
+        kept: int,
+        before: Before | None = None,
+        low: torch.dtype | None = None,
     ) -> None:
         self.layers: list[ModelBlock] = linearizer.layers
         self._linearizer = linearizer
@@ -78,6 +85,7 @@ class Linearization:
         self._chunks = chunks
         self._kept = kept
         self._before = before or Before()
+        self._low = low
         self._dtype = self.layers[0].parameters[0].dtype
         self._fast = [all(each) for each in zip(*(chunk.fast for chunk in chunks), strict=True)]
         self._outputs: list[Tensor] | None = None
@@ -98,6 +106,25 @@ class Linearization:
     def cut(self) -> bool:
         """Whether it may be cut by cases."""
         return self._linearizer.cut
+
+    def release(self) -> None:
+        """Let go of the graph, and of what blocks saw; the outputs stay. See `renewed`."""
+        self._chunks = [Chunk(chunk.z.detach(), [], chunk.order, chunk.bare) for chunk in self._chunks]
+
+    @contextmanager
+    def renewed(self) -> Iterator[None]:
+        """For a while the graph that `release` let go of: the same forward passes, with the same draws."""
+        released, bounds = self._chunks, [0]
+        for chunk in released:
+            bounds.append(bounds[-1] + chunk.z.shape[0])
+        with self._replayed():
+            self._chunks = self._linearizer.forward_chunks(
+                self._inputs, bounds if self._linearizer.cut else (), self._low
+            )
+        try:
+            yield
+        finally:
+            self._chunks = released
 
     def model_cases(self, cases: int) -> int:
         """How many cases J v is really of when it is asked for so many: all where a mini-batch is not cut."""
@@ -160,6 +187,12 @@ class Linearization:
             return (2 * signs - 1).to(z.device, z.dtype).view(*z.shape[:-1], 1)
         signs = torch.randint(0, 2, z.shape[:-1], generator=generator, device=generator.device)
         return (2 * signs - 1).to(z.device, z.dtype).unsqueeze(-1)
+
+    def seen(
+        self, vectors: Tensor, *, valid: Tensor | None = None, total: float | Tensor | None = None
+    ) -> Iterator[tuple[float, Sequence[LayerSamples | None]]]:
+        """What `backpropagate` returns, with its share of the estimator's cases, 1."""
+        yield 1.0, self.backpropagate(vectors, valid=valid, total=total)
 
     def backpropagate(
         self,
@@ -304,10 +337,14 @@ class Linearization:
     @contextmanager
     def _again(self) -> Iterator[None]:
         """Run the model once more as in its forward pass."""
+        with as_written(self._model), self._same_forwards(), self._replayed():
+            yield
+
+    @contextmanager
+    def _replayed(self) -> Iterator[None]:
+        """Draws and buffers as they were before the forward pass."""
         draws, state = self._before.draws, self._before.state
         with (
-            as_written(self._model),
-            self._same_forwards(),
             nullcontext() if draws is None else self._linearizer.draws.replaying(draws),
             nullcontext() if state is None else state.replaying(),
         ):

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from kfacore.errors import ConfigError, DataError, UnsupportedModelError, nearest
 from kfacore.nest import cases_of, map_nest, slice_cases, tensors_of
-from kfacore.network.blocks import ModelBlock, with_diagonals
+from kfacore.network.blocks import ModelBlock, check_parameters, with_diagonals
 from kfacore.network.capture import Chunk, capture, tells
 from kfacore.network.checks import StrictChecks, require_outputs
 from kfacore.network.draws import Draws
@@ -153,6 +153,16 @@ class Linearizer:
         """Trainable parameters that were frozen, unfrozen or replaced since the blocks were found, one line each."""
         return self._kept.changed()
 
+    def moved(self) -> None:
+        """Take up that the parameters are on another device or in another dtype.
+
+        Raises:
+            UnsupportedModelError: In one that cannot be served, or not all in the same.
+        """
+        check_parameters(self.layers)
+        self.draws = Draws(self.model, self.layers[0].parameters[0].device)
+        self._modes = None
+
     def set_order(self, names: Sequence[str], *, final: bool = True) -> None:
         """Take up the order of a saved state; blocks that it has as `diagonal` ones become so.
 
@@ -252,17 +262,28 @@ class Linearizer:
         m = common_cases(inputs)
         if facts.cut and m is not None:
             n = m if kept is None else kept
-            bounds = sorted({0, n, max(n, pulled), m})
-            chunks = [self._forward(slice_cases(inputs, a, b), low) for a, b in pairwise(bounds)]
+            chunks = self.forward_chunks(inputs, sorted({0, n, max(n, pulled), m}), low)
         else:
-            chunks = [self._forward(inputs, low)]
+            chunks = self.forward_chunks(inputs, (), low)
             n = chunks[0].z.shape[0] if kept is None else min(kept, chunks[0].z.shape[0])
+        self._order(chunks)
+        return Linearization(self, inputs, chunks, n, start, low)
+
+    def forward_chunks(self, inputs: Any, bounds: Sequence[int], low: torch.dtype | None) -> list[Chunk]:
+        """Forward passes of consecutive cases.
+
+        Args:
+            inputs: The mini-batch's inputs.
+            bounds: Where they are cut, 0 and the number of cases included; empty for one pass.
+            low: Autocast dtype.
+        """
+        cuts = [slice_cases(inputs, a, b) for a, b in pairwise(bounds)] if bounds else [inputs]
+        chunks = [self._forward(part, low) for part in cuts]
         for chunk in chunks if self._axes else ():
             for layer, calls in zip(self.layers, chunk.calls, strict=True):
                 for call in calls:
                     call.axis = self._axes.get(layer.info.name, 0)
-        self._order(chunks)
-        return Linearization(self, inputs, chunks, n, start)
+        return chunks
 
     def _forward(self, inputs: Any, low: torch.dtype | None, output: Output = None) -> Chunk:
         return capture(
@@ -370,7 +391,7 @@ class Linearizer:
         if strict.due(m):
             first = chunks[0] if low is None else self._strict_forward(strict, slice_cases(inputs, 0, n), None)
             strict.check(inputs, first, self.layers, m, chain=self.structure == "chain")
-        return Linearization(self, inputs, chunks, n)
+        return Linearization(self, inputs, chunks, n, low=low)
 
     def _strict_forward(self, strict: StrictChecks, inputs: Any, low: torch.dtype | None) -> Chunk:
         cases = cases_of(inputs)

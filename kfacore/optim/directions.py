@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfacore.curvature.forest import nearest
 from kfacore.curvature.joined import Joined
 from kfacore.curvature.preconditioner import Preconditioner
-from kfacore.network import BlockVector, Linearization
+from kfacore.network import Accumulated, BlockVector, Linearization
 from kfacore.optim.joint import BoundJoint
 from kfacore.optim.local import LocalModel
 from kfacore.optim.loss import BoundLoss
@@ -29,17 +29,20 @@ class Directions:
 
     Args:
         parts: The optimizer's parts.
+        fill_grad: Whether the gradient of the loss is left in ``p.grad``, as ``loss.backward()`` leaves it.
 
     Attributes:
         preconditioner: Statistics and inverse; None before the first step, as the vectors.
         grad: grad h.
         delta: The last step.
         size: Number of parameters.
+        fill_grad: As given.
         spare: Four vectors for steps of several iterations, once there was one.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, *, fill_grad: bool = False) -> None:
         self._parts = parts
+        self.fill_grad = fill_grad
         self.preconditioner: Preconditioner | None = None
         self.grad: BlockVector | None = None
         self.delta: BlockVector | None = None
@@ -86,17 +89,30 @@ class Directions:
             self._views = [view for layer in self._parts.linearizer.layers for view in layer.views()]
         return self._views
 
-    def backward(self, batch: Linearization, bound: BoundLoss | BoundJoint, *, retain: bool = False) -> None:
+    def backward(
+        self, batch: Linearization | Accumulated, bound: BoundLoss | BoundJoint, *, retain: bool = False
+    ) -> None:
         """Mean of J^T (d nll / dz), or this process's share of it."""
         assert self.grad is not None
         batch.gradient(bound.residuals(batch.outputs()), self.grad, retain=retain)
 
     def gradient(self, eta: float) -> BlockVector:
-        """Grad h, that mean + eta theta."""
+        """Grad h, that mean + eta theta; the mean alone, over all processes, is what `fill_grad` leaves."""
         assert self.grad is not None
         self._parts.ranks.sum_into("gradient", self.grad.flat)
+        if self.fill_grad:
+            self._fill(self.grad)
         torch._foreach_add_(self.grad.parts, self.parameters(), alpha=eta)
         return self.grad
+
+    def _fill(self, grad: BlockVector) -> None:
+        """Copy it to where torch's tools look for gradients."""
+        own: dict[nn.Parameter, Tensor] = {p: torch.zeros_like(p) for p in self._parts.linearizer.parameters}
+        for layer, matrix in zip(self._parts.linearizer.layers, grad.blocks, strict=True):
+            for view, part in zip(layer.view(own.__getitem__), layer.split(matrix), strict=True):
+                view.copy_(part)
+        for parameter, value in own.items():
+            parameter.grad = value
 
     def inverses(
         self, preconditioner: Preconditioner, k: int, *, again: bool
@@ -107,12 +123,12 @@ class Directions:
         found, notices = preconditioner.refresh(gammas, pi=pi) if again else preconditioner.candidates(k, gammas, pi=pi)
         return found or [(damping.gamma, preconditioner.in_use)], notices, bool(found)
 
-    def propose(self, inverses: list[Inverse], grad: BlockVector) -> list[BlockVector]:
+    def propose(self, preconditioner: Preconditioner, inverses: list[Inverse], grad: BlockVector) -> list[BlockVector]:
         """Delta = -F-hat^-1 grad for each inverse."""
         self._proposals += [self._vector() for _ in inverses[len(self._proposals) :]]
         proposals = self._proposals[: len(inverses)]
         for inverse, proposal in zip(inverses, proposals, strict=True):
-            inverse.solve_into(grad.blocks, proposal.blocks)
+            preconditioner.solve_into(inverse, grad.blocks, proposal.blocks)
             proposal.flat.neg_()
         return proposals
 

@@ -90,11 +90,11 @@ def require_finite(
     )
 
 
-def require_state(state: Mapping[str, Any], kind: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def require_state(own: Mapping[str, Any] | None, kind: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """What KFAC has saved in an optimizer state, if it is of this approximation and its layers have these shapes.
 
     Args:
-        state: What is to be loaded.
+        own: What KFAC has saved in it; None or something else if it has not.
         kind: Name of the approximation.
         shapes: (d_out, d_in) of the optimizer's layers by name.
 
@@ -102,9 +102,10 @@ def require_state(state: Mapping[str, Any], kind: str, shapes: Mapping[str, tupl
         ConfigError: The state is of another optimizer or approximation.
         UnsupportedModelError: A layer has another shape; the message names it.
     """
-    own: dict[str, Any] | None = state.get("kfac")
     if own is None:
-        raise ConfigError("the state is not of a KFAC optimizer (it has no 'kfac' entry)")
+        raise ConfigError("the state is not of a KFAC optimizer: none of its tensors is KFAC's")
+    if "layers" not in own:
+        raise ConfigError("the state is not of a KFAC optimizer, but of Preconditioned: load it into one of these")
     if own["approx"] != kind:
         raise ConfigError(f"the state is of approx = {own['approx']!r}, this optimizer has {kind!r}")
     for name, saved in zip(own["layers"], own["shapes"], strict=True):
@@ -113,7 +114,7 @@ def require_state(state: Mapping[str, Any], kind: str, shapes: Mapping[str, tupl
                 f"{name}: its weight block has shape {shapes[name]}, in the saved optimizer state {tuple(saved)}; "
                 "build the model as it was when the state was saved"
             )
-    return own
+    return dict(own)
 
 
 def as_parameters(nest: Any, saved: torch.dtype, like: Tensor) -> Any:

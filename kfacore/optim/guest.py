@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kfacore.curvature.faults import blaming
 from kfacore.curvature.schedule import FIRST_REFRESHES
 from kfacore.errors import ConfigError, DataError
 from kfacore.network.outputs import Output, read_output
@@ -284,7 +285,7 @@ class Preconditioned(Sharing):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
+        with torch.no_grad(), blaming(self._components, f"step {self.steps + 1}"):
             self._hear()
             self._refresh()
             if self._inverse is None or self._grafting is None:
@@ -297,6 +298,11 @@ class Preconditioned(Sharing):
         self.steps += 1
         mark(self.state, [p for p in self.own() if p.grad is not None], self.steps)
         return loss
+
+    def _components(self) -> Iterator[tuple[str, Any]]:
+        """What may be somebody's own, with its slot."""
+        yield "approx", self.approx
+        yield "estimator", self.estimator
 
     def _refresh(self) -> None:
         """Average in what was observed, and a new inverse when it is due."""
@@ -397,6 +403,8 @@ class Preconditioned(Sharing):
             given = given if changed is None else dict(changed)
         state, ours = split_state(given)
         nest = unpack(ours)
+        if nest is not None and "network" not in nest:
+            raise ConfigError("the state is of KFAC, which keeps no state of a base optimizer: load it into a KFAC")
         if nest is not None and nest["approx"] != self.approx.config.kind:
             raise ConfigError(
                 f"the state is of approx = {nest['approx']!r}, this optimizer has {self.approx.config.kind!r}"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["joined_state", "mark", "marked", "pack", "split_state", "unpack"]
+__all__ = ["joined_state", "mark", "marked", "own_state", "pack", "split_state", "unpack"]
 
 PREFIX = "kfac."
 """Begins every name of ours."""
@@ -81,6 +81,13 @@ def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Ten
         if others or not entry:
             rest[key] = others
     return {**state, "state": rest}, ours
+
+
+def own_state(state: Mapping[str, Any]) -> Any:
+    """What `KFAC` or `Preconditioned` keep in a state of an optimizer; None if there is nothing of theirs."""
+    if "kfac" in state:  # a state of KFAC 0.2 and before
+        return state["kfac"]
+    return unpack(split_state(state)[1])
 
 
 def joined_state(

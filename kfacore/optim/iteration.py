@@ -2,6 +2,8 @@ r"""One iteration, phase by phase: begin, look back, try, judge, undo (method.md
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +11,8 @@ from torch import Tensor
 
 from kfacore import host
 from kfacore.curvature.preconditioner import Preconditioner
-from kfacore.network import BlockVector
+from kfacore.errors import NumericalError
+from kfacore.network import Accumulated, BlockVector, MicroBatches
 from kfacore.optim.directions import Directions
 from kfacore.optim.drawing import Share
 from kfacore.optim.guards import require_finite
@@ -20,8 +23,9 @@ from kfacore.optim.parts import Parts
 from kfacore.optim.phases import At, Trial
 from kfacore.optim.quadratic import model_value
 from kfacore.optim.statistics import mean_curvature, seen, shared
+from kfacore.roles.inverse import Notice
 from kfacore.roles.optimizer import StepReport
-from kfacore.roles.samples import Samples
+from kfacore.roles.samples import Samples, mean_diagonal
 
 __all__ = ["Iteration"]
 
@@ -39,42 +43,43 @@ class Iteration:
     Attributes:
         keeper: The parameters before the last step, where the rule of trust looks back.
         predicted: Change of h that the model predicted of the last step, () float64.
+        rate: What that step was multiplied by.
     """
 
     def __init__(self, parts: Parts, directions: Directions) -> None:
         self._parts, self._directions = parts, directions
         self.keeper = Keeper()
+        self.rate = 1.0
         parameters = parts.linearizer.parameters
         self.predicted = torch.full((), torch.nan, dtype=torch.float64, device=parameters[0].device)
 
     def run(
-        self, inputs: Any, targets: Any, valid: Any, *, step: int, eta: float, low: torch.dtype | None
+        self, inputs: Any, targets: Any, valid: Any, *, step: int, eta: float, lr: float, low: torch.dtype | None
     ) -> StepReport:
         """Forward, backward, statistics, inverse, quadratic model, update, damping.
 
         Args:
-            inputs: Of the mini-batch.
+            inputs: Of the mini-batch; `MicroBatches` are treated as one.
             targets: Of the mini-batch.
             valid: Positions that count.
             step: Number of the step, k.
             eta: Weight decay.
+            lr: What the step is multiplied by: with 1 it goes to the minimum of the model.
             low: Autocast dtype of the forward and backward passes.
         """
         parts, directions = self._parts, self._directions
         directions.begin()
-        at = self._look_back(self._begin(inputs, targets, valid, step, eta, low), low)
+        at = self._look_back(self._begin(inputs, targets, valid, step, eta, lr, low), low)
         preconditioner = directions.prepare()
         at.waits = at.adapts or at.asks or preconditioner.waits(step, parts.damping.candidates(step))
         with parts.ranks.together("backward passes"):
             if at.waits or host.is_free(at.objective):
                 self._require_finite("objective", at.objective, at)
-            samples = self._samples(at)
+            own = self._statistics(at, preconditioner)
             directions.backward(at.batch, at.bound, retain=at.iterations > 1)
-            preconditioner.check(samples)
-        preconditioner.update(samples)
+        if own is not None:
+            self._sum_statistics(at, preconditioner, own)
         preconditioner.spent(_OPERATIONS * at.whole.cases / parts.ranks.size * directions.size)
-        if step == 1:
-            parts.damping.observe(mean_curvature(samples, parts.ranks, preconditioner.layers, at.loss.device))
         grad = directions.gradient(eta)
         undone = 0
         # Several iterations walk back through the graph, which parameters that were put back have left.
@@ -88,22 +93,25 @@ class Iteration:
         self._agree_on_buffers()
         return trial.report(at, rho, accepted, undone)
 
-    def _begin(self, inputs: Any, targets: Any, valid: Any, k: int, eta: float, low: torch.dtype | None) -> At:
+    def _begin(
+        self, inputs: Any, targets: Any, valid: Any, k: int, eta: float, lr: float, low: torch.dtype | None
+    ) -> At:
         """The forward pass, and the objective before the step."""
         parts, ranks = self._parts, self._parts.ranks
+        several = isinstance(inputs, MicroBatches)
         unsure = not ranks.alone and parts.linearizer.unsure(inputs)
-        whole, look = ranks.whole(f"step {k}", lambda: parts.linearizer.cases(inputs, targets), unsure)
+        place = f"step {k}" if lr == 1.0 else f"step {k} with lr = {lr}"
+        whole, look = ranks.whole(
+            place, lambda: sum(inputs.sizes) if several else parts.linearizer.cases(inputs, targets), unsure
+        )
         m = whole.cases
         adapts, asks, iterations = parts.damping.adapts(k), parts.trust.asks(k), parts.momentum.iterations(m)
         sampled, curved = whole.first(parts.estimator.cases(m)), whole.first(parts.momentum.cases(m))
+        linearizer = parts.linearizer
+        make = partial(Accumulated, linearizer) if several else partial(linearizer, look=look and not ranks.alone)
         with ranks.together("forward pass"):
-            batch = parts.linearizer(
-                inputs,
-                sampled,
-                None if adapts or asks or iterations > 1 else low,
-                curved if iterations > 1 else 0,
-                look=look and not ranks.alone,
-            )
+            cast = None if adapts or asks or iterations > 1 else low
+            batch = make(inputs, sampled, cast, curved if iterations > 1 else 0)
             if batch.bare and isinstance(targets, Tensor) and targets.dim() == 1:
                 targets = targets.unsqueeze(1)  # one number a case, as the model's outputs
             bound = parts.loss.bind(batch.outputs(), targets, valid, step=k)
@@ -114,6 +122,7 @@ class Iteration:
         return At(
             step=k,
             eta=eta,
+            lr=lr,
             inputs=inputs,
             targets=targets,
             valid=valid,
@@ -144,7 +153,7 @@ class Iteration:
             if trust.disowns(now, earlier):
                 self.keeper.restore(parameters, delta)
                 self._distrust(at.step, trust.late)
-                at = self._begin(at.inputs, at.targets, at.valid, at.step, at.eta, low)
+                at = self._begin(at.inputs, at.targets, at.valid, at.step, at.eta, at.lr, low)
                 said = f"objective {now:.4g} on a new mini-batch, {earlier:.4g} without it"
                 at.undone = (f"step {at.step - 1} was undone: {said}",)
                 now = earlier
@@ -155,13 +164,15 @@ class Iteration:
         """Delta, and how far to go along it and the step before, by the quadratic model of the mini-batch."""
         directions, damping, momentum = self._directions, self._parts.damping, self._parts.momentum
         candidates, notices, refreshed = directions.inverses(preconditioner, at.step, again=again)
-        proposals = directions.propose([inverse for _, inverse in candidates], grad)
+        proposals = directions.propose(preconditioner, [inverse for _, inverse in candidates], grad)
         local = directions.local(at, grad)
         used = momentum.uses_model or damping.uses_model or at.iterations > 1
         M, b = self._model(local, proposals, at.step, used)
         if not again:
-            damping.confirm(*(local.before() / self.predicted.abs()))
+            damping.confirm(*self._seen_of_before(local))
         x = momentum.coefficients(M, b)
+        if at.lr != 1.0 and at.iterations == 1:
+            x = at.lr * x
         values = model_value(M, b, x)
         best = 0
         if len(candidates) > 1:
@@ -178,9 +189,47 @@ class Iteration:
             previous = local.J[len(proposals) :].sum(0)  # zero in the first step, which has none
             Jdelta = combine(alpha, local.J[best], mu, previous)
             value = value + local.go_on(further, Jdelta, inverse, momentum, at.iterations - 1, directions.spare[1:])
-        if (at.waits or refreshed) and not self._parts.trust.looks_back:
-            self._require_finite("quadratic model", value, at)
+            if at.lr != 1.0:
+                value = _scaled(further, value, grad, at.lr)
+        notices = notices + self._examine(at, value, proposals[best], grad, waits=at.waits or refreshed, used=used)
         return Trial(proposals[best], inverse, further, alpha, mu, value, used, damping.lam, gamma, refreshed, notices)
+
+    def _seen_of_before(self, local: LocalModel) -> Tensor:  # (2,) float64
+        """Slope and curvature that this mini-batch sees along the step before, over what the model predicted of it.
+
+        Of one that was multiplied by a rate, as if it had its whole length l: with s and c along r l of it, the slope
+        there is (s + (1/r - 1) c) / r, the curvature c / r^2, and the model, at its minimum at r = 1, predicted the
+        change there was over 2 r - r^2.
+        """
+        before, predicted, r = local.before(), self.predicted, self.rate
+        if r == 0.0:
+            return torch.full_like(before, torch.nan)
+        if r != 1.0:
+            s, c = before.unbind()
+            before = torch.stack([(s + (1.0 / r - 1.0) * c) / r, c / r**2])
+            predicted = predicted / (2.0 * r - r**2 or math.nan)
+        return before / predicted.abs()
+
+    def _examine(
+        self, at: At, value: Tensor, proposal: BlockVector, grad: BlockVector, *, waits: bool, used: bool
+    ) -> list[Notice]:
+        """Name who made a step that is not finite. Where trust undoes it, and tries anew, that is only reported."""
+        undoes, preconditioner = self._parts.trust.looks_back, self._directions.preconditioner
+        finite = True
+        if waits or host.is_free(value):
+            finite = bool(torch.isfinite(value)) and (used or bool(torch.isfinite(proposal.flat).all()))
+        if not finite:
+            assert preconditioner is not None
+            try:
+                preconditioner.examine(proposal.blocks, grad.blocks)
+            except NumericalError as error:
+                if not undoes:
+                    raise
+                block, _, message = str(error).partition(": ")
+                return [Notice(block, message)]
+        if (waits or not finite) and not undoes:
+            self._require_finite("quadratic model", value, at)
+        return []
 
     def _model(self, local: LocalModel, proposals: list[BlockVector], step: int, used: bool) -> tuple[Tensor, Tensor]:
         """M and b for each candidate; zeros if nothing uses the model."""
@@ -208,9 +257,9 @@ class Iteration:
             change = self._measure(at) - at.objective
             rho = torch.where(change > 0, -torch.inf, change / trial.value)
             accepted = accepted & self._parts.trust.accepts(at.objective, change)
-            if at.adapts:
+            if at.adapts and at.lr:  # a step of length zero tells nothing
                 self._parts.damping.adapt(rho)
-        self.predicted = trial.value
+        self.predicted, self.rate = trial.value, at.lr
         return rho, accepted
 
     def _wonders(self, at: At, trial: Trial) -> bool:
@@ -261,13 +310,35 @@ class Iteration:
         found = damping.lam, damping.gamma
         require_finite(what, value, at.inputs, at.targets, step=at.step, damping=found, deferred=deferred)
 
-    def _samples(self, at: At) -> Samples:
-        """What the estimator's backward passes show of each block, with the S that their squares are divided by."""
+    def _statistics(self, at: At, preconditioner: Preconditioner) -> Samples | None:
+        """Average in what the estimator's backward passes show of each block; the first step tells lambda of it.
+
+        Of several processes each returns what it saw, for `_sum_statistics`.
+        """
         estimator, generator, ranks = self._parts.estimator, self._parts.generator, self._parts.ranks
         part = None if ranks.alone else Share(at.whole, estimator.cases(at.whole.cases), ranks)
-        z = at.batch.statistics_outputs()
-        vectors = at.sampled.statistics(z, estimator, generator, part)
-        return seen(at.batch, at.sampled, vectors, generator, drawn=estimator.draws, part=part)
+        vectors = at.sampled.statistics(at.batch.statistics_outputs(), estimator, generator, part)
+        found = seen(at.batch, at.sampled, vectors, generator, drawn=estimator.draws, part=part)
+        if not ranks.alone:
+            ((_, own),) = found  # micro-batches are refused
+            preconditioner.check(own)
+            return own
+        diagonal: Tensor | float = 0.0
+        for share, samples in found:
+            preconditioner.add(samples)
+            if at.step == 1:
+                diagonal = diagonal + share * mean_diagonal(samples, preconditioner.layers)
+        preconditioner.commit()
+        if isinstance(diagonal, Tensor):
+            self._parts.damping.observe(diagonal)
+        return None
+
+    def _sum_statistics(self, at: At, preconditioner: Preconditioner, own: Samples) -> None:
+        """The same of several processes together, in which they wait for each other."""
+        preconditioner.update(own)
+        if at.step == 1:
+            observed = mean_curvature(own, self._parts.ranks, preconditioner.layers, at.loss.device)
+            self._parts.damping.observe(observed)
 
     def _agree_on_buffers(self) -> None:
         """Buffers that a forward pass moves, as running statistics, become the mean over processes."""
@@ -282,3 +353,10 @@ class Iteration:
                 away = torch.where(buffer == first, 0.0, buffer - first)
                 ranks.sum_into("buffers", away)
                 buffer.copy_(first + away / ranks.size)
+
+
+def _scaled(step: BlockVector, value: Tensor, grad: BlockVector, lr: float) -> Tensor:
+    """Shorten a step, and say what the model then comes to: of g + q, its linear and its square term, lr g + lr^2 q."""
+    slope = torch.dot(step.flat, grad.flat).double()
+    step.flat.mul_(lr)
+    return lr * slope + lr**2 * (value - slope)

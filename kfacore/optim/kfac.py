@@ -5,20 +5,22 @@ Source: Martens & Grosse (2015), Algorithm 2; where the authors' program differs
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kfacore.curvature.faults import blaming
 from kfacore.curvature.joined import Joined
 from kfacore.curvature.preconditioner import Preconditioner
 from kfacore.errors import ConfigError
 from kfacore.network import Linearizer
+from kfacore.optim.contract import require_alone, require_batch, require_model, united
 from kfacore.optim.directions import Directions
 from kfacore.optim.explain import Explanation, explain
 from kfacore.optim.guards import as_parameters, require_state
+from kfacore.optim.guest_state import joined_state, mark, own_state, split_state
 from kfacore.optim.iteration import Iteration
 from kfacore.optim.joint import Joint
 from kfacore.optim.loss import Loss
@@ -63,6 +65,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         momentum: The momentum rule.
         trust: Whether steps that raise the objective are undone.
         weight_decay: eta >= 0.
+        lr: What every step is multiplied by, >= 0. The quadratic model has chosen its length: 1 is right for most, and
+            a scheduler of torch sets it through ``param_groups``, 0 holding still.
         preset: Where slots that are left out come from.
         seed: Seed of the sampled targets.
         autocast: ``"bfloat16"`` for mixed precision: forward and backward passes run under torch's autocast, factors,
@@ -74,11 +78,14 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         reduce: Names of blocks whose positions are pooled: their rows are summed over an example's positions first.
         process_group: Processes that train together, each with its part of every mini-batch; by default those of
             torch.distributed where it is initialised, False for none. See docs/howto/several-gpus.md.
+        fill_grad: Leave the gradient of the loss in ``p.grad`` after each step, for whoever logs it.
 
     Raises:
         ConfigError: An option is wrong.
         UnsupportedModelError: A module cannot be preconditioned; the message names it.
     """
+
+    _step_supports_amp_scaling = True  # a GradScaler then comes to `step`, where it is told that it is not needed
 
     linearizer = Part[Linearizer]()
     loss = Part[Loss | Joint]()
@@ -102,6 +109,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         momentum: str | Mapping[str, Any] | MomentumConfig | Momentum | None = None,
         trust: str | Mapping[str, Any] | TrustConfig | Trust | None = None,
         weight_decay: float | None = None,
+        lr: float | None = None,
         preset: str | None = None,
         seed: int | None = None,
         autocast: str | None = None,
@@ -109,7 +117,9 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         output: str | Callable[[Any], Tensor] | None = None,
         reduce: Sequence[str] = (),
         process_group: Any = None,
+        fill_grad: bool | None = None,
     ) -> None:
+        require_model(model)
         given = {
             "likelihood": likelihood,
             "approx": approx,
@@ -118,30 +128,29 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             "momentum": momentum,
             "trust": trust,
             "weight_decay": weight_decay,
+            "lr": lr,
             "preset": preset,
             "seed": seed,
             "autocast": autocast,
             "unsupported": unsupported,
             "output": output,
             "reduce": reduce or None,
+            "fill_grad": fill_grad,
         }
         registry = get_registry()
         chosen = complete(registry, config, {key: value for key, value in given.items() if value is not None})
-        eta = chosen["weight_decay"]
-        if not (isinstance(eta, int | float) and math.isfinite(eta) and eta >= 0):
-            raise ConfigError(f"weight_decay must be a number >= 0, found {eta!r}")
-        if not isinstance(chosen["seed"], int) or isinstance(chosen["seed"], bool):
-            raise ConfigError(f"seed must be an integer, found {chosen['seed']!r}")
         self._low = torch.bfloat16 if chosen["autocast"] else None
         self._group = process_group
         self._parts = compose(registry, model, chosen, find_ranks(process_group))
         self._model_options = {key: chosen[key] for key in ("unsupported", "output", "reduce")}
-        self._eta = float(eta)
+        self._eta = float(chosen["weight_decay"])
         self.damping.start(self._eta, self.generator.device)
         self.steps = 0
-        self._directions = Directions(self._parts)
+        self._directions = Directions(self._parts, fill_grad=bool(chosen["fill_grad"]))
         self._iteration = Iteration(self._parts, self._directions)
-        torch.optim.Optimizer.__init__(self, self.linearizer.parameters, {"weight_decay": float(eta)})
+        defaults = {"lr": float(chosen["lr"]), "weight_decay": self._eta}
+        torch.optim.Optimizer.__init__(self, self.linearizer.parameters, defaults)
+        mark(self.state, self.linearizer.parameters, 0)
 
     @classmethod
     def for_run(
@@ -189,19 +198,24 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         super().add_param_group(param_group)
 
     def step(  # type: ignore[override]  # a step needs its batch
-        self, inputs: Any, targets: Tensor, valid: Tensor | None = None
+        self, inputs: Any = None, targets: Any = None, valid: Any = None, *, closure: Any = None
     ) -> StepReport:
         """One iteration: forward, backward, statistics, inverse, quadratic model, update, damping.
 
         Args:
-            inputs: Any nest of tensors whose first dimension is the case; passed to the model as it is.
+            inputs: Any nest of tensors whose first dimension is the case; passed to the model as it is. Or, alone, a
+                list of micro-batches, ``[(inputs, targets), ...]`` or ``[(inputs, targets, valid), ...]``: the step of
+                all of them together, in the memory of one, at the price of further forward passes. Not with several
+                processes.
             targets: One target a case, or a position of a case.
             valid: Which positions count, (n, ...) bool or 0 and 1; all if left out.
+            closure: Not taken; there for torch's trainers, which are told what to do.
 
         Returns:
             What happened, as scalars on the device.
 
         Raises:
+            ConfigError: It was called as another optimizer is; the message says what to write.
             UnsupportedModelError: The forward pass cannot be linearised; the message names the module.
             DataError: Inputs and targets do not fit each other or the model, or are not finite.
             NumericalError: The objective or the quadratic model is not finite. Both this and data that is not finite
@@ -209,20 +223,42 @@ class KFAC(torch.optim.Optimizer, Optimizer):
                 then what they were before the step.
         """
         device = self.param_groups[0]["params"][0].device.type
-        if not torch.is_autocast_enabled(device):
-            return self._step(inputs, targets, valid, self._low)
-        low = torch.get_autocast_dtype(device)
-        if low != torch.bfloat16:
-            raise ConfigError(f"KFAC steps under autocast to bfloat16, found {low}: it would need the loss scaled")
+        casts = torch.is_autocast_enabled(device)
+        low = torch.get_autocast_dtype(device) if casts else self._low
+        with self.ranks.telling(f"step {self.steps + 1}"):
+            require_batch(self, inputs, targets, closure)
+            if targets is None:
+                require_alone(self.ranks)
+                inputs, targets, valid = united(inputs, self.linearizer.cases)
+            if casts and low != torch.bfloat16:
+                raise ConfigError(f"KFAC steps under autocast to bfloat16, found {low}: it would need the loss scaled")
+        if not casts:
+            return self._step(inputs, targets, valid, low)
         with torch.autocast(device, enabled=False):
             return self._step(inputs, targets, valid, low)
 
-    def _step(self, inputs: Any, targets: Tensor, valid: Tensor | None, low: torch.dtype | None) -> StepReport:
+    def _step(self, inputs: Any, targets: Any, valid: Any, low: torch.dtype | None) -> StepReport:
+        self._follow_model()
         self._follow_weight_decay()
-        k = self.steps + 1
-        report = self._iteration.run(inputs, targets, valid, step=k, eta=self.weight_decay, low=low)
+        k, lr = self.steps + 1, float(self.param_groups[0]["lr"])
+        with blaming(self._parts.components, f"step {k}"):
+            report = self._iteration.run(inputs, targets, valid, step=k, eta=self.weight_decay, lr=lr, low=low)
         self.steps = k
         return report
+
+    def _follow_model(self) -> None:
+        """Take everything along where the model was moved, ``model.double()`` or ``model.to(device)``."""
+        like, grad = self.linearizer.parameters[0], self._directions.grad
+        if self.generator.device == like.device and (grad is None or grad.flat.dtype == like.dtype):
+            return
+        self.ranks.any("model moved to another device or dtype", flag=False)
+        state = self._own_state()
+        self.linearizer.moved()
+        generator = torch.Generator(like.device).manual_seed(self.generator.initial_seed())
+        self._parts.generator = generator
+        self._iteration.predicted = self._iteration.predicted.to(like.device)
+        self.damping.start(self._eta, like.device)
+        self._take_up(state)
 
     def _follow_weight_decay(self) -> None:
         """Tell the damping of an eta that is new in ``param_groups``, which the rest reads in every step."""
@@ -244,13 +280,21 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         return self._directions.curvature()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on bit for bit, copied; loads with ``torch.load(weights_only=True)``.
+        """Everything needed to go on bit for bit, copied: tensors at the parameters that they belong to.
 
+        It loads with ``torch.load(weights_only=True)``, and tools that know nothing but tensors under names take it.
         Several processes call it together, since statistics are summed; all get the same, and one may write it.
         """
         self.ranks.any("state_dict", flag=False)
-        state, delta = super().state_dict(), self._directions.delta
-        state["kfac"] = {
+        parameters = self.linearizer.parameters
+        mark(self.state, parameters, self.steps)
+        first = [layer.parameters[0] for layer in self.linearizer.layers] or parameters[:1]
+        return joined_state(super().state_dict(), parameters, first, self._own_state())
+
+    def _own_state(self) -> dict[str, Any]:
+        """What torch's part of the state does not have; all processes together."""
+        delta = self._directions.delta
+        return {
             "steps": self.steps,
             "layers": [layer.info.name for layer in self.linearizer.layers],
             "shapes": [list(layer.info.shape) for layer in self.linearizer.layers],
@@ -263,12 +307,12 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             "delta": None if delta is None else delta.flat.clone(),
             "following": self.linearizer.following,
             "predicted": self._iteration.predicted,
+            "rate": self._iteration.rate,
             "trust": self.trust.state_dict(),
             "before": self._iteration.keeper.state(),
         }
-        return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state; tensors go to the parameters' device, and curvature to their dtype.
 
         Generators of CPU and GPU draw different numbers. A state of the other kind of device seeds this one's anew,
@@ -278,11 +322,21 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             ConfigError: The state is of another optimizer or approximation.
             UnsupportedModelError: The state is of a model with other layers.
         """
-        own = require_state(state, self.approx.config.kind, {x.info.name: x.info.shape for x in self.linearizer.layers})
+        shapes = {x.info.name: x.info.shape for x in self.linearizer.layers}
+        own = require_state(own_state(state_dict), self.approx.config.kind, shapes)
         self.linearizer.set_order(own["layers"], final=own["preconditioner"] is not None)
+        self._follow_model()
+        torchs, _ = split_state(state_dict)
+        super().load_state_dict({key: value for key, value in torchs.items() if key != "kfac"})
+        for group in self.param_groups:
+            group.setdefault("lr", self.defaults["lr"])  # a state of 0.2 has none
+        self._take_up(own)
+        mark(self.state, self.linearizer.parameters, self.steps)
+
+    def _take_up(self, own: dict[str, Any]) -> None:
+        """Go on from what `_own_state` gave."""
         pairs = own.get("following")
         self.linearizer.following = None if pairs is None else [(int(i), int(j)) for i, j in pairs]
-        super().load_state_dict({key: value for key, value in state.items() if key != "kfac"})
         device = self.linearizer.layers[0].parameters[0].device
         self.steps = own["steps"]
         self._follow_weight_decay()
@@ -293,6 +347,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             self.generator.manual_seed(own["seed"] + self.steps)
         again, directions = self._iteration, self._directions
         again.predicted = own.get("predicted", torch.full((), torch.nan)).to(again.predicted)
+        again.rate = float(own.get("rate", 1.0))
         self.trust.load_state_dict(own.get("trust", self.trust.state_dict()))
         directions.clear()
         again.keeper.load(own.get("before"), directions.parameters())
@@ -313,6 +368,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             "likelihood": self.loss,
             **parts,
             "weight_decay": self.weight_decay,
+            "fill_grad": self._directions.fill_grad,
             "seed": self.generator.initial_seed(),
             "autocast": None if self._low is None else "bfloat16",
             **self._model_options,

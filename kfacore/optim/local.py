@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from kfacore.network import BlockVector, Linearization
+from kfacore.network import Accumulated, BlockVector, Linearization
 from kfacore.optim.joint import BoundJoint
 from kfacore.optim.loss import BoundLoss
 from kfacore.optim.quadratic import model_value, on_planes, symmetric_gram
@@ -54,7 +54,7 @@ class LocalModel:
 
     def __init__(
         self,
-        batch: Linearization,
+        batch: Linearization | Accumulated,
         loss: BoundLoss | BoundJoint | Likelihood,
         grad: BlockVector,
         lam: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -42,6 +43,8 @@ class KFACConfig(Model):
     """Whether steps that raise the objective are undone; the preset's if left out."""
     weight_decay: float | None = None
     """eta of the objective h = loss + eta/2 ||theta||^2, biases included; the preset's if left out, or none."""
+    lr: float = 1.0
+    """What steps are multiplied by, for schedulers; with 1 a step goes to the minimum of the quadratic model."""
     preset: str = DEFAULT_PRESET
     """Where slots that are left out come from: "default", "paper" or "heskes"."""
     seed: int = 0
@@ -56,6 +59,8 @@ class KFACConfig(Model):
     too."""
     reduce: tuple[str, ...] = ()
     """Names of blocks whose positions are pooled: their rows are summed over an example's positions first."""
+    fill_grad: bool = False
+    """Whether a step leaves the gradient of the loss in ``p.grad``, for whoever logs it."""
 
 
 def complete(registry: Registry, config: KFACConfig | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +85,23 @@ def complete(registry: Registry, config: KFACConfig | None, given: Mapping[str, 
         chosen["weight_decay"] = preset.values.get("weight_decay", 0.0)
     chosen.update(compose_slots(registry, PART_SLOTS, preset, chosen))
     _check_choices(chosen)
+    _check_numbers(chosen)
     return chosen
+
+
+def _check_numbers(chosen: Mapping[str, Any]) -> None:
+    """Weight decay, learning rate, seed.
+
+    Raises:
+        ConfigError: One is no such number.
+    """
+    for key in ("weight_decay", "lr"):
+        value = chosen[key]
+        if isinstance(value, bool) or not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+            hint = "" if key == "weight_decay" else "; 1, the default, is the step that the model says"
+            raise ConfigError(f"{key} must be a number >= 0, found {value!r}{hint}")
+    if not isinstance(chosen["seed"], int) or isinstance(chosen["seed"], bool):
+        raise ConfigError(f"seed must be an integer, found {chosen['seed']!r}")
 
 
 def _check_choices(chosen: Mapping[str, Any]) -> None:

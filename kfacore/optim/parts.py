@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, overload
 
@@ -57,6 +57,15 @@ class Parts:
     trust: Trust
     generator: torch.Generator
     ranks: Ranks
+
+    def components(self) -> Iterator[tuple[str, Any]]:
+        """Every component that may be somebody's own, with its slot."""
+        losses = self.loss.heads.values() if isinstance(self.loss, Joint) else (self.loss,)
+        yield from (("likelihood", loss.likelihood) for loss in losses)
+        for slot in ("approx", "estimator", "damping", "momentum", "trust"):
+            yield slot, getattr(self, slot)
+        types = {id(user.type): user.type for layer in self.linearizer.layers for user in layer.users if user.type}
+        yield from (("layer", each) for each in types.values())
 
 
 class Part(Generic[P]):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kfacore.network import BlockVector, Linearization
+from kfacore.network import Accumulated, BlockVector, Linearization
 from kfacore.optim.joint import BoundJoint
 from kfacore.optim.loss import BoundLoss
 from kfacore.parallel.whole import Whole
@@ -24,6 +24,7 @@ class At:
     Attributes:
         step: Number of the step, k.
         eta: Weight decay.
+        lr: What the step is multiplied by.
         inputs: Of the mini-batch.
         targets: Of the mini-batch.
         valid: Positions that count.
@@ -44,10 +45,11 @@ class At:
 
     step: int
     eta: float
+    lr: float
     inputs: Any
     targets: Any
     valid: Tensor | None
-    batch: Linearization
+    batch: Linearization | Accumulated
     bound: BoundLoss | BoundJoint
     loss: Tensor
     objective: Tensor

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from kfacore.errors import DataError
-from kfacore.network import Linearization
+from kfacore.network import Accumulated, Linearization
 from kfacore.optim.drawing import Share
 from kfacore.optim.joint import BoundJoint
 from kfacore.optim.loss import BoundLoss, Total
@@ -16,21 +16,23 @@ from kfacore.parallel.ranks import Ranks
 from kfacore.parallel.whole import Whole
 from kfacore.roles.block import Block
 from kfacore.roles.moment import divisor_of
-from kfacore.roles.samples import Samples, mean_diagonal, traces
+from kfacore.roles.samples import Samples, traces
 
 __all__ = ["mean_curvature", "seen", "shared"]
 
 
 def seen(
-    batch: Linearization,
+    batch: Linearization | Accumulated,
     bound: BoundLoss | BoundJoint,
     vectors: Tensor,  # (k, n, ..., o)
     generator: torch.Generator,
     *,
     drawn: bool = False,
     part: Share | None = None,
-) -> Samples:
+) -> Iterator[tuple[float, Samples]]:
     """What each block sees of vectors of the loss (`BoundLoss.statistics`), with the S of their squares.
+
+    A micro-batch at a time, each with its share of S, or all at once with the share 1.
 
     Args:
         batch: The mini-batch.
@@ -43,15 +45,17 @@ def seen(
     z = batch.statistics_outputs()
     n = len(z)
     if n == 0:  # all are other processes'
-        return [None for _ in batch.layers]
+        yield 1.0, [None for _ in batch.layers]
+        return
     total = bound.total(n) if part is None else bound.weight(n)
     if batch.plain and bound.valid is None and not isinstance(total, Tensor) and total == n:
-        return batch.backpropagate(vectors)
+        yield from batch.seen(vectors)
+        return
     if not (batch.plain or drawn):
         positions = z.shape[1:-1].numel()
         vectors = vectors * batch.signs(z, generator, None if part is None else part.rows(positions))
     valid = None if bound.valid is None else bound.valid[:n]
-    return batch.backpropagate(vectors, valid=valid, total=total)
+    yield from batch.seen(vectors, valid=valid, total=total)
 
 
 def shared(
@@ -98,8 +102,6 @@ def mean_curvature(
     samples: Samples, ranks: Ranks, layers: Sequence[Block], device: torch.device
 ) -> Tensor:  # () float64
     """Mean diagonal entry of the Fisher of all that several processes have seen (`kfacore.roles.samples`)."""
-    if ranks.alone:
-        return mean_diagonal(samples, layers)
     sums, S = traces(samples, layers).to(device), divisor_of(samples)
     flat = torch.cat([sums.flatten(), torch.as_tensor(S, dtype=torch.float64, device=device).view(1)])
     (total,) = ranks.sum("curvature", [flat])

@@ -57,6 +57,14 @@ class Ranks:
         """Whether there is nobody else."""
         return self.size == 1
 
+    def telling(self, what: str) -> AbstractContextManager[None]:
+        """Run what may fail in here: if it does, the others are told of it the next time that they exchange anything.
+
+        Args:
+            what: As in `together`.
+        """
+        return nullcontext()
+
     def together(self, what: str) -> AbstractContextManager[None]:
         """Run what may fail in here: if it fails on one process an error is raised on all.
 
@@ -200,23 +208,26 @@ class Processes(Ranks):
         raise _told(RankError(f"{said} by all of them, in the same order"))
 
     @contextmanager
-    def together(self, what: str) -> Iterator[None]:
-        """See `Ranks.together`."""
+    def telling(self, what: str) -> Iterator[None]:
+        """See `Ranks.telling`."""
         try:
             yield
         except Exception as error:
             if not getattr(error, _KNOWN, False):
                 self.exchange(what, failure=error)
             raise
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """See `Ranks.together`."""
+        with self.telling(what):
+            yield
         self.exchange(what)
 
     def whole(self, what: str, cases: Callable[[], int], flag: bool = False) -> tuple[Whole, bool]:
         """See `Ranks.whole`."""
-        try:
+        with self.telling(what):
             own = cases()
-        except Exception as error:
-            self.exchange(what, failure=error)
-            raise
         found, sizes = self.exchange(what, int(flag), own)
         return Whole(tuple(sizes), self.rank), bool(found)
 

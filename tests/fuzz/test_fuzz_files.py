@@ -20,7 +20,7 @@ from small_studies import write_study
 
 from kfac_plugins.problems.npz_file import read_arrays
 from kfacore.errors import ConfigError, DataError
-from kfacore.lab.config.resolve import resolve
+from kfacore.lab.config.resolve import read_saved, resolve
 from kfacore.lab.config.run import SECTIONS, RunConfig
 from kfacore.lab.studies.config import read_study
 from kfacore.lab.studies.folder import plan_into
@@ -97,7 +97,7 @@ def test_assignments_make_a_configuration_or_are_refused(pairs: list[tuple[str, 
     if refusal is not None:
         assert refusal.exit_code == 2
         return
-    again = RunConfig.from_dict(get_registry(), json.loads(json.dumps(config.as_dict())))
+    again = read_saved(get_registry(), json.loads(json.dumps(config.as_dict())))
     assert again.as_dict() == config.as_dict()
 
 

@@ -21,6 +21,7 @@ from kfacore.lab.diagnostics.subject import Subject, subject_at_start, subject_o
 from kfacore.lab.diagnostics.verdict import verdict
 from kfacore.lab.training.checkpoint import load_checkpoint
 from kfacore.lab.training.resume import resume_config
+from kfacore.optim.guest_state import own_state
 from kfacore.registry import get_registry
 from kfacore.roles.block import Block
 
@@ -196,8 +197,8 @@ def test_a_run_is_inspected_where_it_stopped(tmp_path):
     assert found.step == result.step == 20
     assert found.name == "a at step 20"
     assert found.exact.cases == 60  # there are no more
-    assert found.gamma == float(checkpoint.optimizer["kfac"]["damping"]["gamma"])
-    assert found.exact.lam == float(checkpoint.optimizer["kfac"]["damping"]["lam"])
+    assert found.gamma == float(own_state(checkpoint.optimizer)["damping"]["gamma"])
+    assert found.exact.lam == float(own_state(checkpoint.optimizer)["damping"]["lam"])
     weights = found.exact.theta()[0][:, :-1]
     torch.testing.assert_close(weights, next(iter(checkpoint.model.values())).double())
     start = subject_at_start(config, get_registry(), cases=1000)

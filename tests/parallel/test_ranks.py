@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from world_runs import STEPS, dies, failures, guests, hangs, kfac, networks, resumed, several
+from world_runs import STEPS, contract, dies, failures, guests, hangs, kfac, networks, resumed, several
 from worlds import world
 
 from kfacore.errors import ConfigError
+from kfacore.optim.guest_state import own_state
 from kfacore.parallel.ranks import ALONE, checksum, find_ranks
 
 FACTORS = sum(d * (d + 1) // 2 for d in (7, 8, 9, 7, 8, 4))
@@ -87,7 +88,7 @@ def test_a_saved_state_goes_on_with_as_many_processes_to_the_bit_and_with_others
     three = world(3, resumed, (40, 100, 100), [half.results[0]["state"]], options)
     # The order of the whole mini-batch is that of the parts, so the same cases have other places: estimates differ.
     assert farthest(three.results[0][0]["parameters"], three.results[2][0]["parameters"]) == 0.0
-    assert three.results[0][0]["state"][1]["kfac"]["steps"] == STEPS
+    assert own_state(three.results[0][0]["state"][1])["steps"] == STEPS
 
 
 def test_bytes_that_are_sent() -> None:
@@ -118,6 +119,16 @@ def test_a_guest_adds_up_statistics_and_draws_what_one_process_would() -> None:
         assert farthest(first, alone[i]["parameters"]) < 1e-11, options
 
 
+def test_gradients_that_are_left_behind_rates_and_a_model_that_moves() -> None:
+    sizes = (60, 40)
+    first, second = world(2, contract, sizes).results
+    alone = contract(None, sizes)
+    assert len(alone["gradients"]) == 6 * 6
+    for what in ("parameters", "gradients"):
+        assert farthest(first[what], second[what]) == 0.0
+        assert farthest(first[what], alone[what]) < 1e-5
+
+
 def test_a_problem_on_one_process_is_told_on_all() -> None:
     first, second = world(2, failures).results
     assert second["nan"].startswith("DataError: inputs: 1 of 10 cases")
@@ -128,6 +139,9 @@ def test_a_problem_on_one_process_is_told_on_all() -> None:
     assert first["memory"].startswith("RankError: rank 1 failed in its forward pass: OutOfMemoryError: CUDA out of")
     for told in (first["place"], second["place"]):
         assert "rank 0 at 'state_dict', rank 1 at 'step 2'" in told
+    assert first["micro-batches"].startswith("ConfigError: KFAC.step takes no list of micro-batches where 2 processes")
+    assert second["micro-batches"].startswith("ConfigError: rank 0: KFAC.step takes no list of micro-batches")
+    assert "rank 0 at 'step 1', rank 1 at 'step 1 with lr = 0.5'" in first["rate"]
     assert first["nothing"] == second["nothing"]
     assert "no position of the mini-batch counts" in first["nothing"]
 

@@ -237,7 +237,8 @@ class ExactModel:
         z = self._batch.statistics_outputs()
         vectors = [self._bound.statistics(z, estimator, generator) for _ in range(draws)]
         together = vectors[0] if draws == 1 else torch.cat(vectors) / math.sqrt(draws)
-        return seen(self._batch, self._bound, together, generator)
+        ((_, samples),) = seen(self._batch, self._bound, together, generator)
+        return samples
 
     def exact_samples(self) -> list[LayerSamples | None]:
         """Samples whose second moments over passes are the exact expectation over the model's own targets.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from kfacore.curvature.faults import named
+from kfacore.curvature.faults import component, named
 from kfacore.errors import ConfigError, KfacError, NumericalError, PluginError
 from kfacore.lab.diagnostics.dense import DENSE_LIMIT
 from kfacore.lab.diagnostics.exact import ExactModel
@@ -193,7 +193,7 @@ def _quality(
         exact = subject.exact
         for gamma, inverse in inverses(approx, exact.layers, samples, gammas, pi=subject.pi, pairs=exact.pairs):
             with named(approx, exact.layers, "solve"):
-                rows.append(measure_update(exact, gradient, result.natural, inverse, name, gamma))
+                rows.append(measure_update(exact, gradient, result.natural, inverse, name, gamma, component(approx)))
             del inverse  # before the next one takes its memory
 
     try:

@@ -117,7 +117,13 @@ def inverses(
 
 
 def measure_update(
-    exact: ExactModel, gradient: Sequence[Tensor], natural: NaturalGradient, inverse: Inverse, approx: str, gamma: float
+    exact: ExactModel,
+    gradient: Sequence[Tensor],
+    natural: NaturalGradient,
+    inverse: Inverse,
+    approx: str,
+    gamma: float,
+    maker: str = "",
 ) -> UpdateQuality:
     """Measure Delta = -F-hat^-1 g.
 
@@ -128,13 +134,14 @@ def measure_update(
         inverse: F-hat^-1.
         approx: Name for the result.
         gamma: Its damping, for the result.
+        maker: Who made it, for errors; the name if left out.
 
     Raises:
         PluginError: The solution is no vector of blocks; names the approximation and the block.
         NumericalError: It is not finite; likewise.
     """
     solved = inverse.solve(gradient)
-    examine([f"approx '{approx}'"] * len(exact.layers), exact.layers, solved, gradient)
+    examine([maker or f"approx '{approx}'"] * len(exact.layers), exact.layers, solved, gradient)
     update = [-block for block in solved]
     slope, bend = dot(gradient, update), exact.quadratic_form(update)
     alpha = -slope / bend if bend > 0 else 0.0

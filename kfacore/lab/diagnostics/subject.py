@@ -15,6 +15,7 @@ from kfacore.lab.training.batches import derive_seed
 from kfacore.lab.training.checkpoint import Checkpoint, load_checkpoint
 from kfacore.lab.training.run import RunFolder
 from kfacore.lab.training.setup import build_model
+from kfacore.optim.guest_state import own_state
 from kfacore.roles import Problem
 from kfacore.roles.samples import mean_diagonal
 from kfacore.schema.slots import PiRule
@@ -161,7 +162,7 @@ def _damping(
     # Optimizers without curvature have no damping of their own: the default one's first values serve.
     damping = registry.build("damping", config.damping or SLOT_DEFAULTS["damping"])
     damping.start(config.weight_decay, torch.device("cpu"))
-    saved = None if checkpoint is None else checkpoint.optimizer.get("kfac")
+    saved = None if checkpoint is None else own_state(checkpoint.optimizer)
     if saved is not None:
         damping.load_state_dict(saved["damping"])
     else:
