@@ -118,6 +118,10 @@ class Preconditioner:
         """Take in a part of a mini-batch, a micro-batch for example; averages do not move before `commit`."""
         self.moments.add(samples)
 
+    def forget(self) -> None:
+        """Drop what was added since the last `commit`."""
+        self.moments.forget()
+
     def commit(self) -> None:
         """Average in what was added; all processes together, whether they have added something or not."""
         add_up(self.moments, self.ranks)

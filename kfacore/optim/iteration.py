@@ -324,10 +324,14 @@ class Iteration:
             preconditioner.check(own)
             return own
         diagonal: Tensor | float = 0.0
-        for share, samples in found:
-            preconditioner.add(samples)
-            if at.step == 1:
-                diagonal = diagonal + share * mean_diagonal(samples, preconditioner.layers)
+        try:
+            for share, samples in found:
+                preconditioner.add(samples)
+                if at.step == 1:
+                    diagonal = diagonal + share * mean_diagonal(samples, preconditioner.layers)
+        except BaseException:  # a later micro-batch may fail: the parts before it are of no step
+            preconditioner.forget()
+            raise
         preconditioner.commit()
         if isinstance(diagonal, Tensor):
             self._parts.damping.observe(diagonal)

@@ -197,6 +197,10 @@ class Moment(ABC):
         value.copy_(old * keep.to(value.dtype) + new * share.to(value.dtype))
         self.updates[i] = k
 
+    def forget(self) -> None:
+        """Drop what was added since the last `commit`."""
+        self._sums, self._tallies = None, []
+
     def pending(self, samples: Samples) -> list[Tensor]:
         """Sums and tallies since the last `commit`, to be summed over processes; zeros where nothing was added."""
         if self._sums is None:
@@ -373,6 +377,12 @@ class Moments:
             if self._waiting is not None:
                 moment.add(self._waiting)
             moment.commit(decay)
+        self._waiting = None
+
+    def forget(self) -> None:
+        """Drop what was added since the last `commit`: the step that it was for did not come to its end."""
+        for moment in self._by_kind.values():
+            moment.forget()
         self._waiting = None
 
     def pending(self) -> list[Tensor]:

@@ -181,3 +181,28 @@ def test_micro_batches_that_do_not_fit() -> None:
         optimizer.step([(x, y), (x[:, :5], y[:, :5])])
     with pytest.raises(DataError, match="targets of micro-batch 1: a tensor"):
         optimizer.step([(x, y), (x, 3)])
+
+
+def test_a_step_that_fails_half_way_leaves_no_statistics_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    straight, interrupted = (KFAC(mlp(), likelihood="categorical") for _ in range(2))
+    pieces = [parts([0, 10, 20, 30], *batch(k)) for k in range(3)]
+    for optimizer in (straight, interrupted):
+        optimizer.step(pieces[0])
+    preconditioner = interrupted.preconditioner
+    assert preconditioner is not None
+    added = []
+
+    def fail_later(samples: Any, own: Any = preconditioner.add) -> None:
+        if added:
+            raise KeyboardInterrupt
+        added.append(1)
+        own(samples)
+
+    monkeypatch.setattr(preconditioner, "add", fail_later)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.step(pieces[1])
+    monkeypatch.undo()
+    interrupted.generator.set_state(straight.generator.get_state())
+    for optimizer in (straight, interrupted):
+        optimizer.step(pieces[2])
+    assert torch.equal(dense.theta(straight.model), dense.theta(interrupted.model))
