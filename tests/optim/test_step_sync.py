@@ -154,7 +154,7 @@ def test_what_other_steps_wait_for(
             optimizer.step(x, y)
         waits.append({key: n for key, n in seen.items() if key != "copy between devices"})
     looks = {"_local_scalar_dense": 1}  # whether inputs and objective are finite
-    model = {"_local_scalar_dense": 1}  # whether the step is kept
+    model = {"_local_scalar_dense": 2}  # whether the step is finite, and whether it is kept
     choice = {"_local_scalar_dense": 1}  # which of three candidates
 
     def total(*parts: dict[str, int]) -> dict[str, int]:
