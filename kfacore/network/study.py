@@ -142,7 +142,7 @@ class Study:
             try:
                 with watch:
                     chunk = self._captured()
-            except (NotImplementedError, RuntimeError, TypeError):  # some operations do not run while they are watched
+            except (RuntimeError, TypeError):  # of operations that cannot be watched; another fault shows below
                 self._draws.restore(self._before)
                 chunk = self._captured()
             drawn = self._draws.moved({**self._before, **watch.first})
@@ -321,7 +321,7 @@ class Study:
                     Jw = product()
             except KfacError:
                 raise
-            except (RuntimeError, NotImplementedError, ValueError, AttributeError, TypeError) as error:
+            except (RuntimeError, ValueError, AttributeError, TypeError) as error:  # a reason that is told
                 reasons.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
                 continue
             if not bool(torch.isfinite(Jw).all()):  # a later mini-batch will show it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -82,8 +83,9 @@ class MatchesSubclasses(LinearLayer):
 class Changing(LinearLayer):
     """Its block, changed."""
 
+    @abstractmethod
     def change(self, block: Block) -> list[Block]:
-        raise NotImplementedError
+        """What the mutant makes of it."""
 
     def blocks(self, name: str, module: nn.Module) -> Sequence[Block]:
         return [each for block in super().blocks(name, module) for each in self.change(block)]
@@ -261,8 +263,9 @@ class TellsAll(Attention):
 class Forward(Attention):
     """A forward of its own, changed."""
 
+    @abstractmethod
     def change(self, own: Any, module: Any) -> Any:
-        raise NotImplementedError
+        """What the mutant makes of it."""
 
     def forward(self, module: nn.Module, emit: Any) -> Any:
         return self.change(super().forward(module, emit), module)
