@@ -177,7 +177,7 @@ def failures(rank: int) -> dict[str, str]:
     """What each process is told when one of them has a problem."""
     told = {}
     runs = {"nan": _nan, "model": _other_model, "place": _other_place, "nothing": _nothing, "memory": _memory}
-    runs |= {"micro-batches": _micro_batches, "rate": _other_rate}
+    runs |= {"micro-batches": _micro_batches, "rate": _other_rate, "decay": _other_decay}
     for name, run in runs.items():
         try:
             run(rank)
@@ -225,6 +225,10 @@ def _micro_batches(rank: int) -> None:
 
 def _other_rate(rank: int) -> None:
     KFAC(net(), likelihood="categorical", lr=1.0 - rank / 2).step(*own(rank, (10, 10), *data(20, 0)))
+
+
+def _other_decay(rank: int) -> None:
+    KFAC(net(), likelihood="categorical", weight_decay=0.1 * rank).step(*own(rank, (10, 10), *data(20, 0)))
 
 
 def _memory(rank: int) -> None:

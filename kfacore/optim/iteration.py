@@ -101,6 +101,7 @@ class Iteration:
         several = isinstance(inputs, MicroBatches)
         unsure = not ranks.alone and parts.linearizer.unsure(inputs)
         place = f"step {k}" if lr == 1.0 else f"step {k} with lr = {lr}"
+        place += f", weight decay {eta}" if eta else ""
         whole, look = ranks.whole(
             place, lambda: sum(inputs.sizes) if several else parts.linearizer.cases(inputs, targets), unsure
         )

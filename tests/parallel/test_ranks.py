@@ -142,6 +142,7 @@ def test_a_problem_on_one_process_is_told_on_all() -> None:
     assert first["micro-batches"].startswith("ConfigError: KFAC.step takes no list of micro-batches where 2 processes")
     assert second["micro-batches"].startswith("ConfigError: rank 0: KFAC.step takes no list of micro-batches")
     assert "rank 0 at 'step 1', rank 1 at 'step 1 with lr = 0.5'" in first["rate"]
+    assert "rank 0 at 'step 1', rank 1 at 'step 1, weight decay 0.1'" in first["decay"]
     assert first["nothing"] == second["nothing"]
     assert "no position of the mini-batch counts" in first["nothing"]
 
