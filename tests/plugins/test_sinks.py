@@ -44,6 +44,16 @@ def test_resuming_forgets_later_steps_and_the_end_of_the_earlier_life(tmp_path):
     assert [event["event"] for event in write(tmp_path, [step(4)], step=3)] == ["step", "step", "eval", "step", "step"]
 
 
+def test_an_evaluation_that_the_checkpoint_did_not_know_of_is_there_once(tmp_path):
+    """Stopped before the evaluation of step 2; the next life is killed between that and its checkpoint."""
+    evaluation = {"event": "eval", "step": 2, "loss": 0.5}
+    write(tmp_path, [step(1), step(2), evaluation])
+    start = {"event": "start", "step": 2}
+    assert write(tmp_path, [start, evaluation, step(3)], step=2) == [step(1), step(2), evaluation, start, step(3)]
+    assert write(tmp_path, [evaluation | {"step": 3}], step=3)[-1] == evaluation | {"step": 3}
+    assert write(tmp_path, [evaluation], step=1) == [step(1), evaluation]
+
+
 def test_a_torn_line_is_cut_off(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"event": "step", "step": 1}\n{"event": "st')
     assert write(tmp_path, [step(2)], step=1) == [step(1), step(2)]

@@ -31,23 +31,28 @@ class Jsonl(Sink):
         super().__init__(config)
         self._file: IO[bytes] | None = None
         self._path = Path()
+        self._evaluated: int | None = None  # the step of the last evaluation that an earlier life left
 
     def open(self, run: Path, *, step: int) -> None:
         """Open the file and cut off what happened after the step that a resumed run continues from.
 
-        The ``"done"`` or ``"diverged"`` of an earlier life goes too: it was not the end.
+        The ``"done"`` or ``"diverged"`` of an earlier life goes too: it was not the end. An evaluation of that very
+        step stays, although the checkpoint may not know of it (a life killed between the two): it is a function of the
+        parameters, so the resumed run's own one is the same, and is not written again.
 
         Raises:
             DataError: A line before that point is damaged.
             ResourceError: The disk refused.
         """
         self._path = run / "metrics.jsonl"
-        keep = 0
+        keep, self._evaluated = 0, None
         try:
             for end, event in read_events(self._path):
                 if event["step"] > step or event.get("event") in ("done", "diverged"):
                     break
                 keep = end
+                if event.get("event") == "eval":
+                    self._evaluated = event["step"]
         except ValueError as error:
             raise DataError(
                 f"{self._path} is damaged: {error}; delete the lines from there on to keep the earlier ones"
@@ -64,6 +69,8 @@ class Jsonl(Sink):
         """
         if self._file is None:
             raise ValueError("write to a sink that is not open")
+        if event.get("event") == "eval" and event.get("step") == self._evaluated:
+            return
         line = json.dumps(plain(event), ensure_ascii=False, allow_nan=False).encode() + b"\n"
         with disk_errors(self._path):
             written = self._file.write(line)
