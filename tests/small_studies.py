@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from patience import PATIENCE
 from small_runs import write_data
 
 VARIANTS = """
@@ -56,7 +57,7 @@ class Nest:
         self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.answers: list[dict[str, Any]] = []
         self.buffer = b""
-        self.wait_for("ready", 120.0)
+        self.wait_for("ready", PATIENCE)
 
     def start(self, file: Path, out: Path, **options: Any) -> int:
         """Start a runner and return its process id."""
@@ -64,12 +65,7 @@ class Nest:
         order = {"file": str(file), "out": str(out), "options": options}
         self.process.stdin.write(json.dumps(order).encode() + b"\n")
         self.process.stdin.flush()
-        return int(self.wait_for("pid", 60.0)["pid"])
-
-    def ended(self, seconds: float) -> dict[str, Any] | None:
-        """How a runner ended, if one does within the time."""
-        self._read(seconds)
-        return self._take("code")
+        return int(self.wait_for("pid", PATIENCE)["pid"])
 
     def wait_for(self, key: str, seconds: float) -> dict[str, Any]:
         """The next answer of a kind."""
@@ -81,7 +77,7 @@ class Nest:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
-        self.process.wait(30.0)
+        self.process.wait(PATIENCE)
         self.process.stdout.close()
 
     def _take(self, key: str) -> dict[str, Any] | None:

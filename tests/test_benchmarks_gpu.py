@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -89,7 +90,7 @@ def test_a_part_that_hangs_is_ended() -> None:
 
 
 def test_what_fails_is_noted_and_the_next_goes_on(tmp_path: Path) -> None:
-    part = Part(torch.device("cpu"), True, time.monotonic() + 60, tmp_path / "rows")
+    part = Part(torch.device("cpu"), True, time.monotonic() + PATIENCE, tmp_path / "rows")
 
     def fails() -> None:
         raise RuntimeError("CUDA out\nof memory")
@@ -107,7 +108,7 @@ def test_what_fails_is_noted_and_the_next_goes_on(tmp_path: Path) -> None:
 def test_steps_are_timed_in_whole_cycles_until_time_is_over() -> None:
     seen: list[int] = []
     cpu = torch.device("cpu")
-    assert len(time_steps(seen.append, cpu, warmup=3, cycle=4, cycles=2, seconds=60).ms) == 8
+    assert len(time_steps(seen.append, cpu, warmup=3, cycle=4, cycles=2, seconds=PATIENCE).ms) == 8
     assert seen == list(range(11))
     assert len(time_steps(seen.append, cpu, warmup=0, cycle=4, cycles=2, seconds=-1).ms) == 1
     with pytest.raises(TimeoutError, match="warm-up"):

@@ -19,6 +19,7 @@ import configuration_keys
 import numpy as np
 import pytest
 import typer.main
+from patience import PATIENCE
 from small_runs import KEYS, run
 
 import kfacore.errors
@@ -168,7 +169,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=folder / "source",
         check=True,
         capture_output=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -191,7 +192,7 @@ def call(example: Path, *command: str, cwd: Path) -> str:
     """The stdout of a Python module run with the plug-in installed."""
     environ = {**os.environ, "PYTHONPATH": str(example / "site"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=environ, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *command], cwd=cwd, env=environ, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 FORBIDDEN = {
     "kfacore": {"kfac_plugins", "kfac_cli"},
@@ -66,5 +67,7 @@ def test_the_install_has_no_packages_called_plugins_or_cli() -> None:
     # Isolated, so that the working folder does not lend its folders as namespaces.
     names = ["kfacore", "kfac_cli", "kfac_plugins", "plugins", "cli"]
     script = f"import importlib.util as u; print([n for n in {names} if u.find_spec(n)])"
-    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script], capture_output=True, text=True, timeout=PATIENCE, check=True
+    )
     assert done.stdout.strip() == "['kfacore', 'kfac_cli', 'kfac_plugins']"

@@ -13,10 +13,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-__all__ = ["World", "world"]
+from patience import PATIENCE
 
-LIMIT = 900.0
-"""Seconds that a world may take on a busy machine."""
+__all__ = ["World", "world"]
 
 _context = multiprocessing.get_context(os.environ.get("KFAC_TEST_START", "forkserver"))
 if _context.get_start_method() == "forkserver":
@@ -59,7 +58,7 @@ def _live(
         dist.destroy_process_group()
 
 
-def world(size: int, function: Callable[..., Any], *args: Any, waiting: float = 120.0, fails: bool = False) -> World:
+def world(size: int, function: Callable[..., Any], *args: Any, waiting: float = PATIENCE, fails: bool = False) -> World:
     """Run a function of a module in several processes of torch.distributed.
 
     Args:
@@ -77,7 +76,7 @@ def world(size: int, function: Callable[..., Any], *args: Any, waiting: float = 
         try:
             for process in live:
                 process.start()
-            end = time.monotonic() + LIMIT
+            end = time.monotonic() + PATIENCE
             for process in live:
                 process.join(max(0.1, end - time.monotonic()))
             late = [rank for rank, process in enumerate(live) if process.is_alive()]
@@ -88,7 +87,7 @@ def world(size: int, function: Callable[..., Any], *args: Any, waiting: float = 
                     process.join(10)
         found = [Path(folder) / f"{rank}.pickle" for rank in range(size)]
         told = [pickle.loads(file.read_bytes()) if file.exists() else (None, None) for file in found]
-    assert not late, f"ranks {late} of {size} did not end within {LIMIT} s"
+    assert not late, f"ranks {late} of {size} did not end within {PATIENCE} s"
     results, errors = [result for result, _ in told], [error for _, error in told]
     assert fails or not any(errors), "\n".join(error for error in errors if error)
     return World(results, errors, [process.exitcode for process in live])

@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+from patience import PATIENCE
 from typer.testing import CliRunner
 
 import kfacore
@@ -205,7 +206,7 @@ json.dump({"answers": answers, "loaded": loaded, "plugins": json.loads(ask("plug
 
 def fresh_process() -> dict:
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", textwrap.dedent(SCRIPT)], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from patience import PATIENCE
 
 import kfac_cli.main as frame
 import kfacore
@@ -118,13 +119,15 @@ def test_a_closed_pipe_is_quiet() -> None:
     process.stdout.close()
     errors = process.stderr.read()
     process.stderr.close()
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=PATIENCE) == 1
     assert errors == b""
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's always-full device")
 def test_a_full_disk_under_stdout() -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run(_kfac("schema"), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            _kfac("schema"), stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE, check=False
+        )
     assert done.returncode == 1
     assert done.stderr == "error: No space left on device: free some space or choose another folder\n"

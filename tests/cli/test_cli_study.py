@@ -7,10 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE, until
 from small_studies import write_study
 
 from kfac_cli.study_live import StudyLive
@@ -56,7 +56,7 @@ def test_dry_run_writes_nothing_and_needs_no_torch(tmp_path) -> None:
         f"sys.argv = ['kfac', 'study', 'run', {str(file)!r}, '--dry-run', '--out', {str(tmp_path / 'out')!r}]\n"
         "try: main()\nfinally: print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE, check=True)
     lines = done.stdout.splitlines()
     assert lines[-1] == "False"
     assert lines[-2] == "12 runs: 4 variants x 1 problem x 3 seeds"
@@ -110,12 +110,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path) -> None:
     file = write_study(tmp_path, steps=100_000, seeds=1, body="")
     command = [sys.executable, "-c", "from kfac_cli.main import main; main()", "study", "run", file.name, "--out", "o"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    limit = time.monotonic() + 600
-    while '"step": 2,' not in "".join(path.read_text() for path in tmp_path.glob("o/runs/*/metrics.jsonl")):
-        assert time.monotonic() < limit
-        time.sleep(0.05)
+    until(lambda: any('"step": 2,' in path.read_text() for path in tmp_path.glob("o/runs/*/metrics.jsonl")))
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=600)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "stopping: 1 run finishes its step and is saved" in err
     assert "Go on with:\nkfac study run tiny.toml --out o\n" in err

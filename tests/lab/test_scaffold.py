@@ -13,6 +13,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from patience import PATIENCE
 
 import kfacore
 from kfacore.errors import ConfigError
@@ -201,6 +202,6 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
         "try: main()\nexcept SystemExit as left: assert not left.code\nprint('torch' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.stdout.splitlines()[-1:] == ["False"], done.stderr

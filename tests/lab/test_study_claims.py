@@ -6,9 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from patience import PATIENCE, until
 
 from kfacore.lab.studies import claims
 from kfacore.lab.studies.claims import Claim, ClaimWatch, Holder, birth, here, read_holder
@@ -34,15 +34,19 @@ def test_one_holder_at_a_time(tmp_path) -> None:
 
 def test_the_claim_of_a_process_that_was_killed_is_free_at_once(tmp_path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from kfacore.lab.studies.claims import Claim\n"
-        "claim = Claim.take(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+        "import sys; from pathlib import Path; from kfacore.lab.studies.claims import Claim\n"
+        "claim = Claim.take(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None
     assert process.stdout is not None
     assert process.stdout.readline() == b"held\n"
     assert Claim.take(tmp_path) is None
     process.send_signal(signal.SIGKILL)
     process.wait()
+    process.stdin.close()
     process.stdout.close()
     claim = Claim.take(tmp_path)
     assert claim is not None
@@ -78,9 +82,9 @@ def test_of_many_that_want_it_one_gets_it(tmp_path) -> None:
     processes = [context.Process(target=race, args=(tmp_path, barrier, results)) for _ in range(4)]
     for process in processes:
         process.start()
-    numbers = sorted(results.get(timeout=60) for _ in processes)
+    numbers = sorted(results.get(timeout=PATIENCE) for _ in processes)
     for process in processes:
-        process.join(30)
+        process.join(PATIENCE)
     assert numbers == [0, 0, 0, 1]
 
 
@@ -161,16 +165,10 @@ def test_the_holder_beats_and_hears_that_it_was_overtaken(tmp_path, monkeypatch)
     claim = Claim.take(tmp_path, on_lost=lambda: lost.append("lost"))
     assert claim is not None
     os.utime(claim.file, (1.0, 1.0))
-    limit = time.monotonic() + 10
-    while claim.file.stat().st_mtime < 2.0:
-        assert time.monotonic() < limit
-        time.sleep(0.01)
+    until(lambda: claim.file.stat().st_mtime >= 2.0)
     write_claim(tmp_path, 2)
-    while not lost:
-        assert time.monotonic() < limit
-        time.sleep(0.01)
-    time.sleep(0.1)
-    assert claim.lost
+    until(lambda: bool(lost))
+    until(lambda: claim.lost)  # after a gap in the heartbeats, and there is no further one
     claim.release()  # must not touch the new one
     holder = read_holder(tmp_path)
     assert holder is not None

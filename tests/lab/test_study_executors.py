@@ -7,12 +7,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE, until
 from small_studies import write_study
 
 from kfac_plugins.executors.slurm import Job
@@ -25,9 +26,6 @@ from kfacore.lab.training.files import write_json
 from kfacore.registry import get_registry
 from kfacore.roles import Ended, Executor
 
-PATIENCE = 600.0
-"""Seconds that a machine with much else to do may take; only a failure waits so long."""
-
 
 def prepared(tmp_path: Path, **options: Any) -> Study:
     """A study whose runs are written down for the processes."""
@@ -39,9 +37,9 @@ def prepared(tmp_path: Path, **options: Any) -> Study:
     return study
 
 
-def wait_for(executor: Executor, count: int, seconds: float = PATIENCE) -> dict[str, Ended]:
+def wait_for(executor: Executor, count: int) -> dict[str, Ended]:
     ended: dict[str, Ended] = {}
-    limit = time.monotonic() + seconds
+    limit = time.monotonic() + PATIENCE
     while len(ended) < count:
         assert time.monotonic() < limit, "no end in sight"
         ended.update({end.run: end for end in executor.poll(0.5)})
@@ -50,17 +48,7 @@ def wait_for(executor: Executor, count: int, seconds: float = PATIENCE) -> dict[
 
 def wait_for_step(study: Study, run: int, step: int) -> None:
     metrics = study.runs[run].path / "metrics.jsonl"
-    limit = time.monotonic() + PATIENCE
-    while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
-        assert time.monotonic() < limit
-        time.sleep(0.02)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    limit = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < limit
-        time.sleep(0.02)
+    until(lambda: metrics.exists() and f'"step": {step},' in metrics.read_text())
 
 
 def pid_of(study: Study, run: int) -> int:
@@ -97,10 +85,7 @@ def test_forked(tmp_path) -> None:
         end = wait_for(executor, 1)[study.runs[2].hash]
         assert end.again
         assert "the process that starts the runs has ended with code -9" in end.reason
-        limit = time.monotonic() + PATIENCE
-        while read_state(study.folder, study.runs[2].hash).state == "running":
-            assert time.monotonic() < limit
-            time.sleep(0.05)
+        until(lambda: read_state(study.folder, study.runs[2].hash).state != "running")
         assert read_journal(study.folder, study.runs[2].hash)[-1]["what"] == "stopped"
         # The next run starts a new one.
         executor.submit(study.runs[3].hash)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE
 from small_runs import write_data
 from small_studies import write_study
 
@@ -15,8 +16,6 @@ from kfacore.lab.studies.folder import plan_into, write_planned
 from kfacore.lab.studies.plan import Study
 from kfacore.lab.studies.state import read_state
 from kfacore.registry import get_registry
-
-PATIENCE = 900.0
 
 
 def prepared(folder: Path, top: str) -> Study:

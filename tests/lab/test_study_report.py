@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from patience import PATIENCE
 from study_folders import STEPS, error_at, write_study
 from study_reports import STATES, VARIANTS, cell, page_of, whole_study
 
@@ -353,7 +354,7 @@ def screenshot(address: str, folder: Path, width: int) -> np.ndarray:
 
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},900"]
     options += [f"--screenshot={folder / 'page.png'}", f"--user-data-dir={folder / 'profile'}", address]
-    subprocess.run([BROWSER, *options], check=True, capture_output=True, timeout=60)
+    subprocess.run([BROWSER, *options], check=True, capture_output=True, timeout=PATIENCE)
     return imread(folder / "page.png")
 
 

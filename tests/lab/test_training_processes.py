@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 from small_runs import KEYS, events_of, run, settings, write_data
 from world_training import stopped, trained
 from worlds import world
@@ -61,7 +62,7 @@ def test_the_command_under_torchrun_says_an_error_once(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "kfac_cli", "train", "--out", str(tmp_path / "run"), *sets]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, check=False)
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1
     assert "nothing.npz" in done.stderr

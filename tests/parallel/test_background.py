@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE
 from torch import Tensor, nn
 
 from kfacore import KFAC, ConfigError, NumericalError
@@ -237,6 +238,6 @@ def test_a_process_may_end_while_a_refresh_rests() -> None:
         print("left")
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert (done.returncode, done.stdout.strip()) == (0, "left"), done.stderr

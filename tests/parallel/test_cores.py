@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from patience import PATIENCE
 
 from kfacore.curvature.linalg import factor_spd
 from kfacore.curvature.tempering import temper
@@ -30,7 +31,7 @@ def threads() -> Iterator[None]:
 
 def _seen(count: int, costs: list[float]) -> list[tuple[int, str, int]]:
     """What each of the jobs saw: itself, its thread, that thread's torch threads; the jobs wait for each other."""
-    together = threading.Barrier(count, timeout=20.0)
+    together = threading.Barrier(count, timeout=PATIENCE)
 
     def job(i: int) -> tuple[int, str, int]:
         together.wait()

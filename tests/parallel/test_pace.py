@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from patience import PATIENCE, until
 
 from kfacore.parallel.pace import Pace, current_pace
 
@@ -51,30 +51,31 @@ def _spread(steps: int, pieces: int) -> tuple[Pace, list[int], list[threading.Ev
     return pace, seen, events, thread
 
 
-def test_each_step_grants_its_share() -> None:
+def test_each_step_grants_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """12 pieces over 4 steps: a piece begins only when all before it are granted, and 3 are with every step."""
+    monkeypatch.setattr("kfacore.parallel.pace._PATIENCE", PATIENCE)
     pace, seen, events, thread = _spread(4, 12)
     for step in range(4):
-        assert events[3 * step].wait(10.0)  # the first of the next share is done before it is granted
+        assert events[3 * step].wait(PATIENCE)  # the first of the next share is done before it is granted
         assert len(seen) <= 3 * step + 1
         pace.grant()
-    thread.join(10.0)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
     assert seen == list(range(12))
 
 
 def test_release_holds_nothing_back() -> None:
     pace, seen, events, thread = _spread(4, 12)
-    assert events[0].wait(10.0)
+    assert events[0].wait(PATIENCE)
     pace.release()
-    thread.join(10.0)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
     assert len(seen) == 12
 
 
 def test_all_threads_that_share_a_pace_are_released(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kfacore.parallel.pace._LOOK", 60.0)  # so that none looks by itself
-    pace, counted = Pace(4, 2.0), threading.Barrier(3, timeout=10.0)
+    monkeypatch.setattr("kfacore.parallel.pace._LOOK", 10 * PATIENCE)  # so that none looks by itself
+    pace, counted = Pace(4, 2.0), threading.Barrier(3, timeout=PATIENCE)
 
     def run() -> None:
         with pace:
@@ -85,11 +86,10 @@ def test_all_threads_that_share_a_pace_are_released(monkeypatch: pytest.MonkeyPa
     for thread in threads:
         thread.start()
     counted.wait()
-    while pace.done < 2.0:
-        time.sleep(0.001)
+    until(lambda: pace.done >= 2.0)
     pace.release()
     for thread in threads:
-        thread.join(10.0)
+        thread.join(PATIENCE)
     assert not any(thread.is_alive() for thread in threads)
 
 
@@ -97,7 +97,7 @@ def test_a_thread_that_nobody_asks_goes_on_in_the_end(monkeypatch: pytest.Monkey
     """An optimizer may be thrown away between two steps; its thread must not rest for ever."""
     monkeypatch.setattr("kfacore.parallel.pace._PATIENCE", 0.0)
     _, seen, _, thread = _spread(4, 3)
-    thread.join(10.0)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
     assert len(seen) == 3
 

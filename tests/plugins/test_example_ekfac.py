@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 from small_runs import settings, write_data
 
 from kfacore.registry import reset_registry
@@ -26,7 +27,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(
         [sys.executable, *pip, "--no-index", "--target", str(site), str(EXAMPLE)],
-        capture_output=True, text=True, timeout=240, check=False,
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return site
@@ -37,7 +38,9 @@ def run(site: Path, *arguments: str, cwd: Path | None = None) -> subprocess.Comp
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
 
 
 @pytest.fixture

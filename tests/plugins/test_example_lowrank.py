@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 EXAMPLE = Path(__file__).parents[2] / "plugins" / "examples" / "kfac-lowrank"
 VERSION = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]["version"]
@@ -22,7 +23,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(
         [sys.executable, *pip, "--no-index", "--target", str(site), str(EXAMPLE)],
-        capture_output=True, text=True, timeout=240, check=False,
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return site
@@ -32,7 +33,13 @@ def run(site: Path, *arguments: str, cwd: Path | None = None) -> subprocess.Comp
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=variables, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
     )
 
 

@@ -12,6 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 from small_runs import settings, write_data
 
 from kfacore.registry import reset_registry
@@ -67,7 +68,9 @@ def process(site: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProce
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "KFAC_DATA": str(cwd)}
     command = [sys.executable, "-c", "from kfac_cli.main import main; main()", *arguments]
-    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
 
 
 def kfac(site: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -105,15 +105,20 @@ def read_state(study: Path, run: str) -> RunState:
 
 
 def write_outcome(study: Path, run: str, outcome: RunState) -> None:
-    """Write how a run ended, and add it to the journal. For the holder of the claim only.
+    """Write how a run ended, and add it to the journal before. For the holder of the claim only.
+
+    A process that is killed between the two leaves a run whose end is written in its next life: in the journal once.
 
     Raises:
         ResourceError: The disk refused.
     """
     folder = state_folder(study, run)
+    last = (read_journal(study, run) or [{}])[-1]
+    known = (last.get("what"), last.get("reason", "")) == (outcome.state, outcome.reason)
+    if not known or outcome.state == "failed":  # a failed run may be tried again, and fail in the same way
+        note(study, run, outcome.state, outcome.reason)
     with disk_errors(folder):
         write_json(folder / "outcome.json", {"state": outcome.state, "reason": outcome.reason})
-    note(study, run, outcome.state, outcome.reason)
 
 
 def clear_outcome(study: Path, run: str) -> None:
