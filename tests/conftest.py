@@ -15,6 +15,8 @@ from kfacore.registry import reset_registry
 # Before torch is loaded, here and in the commands that tests start: on nets this small a second thread only waits, and
 # beside other work on the machine it waits long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where a test wants several threads, those without work sleep, in place of turning on a core that others need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 Install = Callable[..., Path]
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
+from patience import PATIENCE
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from kfacore import KFAC, Preconditioned
 from kfacore.errors import KfacError
@@ -245,16 +247,20 @@ def _memory(rank: int) -> None:
 
 
 def hangs(rank: int) -> str:
-    """One process does something else for long; what the other one is told."""
-    opt = KFAC(net(), likelihood="categorical")
+    """One process does something else until the other one was told; what that is."""
+    opt, store = KFAC(net(), likelihood="categorical"), dist.distributed_c10d._get_default_store()
+    opt.step(*own(rank, (10, 10), *data(20, 0)))  # all is set up, however long it took
+    if rank == 1:
+        store.wait(["told"], timedelta(seconds=PATIENCE))
+        return "nothing"
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2))
+    told = "nothing"
     try:
-        for k in range(3):
-            if rank == 1 and k == 1:
-                time.sleep(20)
-            opt.step(*own(rank, (10, 10), *data(20, k)))
+        opt.step(*own(rank, (10, 10), *data(20, 1)))
     except KfacError as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
+        told = f"{type(error).__name__}: {error}"
+    store.set("told", told)
+    return told
 
 
 def dies(rank: int) -> str:

@@ -19,7 +19,10 @@ __all__ = ["World", "world"]
 
 _context = multiprocessing.get_context(os.environ.get("KFAC_TEST_START", "forkserver"))
 if _context.get_start_method() == "forkserver":
-    _context.set_forkserver_preload(["torch", "torch.distributed", "kfacore", "kfacore.optim.kfac"])
+    # torch imports its compiler when the first optimizer is made: seconds, which every process would pay.
+    _context.set_forkserver_preload(
+        ["torch.distributed", "torch._dynamo", "kfacore.optim.kfac", "kfacore.lab.training.loop"]
+    )
 
 
 class World:
@@ -35,9 +38,7 @@ class World:
         self.results, self.errors, self.codes = results, errors, codes
 
 
-def _live(
-    rank: int, size: int, folder: str, waiting: float, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
+def _live(rank: int, size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch
     from torch import distributed as dist
@@ -46,7 +47,7 @@ def _live(
     error, result = None, None
     try:
         store = f"file://{folder}/store"
-        limit = timedelta(seconds=waiting)
+        limit = timedelta(seconds=PATIENCE)
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=limit)
         result = function(rank, *args)
     except BaseException as found:  # all that happens is told to the test
@@ -58,19 +59,18 @@ def _live(
         dist.destroy_process_group()
 
 
-def world(size: int, function: Callable[..., Any], *args: Any, waiting: float = PATIENCE, fails: bool = False) -> World:
+def world(size: int, function: Callable[..., Any], *args: Any, fails: bool = False) -> World:
     """Run a function of a module in several processes of torch.distributed.
 
     Args:
         size: How many.
         function: Called with its rank and the arguments.
         args: What it is called with.
-        waiting: Seconds after which a collective gives up.
         fails: Whether errors are expected.
     """
     with tempfile.TemporaryDirectory() as folder:
         live = [
-            _context.Process(target=_live, args=(rank, size, folder, waiting, function, args), daemon=True)
+            _context.Process(target=_live, args=(rank, size, folder, function, args), daemon=True)
             for rank in range(size)
         ]
         try:

@@ -148,12 +148,12 @@ def test_a_problem_on_one_process_is_told_on_all() -> None:
 
 
 def test_the_others_are_told_of_a_process_that_hangs() -> None:
-    found = world(2, hangs, waiting=8.0, fails=True)
+    found = world(2, hangs)
     assert str(found.results[0]).startswith("RankError: rank 0 has no answer"), found.errors
 
 
 def test_the_others_are_told_of_a_process_that_died() -> None:
-    found = world(2, dies, waiting=20.0, fails=True)
+    found = world(2, dies, fails=True)
     assert str(found.results[0]).startswith("RankError: rank 0 has no answer"), found.errors
     assert found.codes[1] == -9
 
