@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: install train test test-all lint bench docs clean
+.PHONY: install train test suite test-all lint style types bench docs clean
 
 install: $(VENV)/.installed
 
@@ -22,19 +22,28 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 train: install
 	$(BIN)/kfac train --problem curves --approx tridiag --steps 300
 
-lint: install
+lint: style types
+
+style: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# A file of tests stays in one process, which makes its shared fixtures once; more threads would only wait on each other.
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+types: install
+	$(BIN)/mypy
+
+# Types beside the tests: one of two cores would wait for them, most of a minute on a fresh checkout.
+test: style
+	$(MAKE) --no-print-directory --jobs 2 types suite
+
+# A file of tests stays in one process, which makes its shared fixtures once, and the long ones come first (conftest.py).
+# More threads would only wait on each other.
+suite: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Also the tests marked slow, and 1,000 examples of each fuzz test in place of 60.
 test-all: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --all
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --all
 
 # Sphinx is not needed by `make test`; a test builds the docs too where it is there.
 docs: $(VENV)/.documented

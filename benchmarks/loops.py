@@ -87,7 +87,9 @@ def run_pass(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: T
     return loss.detach()
 
 
-def gpt(file: Path | None, *, batch: int = 32, context: int = 128, steps: int = 200, held: int = 4) -> Loop:
+def gpt(
+    file: Path | None, *, batch: int = 32, context: int = 128, width: int = 128, steps: int = 200, held: int = 4
+) -> Loop:
     """The character GPT, on a text file or on words made up."""
     text = made_up() if file is None else file.read_text("utf-8")
     order = {character: index for index, character in enumerate(sorted(set(text)))}
@@ -97,7 +99,7 @@ def gpt(file: Path | None, *, batch: int = 32, context: int = 128, steps: int = 
 
     def build(seed: int) -> nn.Module:
         generator = torch.Generator().manual_seed(seed)
-        return GPT(len(order), context, layers=3, width=128, heads=4, dropout=0.0, tied=False, generator=generator)
+        return GPT(len(order), context, layers=3, width=width, heads=4, dropout=0.0, tied=False, generator=generator)
 
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         pieces = ids[torch.randint(cut - context, (batch, 1), generator=generator) + window]

@@ -24,6 +24,30 @@ ALL = "KFAC_TEST_ALL"
 """Environment variable for `fuzzing` and for the processes of pytest-xdist: tests marked slow too, 1,000 examples."""
 
 
+LONG = [
+    "parallel/test_ranks",
+    "lab/test_study_executors",
+    "fuzz/test_fuzz_command",
+    "fuzz/test_fuzz_files",
+    "plugins/test_layers_conformance",
+    "plugins/test_conformance",
+    "lab/test_scaffold",
+    "lab/test_study_kill",
+    "lab/test_study_processes",
+    "lab/test_training_processes",
+    "lab/test_study_runner",
+    "plugins/test_example_ekfac",
+    "plugins/test_example_lowrank",
+    "optim/test_architectures",
+    "test_benchmarks",
+    "test_benchmarks_gpu",
+    "test_robust",
+    "test_examples",
+    "test_docs",
+]
+"""Files that come first: of two processes, one would be left alone with the last of them in the end."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="slow tests too, and 1,000 examples of each fuzz test")
 
@@ -43,6 +67,9 @@ def _mark_cuda(items: list[pytest.Item]) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _mark_cuda(items)
+    if len(items) > 1000:  # not where a few files are named in the order that is wanted
+        order = {Path(__file__).parent / f"{name}.py": place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: order.get(item.path, len(order)))
     if os.environ.get(ALL) or any("::" in argument for argument in config.args):  # named tests are wanted
         return
     slow = [item for item in items if item.get_closest_marker("slow")]

@@ -58,7 +58,24 @@ def pid_of(study: Study, run: int) -> int:
 LONG = 100_000
 
 
-def test_forked(tmp_path) -> None:
+# The harder of the two in every run of the tests; each test starts several processes, which import torch.
+@pytest.fixture(params=[pytest.param("heard", marks=pytest.mark.slow), "ignored"])
+def sigint(request) -> Iterator[None]:
+    """Started like ``make test &`` in a script, where SIGINT is ignored here and in all that is started from here."""
+    before = signal.getsignal(signal.SIGINT)
+    if request.param == "ignored":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def assert_signals_are_heard(pid: int) -> None:
+    status = Path(f"/proc/{pid}/status").read_text()
+    ignored = int(next(line for line in status.splitlines() if line.startswith("SigIgn")).split()[1], 16)
+    assert not ignored & (1 << signal.SIGINT - 1 | 1 << signal.SIGTERM - 1)
+
+
+def test_forked(tmp_path, sigint) -> None:
     study = prepared(tmp_path, seeds=4, steps=4)
     executor = get_registry().build("executor", {"kind": "local", "start": "fork", "workers": 2})
     executor.open(study.folder, threads=1)
@@ -80,6 +97,7 @@ def test_forked(tmp_path) -> None:
         write_json(plan, config)
         executor.submit(study.runs[2].hash)
         wait_for_step(study, 2, 2)
+        assert_signals_are_heard(pid_of(study, 2))
         stat = Path(f"/proc/{pid_of(study, 2)}/stat").read_text()
         os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)
         end = wait_for(executor, 1)[study.runs[2].hash]
@@ -94,7 +112,7 @@ def test_forked(tmp_path) -> None:
         executor.close()
 
 
-def test_spawned_and_stopped(tmp_path) -> None:
+def test_spawned_and_stopped(tmp_path, sigint) -> None:
     study = prepared(tmp_path, seeds=1, steps=LONG)
     executor = get_registry().build("executor", {"kind": "local", "start": "spawn"})
     executor.open(study.folder, threads=1)
@@ -102,6 +120,7 @@ def test_spawned_and_stopped(tmp_path) -> None:
         name = study.runs[0].hash
         executor.submit(name)
         wait_for_step(study, 0, 2)
+        assert_signals_are_heard(pid_of(study, 0))
         executor.stop()
         assert wait_for(executor, 1)[name].code == 143
         assert read_state(study.folder, name).state == "pending"
@@ -113,17 +132,6 @@ def test_spawned_and_stopped(tmp_path) -> None:
 
 def slurm(**options: Any) -> Executor:
     return get_registry().build("executor", {"kind": "slurm", "cluster": "local", **options})
-
-
-# The harder of the two in every run of the tests; each test starts several processes, which import torch.
-@pytest.fixture(params=[pytest.param("heard", marks=pytest.mark.slow), "ignored"])
-def sigint(request) -> Iterator[None]:
-    """Started like ``make test &`` in a script, where SIGINT is ignored here and in all that is started from here."""
-    before = signal.getsignal(signal.SIGINT)
-    if request.param == "ignored":
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def alive(pid: int) -> bool:
@@ -167,11 +175,10 @@ def test_submitit_for_real_with_a_preemption(tmp_path, sigint) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"kind": "slurm", "cluster": "local"},
-        {"kind": "local", "start": "fork"},
-        {"kind": "local", "start": "spawn"},
+        pytest.param({"kind": "slurm", "cluster": "local"}, id="slurm"),
+        pytest.param({"kind": "local", "start": "fork"}, id="fork"),
+        pytest.param({"kind": "local", "start": "spawn"}, id="spawn", marks=pytest.mark.slow),
     ],
-    ids=["slurm", "fork", "spawn"],
 )
 def test_nothing_is_left_behind(tmp_path, sigint, options) -> None:
     study = prepared(tmp_path, seeds=1, steps=LONG)
@@ -181,9 +188,7 @@ def test_nothing_is_left_behind(tmp_path, sigint, options) -> None:
         executor.submit(study.runs[0].hash)
         wait_for_step(study, 0, 2)
         pid = pid_of(study, 0)
-        status = Path(f"/proc/{pid}/status").read_text()
-        ignored = int(next(line for line in status.splitlines() if line.startswith("SigIgn")).split()[1], 16)
-        assert not ignored & (1 << signal.SIGINT - 1 | 1 << signal.SIGTERM - 1)
+        assert_signals_are_heard(pid)
     finally:
         executor.close()
     until(lambda: not alive(pid))

@@ -27,7 +27,11 @@ def prepared(folder: Path, top: str) -> Study:
     return study
 
 
-@pytest.mark.parametrize("options", [{"kind": "local"}, {"kind": "slurm", "cluster": "local"}])
+SLURM = {"kind": "slurm", "cluster": "local"}
+"""How submitit runs a job, and that a run starts its own processes, is tested without each other."""
+
+
+@pytest.mark.parametrize("options", [{"kind": "local"}, pytest.param(SLURM, marks=pytest.mark.slow)])
 def test_a_run_in_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     if options["kind"] == "slurm":
         pytest.importorskip("submitit")

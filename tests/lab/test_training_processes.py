@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from patience import PATIENCE
 from small_runs import KEYS, events_of, run, settings, write_data
+from torch import distributed as dist
 from world_training import stopped, trained
 from worlds import world
 
@@ -56,6 +57,7 @@ def test_what_cannot_be_shared_is_refused_on_all(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # three processes that import torch; how the first is found is tested without them
 def test_the_command_under_torchrun_says_an_error_once(tmp_path: Path) -> None:
     write_data(tmp_path)
     sets = [word for each in settings(tmp_path, 'problem.file="nothing.npz"') for word in ("--set", each)]
@@ -66,6 +68,14 @@ def test_the_command_under_torchrun_says_an_error_once(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1
     assert "nothing.npz" in done.stderr
+
+
+def test_of_the_processes_of_torchrun_the_first_to_ask_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for key, value in {"WORLD_SIZE": "2", "RANK": "1", **place}.items():
+        monkeypatch.setenv(key, value)
+    assert [told_first(), told_first()] == [True, False]
 
 
 def test_variables_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,11 +43,19 @@ def farthest(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("sizes", [(150, 90), (40, 100, 100)])
-def test_processes_agree_to_the_bit_and_with_one_process_to_rounding(sizes: tuple[int, ...]) -> None:
-    variants = [*EXACT, *MORE, *({**options, "dtype": torch.float32} for options in EXACT[::3])]
-    if len(sizes) > 2:
-        variants = [EXACT[0], EXACT[4], *MORE]
+@pytest.mark.parametrize(
+    ("sizes", "variants"),
+    [
+        ((150, 90), [*EXACT[1::3], *MORE, {**EXACT[0], "dtype": torch.float32}]),
+        ((40, 100, 100), [EXACT[0], EXACT[5]]),
+        pytest.param((150, 90), [EXACT[2], EXACT[3], {**EXACT[3], "dtype": torch.float32}], marks=pytest.mark.slow),
+        pytest.param((40, 100, 100), [EXACT[4], *MORE], marks=pytest.mark.slow),
+    ],
+    ids=["2", "3", "more on 2", "more on 3"],
+)
+def test_processes_agree_to_the_bit_and_with_one_process_to_rounding(
+    sizes: tuple[int, ...], variants: list[dict[str, Any]]
+) -> None:
     found = world(len(sizes), several, sizes, variants)
     alone = several(None, sizes, variants)
     for i, options in enumerate(variants):

@@ -88,7 +88,7 @@ def told_first() -> bool:
             store = dist.distributed_c10d._get_default_store()
         elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun keeps it, whoever of us is gone
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            wait = timedelta(seconds=10)
+            wait = timedelta(seconds=60)
             store = dist.TCPStore(host, port, is_master=False, timeout=wait)  # type: ignore[attr-defined]  # it is there
         else:
             return os.environ.get("RANK", "0") == "0"
