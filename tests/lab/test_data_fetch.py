@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from kfacore.errors import DataError, ResourceError
 from kfacore.lab.data import fetch as fetch_module
@@ -32,7 +33,7 @@ class Server:
                 folder = self.path.split("/")[1]
                 body = gzip.compress(CONTENT)
                 if folder == "hang":
-                    owner.release.wait(10)
+                    owner.release.wait(PATIENCE)
                     return
                 if folder in ("missing", "broken"):
                     self.send_error(404 if folder == "missing" else 503)
