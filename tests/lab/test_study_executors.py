@@ -69,6 +69,14 @@ def sigint(request) -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+def alive(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def assert_signals_are_heard(pid: int) -> None:
     status = Path(f"/proc/{pid}/status").read_text()
     ignored = int(next(line for line in status.splitlines() if line.startswith("SigIgn")).split()[1], 16)
@@ -91,10 +99,11 @@ def test_forked(tmp_path, sigint) -> None:
         assert wait_for(executor, 1)[study.runs[0].hash].code == 0
         assert len(read_journal(study.folder, study.runs[0].hash)) == 2
         # The process that forks is killed: the run under way notices, saves and frees itself, and can go on.
-        plan = own_plan(state_folder(study.folder, study.runs[2].hash))
-        config = json.loads(plan.read_text())
-        config["config"]["steps"] = LONG
-        write_json(plan, config)
+        for run in study.runs[2:]:
+            plan = own_plan(state_folder(study.folder, run.hash))
+            config = json.loads(plan.read_text())
+            config["config"]["steps"] = LONG
+            write_json(plan, config)
         executor.submit(study.runs[2].hash)
         wait_for_step(study, 2, 2)
         assert_signals_are_heard(pid_of(study, 2))
@@ -105,11 +114,12 @@ def test_forked(tmp_path, sigint) -> None:
         assert "the process that starts the runs has ended with code -9" in end.reason
         until(lambda: read_state(study.folder, study.runs[2].hash).state != "running")
         assert read_journal(study.folder, study.runs[2].hash)[-1]["what"] == "stopped"
-        # The next run starts a new one.
+        # The next run starts a new one; and nothing is left behind.
         executor.submit(study.runs[3].hash)
-        assert wait_for(executor, 1)[study.runs[3].hash].code == 0
+        wait_for_step(study, 3, 2)
     finally:
         executor.close()
+    until(lambda: not alive(pid_of(study, 3)))
 
 
 def test_spawned_and_stopped(tmp_path, sigint) -> None:
@@ -132,14 +142,6 @@ def test_spawned_and_stopped(tmp_path, sigint) -> None:
 
 def slurm(**options: Any) -> Executor:
     return get_registry().build("executor", {"kind": "slurm", "cluster": "local", **options})
-
-
-def alive(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 # submitit leaves the controller's Popen of a finished job to the garbage collector.
@@ -176,7 +178,7 @@ def test_submitit_for_real_with_a_preemption(tmp_path, sigint) -> None:
     "options",
     [
         pytest.param({"kind": "slurm", "cluster": "local"}, id="slurm"),
-        pytest.param({"kind": "local", "start": "fork"}, id="fork"),
+        pytest.param({"kind": "local", "start": "fork"}, id="fork", marks=pytest.mark.slow),
         pytest.param({"kind": "local", "start": "spawn"}, id="spawn", marks=pytest.mark.slow),
     ],
 )

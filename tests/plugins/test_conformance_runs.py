@@ -139,13 +139,29 @@ class TestNpzRegression(ProblemSuite):
         return {"file": str(folder / "mine.npz"), "sizes": [6]}
 
 
-class TestLocal(ExecutorSuite):
+class Executors(ExecutorSuite):
+    """What `tests/lab/test_study_executors.py` sees of both is slow here: every test starts processes with torch."""
+
+    @pytest.mark.slow
+    def test_a_run_that_has_ended_is_not_run_again(self, tmp_path: Path) -> None:
+        super().test_a_run_that_has_ended_is_not_run_again(tmp_path)
+
+    @pytest.mark.slow
+    def test_stop_saves_what_is_under_way(self, tmp_path: Path) -> None:
+        super().test_stop_saves_what_is_under_way(tmp_path)
+
+    @pytest.mark.slow
+    def test_close_ends_what_is_left(self, tmp_path: Path) -> None:
+        super().test_close_ends_what_is_left(tmp_path)
+
+
+class TestLocal(Executors):
     name = "local"
 
 
 # submitit leaves the controller's Popen of a finished job to the garbage collector.
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
-class TestSlurm(ExecutorSuite):
+class TestSlurm(Executors):
     name = "slurm"
     options: ClassVar[dict[str, Any]] = {"cluster": "local"}
 
