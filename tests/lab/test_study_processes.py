@@ -17,9 +17,13 @@ from kfacore.lab.studies.plan import Study
 from kfacore.lab.studies.state import read_state
 from kfacore.registry import get_registry
 
+QUIET = "sink = []  # no events, so no pictures\n"
+
 
 def prepared(folder: Path, top: str) -> Study:
-    study = plan_into(get_registry(), read_study(write_study(folder, body="", seeds=1, top=top)), folder / "out").study
+    study = plan_into(
+        get_registry(), read_study(write_study(folder, steps=4, body=QUIET, seeds=1, top=top)), folder / "out"
+    ).study
     study.write()
     study.write_index()
     for run in study.runs:
@@ -31,7 +35,7 @@ SLURM = {"kind": "slurm", "cluster": "local"}
 """How submitit runs a job, and that a run starts its own processes, is tested without each other."""
 
 
-@pytest.mark.parametrize("options", [{"kind": "local"}, pytest.param(SLURM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", [{"kind": "local", "start": "spawn"}, pytest.param(SLURM, marks=pytest.mark.slow)])
 def test_a_run_in_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     if options["kind"] == "slurm":
         pytest.importorskip("submitit")

@@ -158,6 +158,10 @@ class Executors(ExecutorSuite):
 class TestLocal(Executors):
     name = "local"
 
+    @pytest.mark.slow
+    def test_every_run_is_executed_and_told_once(self, tmp_path: Path) -> None:
+        super().test_every_run_is_executed_and_told_once(tmp_path)
+
 
 # submitit leaves the controller's Popen of a finished job to the garbage collector.
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
