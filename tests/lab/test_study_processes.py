@@ -17,12 +17,10 @@ from kfacore.lab.studies.plan import Study
 from kfacore.lab.studies.state import read_state
 from kfacore.registry import get_registry
 
-QUIET = "sink = []  # no events, so no pictures\n"
-
 
 def prepared(folder: Path, top: str) -> Study:
     study = plan_into(
-        get_registry(), read_study(write_study(folder, steps=4, body=QUIET, seeds=1, top=top)), folder / "out"
+        get_registry(), read_study(write_study(folder, steps=4, body="", seeds=1, top=top)), folder / "out"
     ).study
     study.write()
     study.write_index()
