@@ -3,6 +3,7 @@ r"""One iteration, phase by phase: begin, look back, try, judge, undo (method.md
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -153,7 +154,7 @@ class Iteration:
                 earlier = float(self._measure(at))
             if trust.disowns(now, earlier):
                 self.keeper.restore(parameters, delta)
-                self._distrust(at.step, trust.late)
+                self._distrust(at.step, self._parts.damping.caution, trust.late)
                 at = self._begin(at.inputs, at.targets, at.valid, at.step, at.eta, at.lr, low)
                 said = f"objective {now:.4g} on a new mini-batch, {earlier:.4g} without it"
                 at.undone = (f"step {at.step - 1} was undone: {said}",)
@@ -286,13 +287,13 @@ class Iteration:
         trust.judged(at.step, kept)
         if not kept:
             self.keeper.restore(parameters, delta)
-            self._distrust(at.step, trust.early)
+            self._distrust(at.step, self._parts.damping.strengthen, trust.early)
         return not kept
 
-    def _distrust(self, step: int, factor: float) -> None:
+    def _distrust(self, step: int, strengthen: Callable[[float, Tensor], None], factor: float) -> None:
         """After a step was undone: lambda rises, the inverse is made anew, the next steps are asked about."""
-        damping, preconditioner = self._parts.damping, self._directions.preconditioner
-        damping.strengthen(factor, torch.ones((), dtype=torch.bool, device=damping.lam.device))
+        preconditioner = self._directions.preconditioner
+        strengthen(factor, torch.ones((), dtype=torch.bool, device=self.predicted.device))
         self.predicted = torch.full_like(self.predicted, torch.nan)
         self._parts.trust.judged(step, False)
         assert preconditioner is not None

@@ -69,6 +69,15 @@ class Damping(Part):
             where: (), bool: whether at all.
         """
 
+    def caution(self, factor: float, where: Tensor) -> None:
+        """Raise lambda, because the next mini-batch had a step undone that its own had accepted; as `strengthen`.
+
+        Args:
+            factor: What lambda is multiplied with.
+            where: (), bool: whether at all.
+        """
+        self.strengthen(factor, where)
+
     def confirm(self, slope: Tensor, curvature: Tensor) -> None:  # optional: most ask the step's own mini-batch only
         """Told in every step what a new mini-batch sees of the step before, in units of the decrease it promised.
 

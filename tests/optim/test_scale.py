@@ -102,3 +102,33 @@ def test_a_resumed_run_goes_on_bit_for_bit(name: str, approx: str) -> None:
     assert [float(other.step(x, y).objective) for _ in range(5)] == want
     for (key, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), key
+
+
+@pytest.mark.parametrize("damping", [{}, {"gamma_rule": "compared"}])
+@pytest.mark.parametrize("decay", [0.0, 1e-3])
+@pytest.mark.parametrize("scale", [100.0, 0.01])
+def test_the_unit_of_targets_does_not_matter(scale: float, decay: float, damping: dict[str, Any]) -> None:
+    """Targets and outputs in another unit, weight decay in that of the loss: the same parameters after every step.
+
+    No option has a unit but weight decay, and no constant decides: not in damping, trust, momentum or refreshes.
+    """
+
+    def trained(unit: float) -> list[Tensor]:
+        seed()
+        own = Net(lambda m, x: unit * m.b(m.a(x).tanh()), a=nn.Linear(3, 5), b=nn.Linear(5, 2)).double()
+        optimizer = KFAC(
+            own,
+            likelihood="gaussian",
+            weight_decay=decay * unit**2,
+            damping={"gamma_max": None, **damping},
+            estimator="exact",
+        )
+        found = []
+        for x in torch.randn(25, 12, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64):
+            report = optimizer.step(x, unit * torch.stack([x.prod(1), x.sum(1).sin()], 1))
+            scalars = torch.stack([report.loss, report.lam, report.model_value]) / unit**2
+            found.append(torch.cat([scalars, *(p.detach().flatten() for p in own.parameters())]))
+        return found
+
+    for k, (one, other) in enumerate(zip(trained(1.0), trained(scale), strict=True)):
+        assert dense.relative(other, one) < 1e-7, k

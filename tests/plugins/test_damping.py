@@ -220,9 +220,46 @@ def test_lambda_falls_only_while_new_mini_batches_see_no_overshoot() -> None:
 def test_a_slope_that_may_be_noise_raises_nothing() -> None:
     damping = started(lambda0=1.0, confirmed=True)
     for k in range(60):
-        damping.confirm(scalar(4.0 if k % 2 else -3.0), scalar(0.1))  # 0.5 on average, but hardly sure
+        damping.confirm(scalar(4.0 if k % 2 else -2.0), scalar(1.1))  # 1 on average, but hardly sure
         damping.adapt(scalar(0.5))
     assert float(damping.lam) == 1.0
+
+
+def settled(curvature: float, share: float) -> float:
+    """lambda after steps of length 1 to the minimum of the model, whose curvature is given.
+
+    A step has the slope -(curvature + lambda) on its own mini-batch where it begins; the next one sees a share of it.
+    """
+    damping = started(lambda0=1.0, confirmed=True)
+    for _ in range(400):
+        bound = curvature + float(damping.lam)
+        damping.confirm(scalar((curvature - share * bound) / (0.5 * bound)), scalar(curvature / (0.5 * bound)))
+        damping.adapt(scalar(1.0))
+    return float(damping.lam)
+
+
+@pytest.mark.parametrize("curvature", [1e-4, 1.0, 1e4])
+def test_mini_batches_that_disagree_however_short_the_step_is_do_not_raise_lambda_for_ever(curvature: float) -> None:
+    """As those of a small data set near its optimum. lambda settles where it does as much as the curvature."""
+    assert settled(curvature, -0.5) == pytest.approx(curvature, rel=0.7)
+    assert settled(curvature, 1.0) < 1e-6 * curvature  # where they agree it falls as before
+
+
+def test_a_step_that_the_next_mini_batch_has_undone_raises_lambda_only_while_the_curvature_decides() -> None:
+    yes = torch.ones((), dtype=torch.bool)
+    for curvature, factor in ((2.0, 2.0), (0.1, 1.0)):
+        damping = started(lambda0=1.0, confirmed=True)
+        for _ in range(40):
+            damping.confirm(scalar(0.0), scalar(curvature))
+        damping.caution(2.0, yes)
+        assert float(damping.lam) == factor
+        damping.caution(2.0, ~yes)
+        assert float(damping.lam) == factor
+        damping.strengthen(10.0, yes)  # its own mini-batch is always heard
+        assert float(damping.lam) == 10.0 * factor
+    unasked = started(lambda0=1.0)
+    unasked.caution(2.0, yes)
+    assert float(unasked.lam) == 2.0
 
 
 def test_what_is_not_a_number_is_no_witness_and_host_and_device_agree(monkeypatch: pytest.MonkeyPatch) -> None:

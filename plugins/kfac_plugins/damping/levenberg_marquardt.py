@@ -16,6 +16,12 @@ after a step to the minimum, and half of v^T F v after one that changed nothing.
 while the running mean of slopes is below 0.4 of that of curvatures, and rises where it is above half of it by more than
 twice its standard error. Both are free: they are in the new mini-batch's quadratic model.
 
+That is evidence about the length of a step only while the curvature decides it. Of the step to the minimum the model
+promises (v^T F v + lambda v^T v) / 2, so v^T F v in units of that is 2 without lambda and 1 where lambda does as much as
+the curvature. Below 1 a larger lambda only scales the step, and a slope that stays, as it does where mini-batches are
+drawn from few examples without replacement and so disagree more than chance, would raise it for ever. There new
+mini-batches are not listened to: lambda falls if rho says so, until they can be.
+
 Tied, gamma is sqrt(lambda + eta) at every refresh: the paper's first value, kept up, which Ba et al. (2017, section
 A.2) use throughout. It needs one inverse where the comparison needs three.
 """
@@ -48,6 +54,9 @@ changed nothing."""
 
 _SURE = 2.0
 """Standard errors by which the slope must be above that before lambda rises."""
+
+_DECISIVE = 1.0
+"""Curvature, in units of the promised decrease, from which it decides the length of a step; below, lambda does."""
 
 _LARGEST = 4.0
 """Slopes and curvatures, in units of the promised decrease, count no more than this: no mini-batch decides alone."""
@@ -106,8 +115,9 @@ class LevenbergMarquardt(Damping):
         if self.config.confirmed:
             slope, curvature, square = self._seen
             error = ((square - slope * slope).clamp(min=0.0) * ((1.0 - _MEMORY) / (1.0 + _MEMORY))).sqrt()
-            bad = bad | (slope > _LOST * curvature + _SURE * error)
-            good = good & (slope < _LEFT * curvature)
+            decisive = curvature >= _DECISIVE
+            bad = bad | (decisive & (slope > _LOST * curvature + _SURE * error))
+            good = good & (~decisive | (slope < _LEFT * curvature))
         # Chosen among tensors of lambda's dtype: between plain numbers torch.where answers in its default dtype.
         lower = torch.maximum(self.lam * w1, torch.minimum(self.lam, self._least))
         self.lam = torch.where(bad, self.lam / w1, torch.where(good, lower, self.lam))
@@ -115,6 +125,11 @@ class LevenbergMarquardt(Damping):
     def strengthen(self, factor: float, where: Tensor) -> None:
         """lambda times the factor."""
         self.lam = torch.where(where, self.lam * factor, self.lam)
+
+    def caution(self, factor: float, where: Tensor) -> None:
+        """lambda times the factor, unless lambda decides how long steps are already."""
+        decisive = self._seen[1] >= _DECISIVE
+        self.strengthen(factor, where & decisive if self.config.confirmed else where)
 
     def confirm(self, slope: Tensor, curvature: Tensor) -> None:
         """Running means of both and of the slope's square, which tells how sure its mean is."""
