@@ -242,6 +242,8 @@ class Preconditioner:
         if made.failure is not None:
             if not made.pairs and self.inverse is None:
                 raise NumericalError(made.failure)
+            if self.moments.restart():  # one mini-batch too large for the dtype: the next one has a say again, at once
+                self.hurry()
             layer, _, message = made.failure.partition(": ")
             kept = "the other candidates were used" if made.pairs else "the previous inverse was kept"
             notices.append(Notice(layer, f"{message} ({kept})"))

@@ -233,6 +233,18 @@ class Moment(ABC):
         twin._sums, twin._tallies = None, []
         return twin
 
+    def restart(self) -> bool:
+        """Forget averages that are not finite, which no decay mends: the next mini-batch's estimate is taken whole.
+
+        Returns:
+            Whether there were any; waits for the device.
+        """
+        bad = [i for i, value in enumerate(self.values) if not bool(value.isfinite().all())]
+        found = any(float(self.updates[i]) for i in bad)
+        for i in bad:
+            self.updates[i] = 0
+        return found
+
     def refreshed(self, inverse: Inverse) -> None:  # noqa: B027  # optional: most moments have no coordinates
         """Called when an inverse has been taken up, for averages kept in its coordinates; nothing by default."""
 
@@ -304,6 +316,10 @@ class Moments:
         twin._by_kind = {kind: moment.frozen() for kind, moment in self._by_kind.items()}
         twin._waiting = None
         return twin
+
+    def restart(self) -> bool:
+        """Forget averages that are not finite, see `Moment.restart`."""
+        return any([moment.restart() for moment in self._by_kind.values()])
 
     def update(self, samples: Samples, decay: float) -> None:
         """Take in a mini-batch with f = min(1 - 1/k, decay)."""

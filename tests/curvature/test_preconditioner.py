@@ -180,6 +180,28 @@ def test_in_a_step_the_previous_inverse_keeps_its_gamma() -> None:
     assert step_of(optimizer, 2).refreshed
 
 
+def test_averages_that_overflowed_start_anew() -> None:
+    """Finite inputs whose squares are not: the mini-batch after takes the place of what no decay would mend."""
+    torch.manual_seed(0)
+    optimizer = KFAC(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), likelihood="categorical")
+    x, y = dense.randn(40, 3), torch.arange(40) % 2
+    for _ in range(4):
+        optimizer.step(x, y)
+    made = optimizer.preconditioner
+    assert made is not None
+    huge = x.clone()
+    huge[7] = 1e200
+    reports = [optimizer.step(huge, y)]
+    assert not all(bool(value.isfinite().all()) for value, _ in made.moments.averages)
+    reports += [optimizer.step(x, y) for _ in range(12)]
+    said = [report for report in reports if report.notices]
+    assert "previous inverse was kept" in said[0].notices[0]
+    assert len(said) == 1
+    assert reports[reports.index(said[0]) + 1].refreshed
+    assert all(bool(value.isfinite().all()) for value, _ in made.moments.averages)
+    assert float(reports[-1].loss) < float(reports[0].loss)
+
+
 def test_a_step_reports_eigenproblems_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = dense.net((4, 5, 4, 3)).float()
     optimizer = KFAC(model, likelihood="gaussian", approx={"kind": "tridiag", "power": 1.0})
