@@ -258,7 +258,10 @@ class Iteration:
         if at.adapts or at.asks or self._wonders(at, trial):
             change = self._measure(at) - at.objective
             rho = torch.where(change > 0, -torch.inf, change / trial.value)
-            accepted = accepted & self._parts.trust.accepts(at.objective, change)
+            trust = self._parts.trust
+            accepted = accepted & trust.accepts(at.objective, change)
+            if trust.attempts(at.step) == 1:  # where there are several, they go on until h falls
+                accepted = accepted & trust.believes(at.objective, change, trial.value)
             if at.adapts and at.lr:  # a step of length zero tells nothing
                 self._parts.damping.adapt(rho)
         self.predicted, self.rate = trial.value, at.lr

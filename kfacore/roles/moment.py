@@ -319,7 +319,8 @@ class Moments:
 
     def restart(self) -> bool:
         """Forget averages that are not finite, see `Moment.restart`."""
-        return any([moment.restart() for moment in self._by_kind.values()])
+        found = [moment.restart() for moment in self._by_kind.values()]
+        return any(found)
 
     def update(self, samples: Samples, decay: float) -> None:
         """Take in a mini-batch with f = min(1 - 1/k, decay)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from kfacore.roles.base import Part
@@ -52,6 +53,21 @@ class Trust(Part):
         change: Tensor,  # () float64
     ) -> Tensor:  # () bool
         """Whether a step that changes h by ``change`` on its own mini-batch is kept; NaN is no change to keep."""
+
+    def believes(
+        self,
+        before: Tensor,  # () float64
+        change: Tensor,  # () float64
+        predicted: Tensor,  # () float64
+    ) -> Tensor:  # () bool
+        """Whether a step that was asked about and lowered h did enough of what it promised; by default any amount.
+
+        Args:
+            before: h before the step.
+            change: What the step changed it by, on its own mini-batch.
+            predicted: What the quadratic model promised.
+        """
+        return torch.ones_like(change, dtype=torch.bool)
 
     @abstractmethod
     def doubts(self, objective: float) -> bool:

@@ -28,6 +28,35 @@ def test_what_raises_the_objective_goes() -> None:
     assert not bool(rule.accepts(scalar(2.0), scalar(1e-5)))
 
 
+def test_a_bold_step_keeps_a_quarter_of_its_promise() -> None:
+    rule = Undo()
+    for unit in (1e-6, 1.0, 1e6):
+        for change, predicted, kept in ((-0.1, -2.0, False), (-0.5, -2.0, True), (-0.01, -0.4, True)):
+            assert bool(rule.believes(scalar(unit), scalar(unit * change), scalar(unit * predicted))) is kept
+    assert bool(rule.believes(scalar(-1.0), scalar(-0.1), scalar(-0.4)))  # densities may have a negative h
+    assert not bool(rule.believes(scalar(1.0), scalar(-0.1), scalar(-math.inf)))
+
+
+def test_a_step_that_breaks_its_promise_is_undone() -> None:
+    """h falls on its own mini-batch, by less than a quarter of what the model promised of a bold step."""
+
+    class Sceptic(Undo):
+        def believes(self, before: Tensor, change: Tensor, predicted: Tensor) -> Tensor:
+            seen.append((float(before), float(change), float(predicted)))
+            return super().believes(before, change, 1e3 * predicted)
+
+    seen: list[tuple[float, float, float]] = []
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    x, y = dense.randn(30, 4), dense.randn(30, 2)
+    before = [p.clone() for p in model.parameters()]
+    report = KFAC(model, likelihood="gaussian", trust=Sceptic(UndoConfig(attempts=1))).step(x, y)
+    assert not bool(report.accepted)
+    assert report.undone == len(seen) == 1
+    assert all(change < 0 and predicted < 0 for _, change, predicted in seen)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
 def test_steps_are_asked_about_while_they_are_new() -> None:
     rule = Undo(UndoConfig(settling=4))
     assert [rule.asks(k) for k in (1, 4, 5, 30)] == [True, True, False, False]

@@ -17,9 +17,9 @@ while the running mean of slopes is below 0.4 of that of curvatures, and rises w
 twice its standard error. Both are free: they are in the new mini-batch's quadratic model.
 
 That is evidence about the length of a step only while the curvature decides it. Of the step to the minimum the model
-promises (v^T F v + lambda v^T v) / 2, so v^T F v in units of that is 2 without lambda and 1 where lambda does as much as
-the curvature. Below 1 a larger lambda only scales the step, and a slope that stays, as it does where mini-batches are
-drawn from few examples without replacement and so disagree more than chance, would raise it for ever. There new
+promises (v^T F v + lambda v^T v) / 2, so v^T F v in units of that is 2 without lambda, and 1 where lambda does as much
+as the curvature. Below 1 a larger lambda only scales the step, and a slope that stays, as it does where mini-batches
+are drawn from few examples without replacement and so disagree more than chance, would raise it for ever. There new
 mini-batches are not listened to: lambda falls if rho says so, until they can be.
 
 Tied, gamma is sqrt(lambda + eta) at every refresh: the paper's first value, kept up, which Ba et al. (2017, section

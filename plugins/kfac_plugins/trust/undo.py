@@ -8,7 +8,9 @@ makes the step before doubtful, and one forward pass without that step tells whe
 is a hard one. Either way the step goes, the previous step is forgotten, and lambda rises.
 
 Every step is asked about while it is new: at the start, and after a step undone. Later the steps that adapt lambda are,
-which compute h anyway, and bold ones, which promise to take away most of h.
+which compute h anyway, and bold ones, which promise to take away most of h. A bold step has left the region in which
+the model holds unless it keeps a fair part of its promise: a mini-batch of few cases may gain a little by a step that
+takes the rest of the data to several times its loss. So it goes where rho < 1/4, although h fell.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ __all__ = ["Undo"]
 
 _WINDOW = 10
 """Mini-batches whose mean objective a new one is compared with."""
+
+_KEPT = 0.25
+"""Share of its promise that a bold step must keep: below it the Levenberg-Marquardt rule finds the model bad, too."""
 
 _FEWEST = 3
 """So many must be known before anything is doubtful."""
@@ -56,6 +61,11 @@ class Undo(Trust):
     def accepts(self, before: Tensor, change: Tensor) -> Tensor:
         """change <= 0 up to rounding of a mean over float32 losses."""
         return change <= 1e-6 * before.abs()
+
+    def believes(self, before: Tensor, change: Tensor, predicted: Tensor) -> Tensor:
+        """Of a bold step a quarter of what it promised: what is left of it beyond its own mini-batch is harm."""
+        bold = -predicted > self.config.bold * before.abs()
+        return ~bold | (change <= _KEPT * predicted)
 
     @property
     def looks_back(self) -> bool:
