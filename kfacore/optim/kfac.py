@@ -137,11 +137,14 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             "reduce": reduce or None,
             "fill_grad": fill_grad,
         }
-        registry = get_registry()
-        chosen = complete(registry, config, {key: value for key, value in given.items() if value is not None})
+        chosen = complete(get_registry(), config, {key: value for key, value in given.items() if value is not None})
+        self._build(model, chosen, process_group)
+
+    def _build(self, model: nn.Module, chosen: Mapping[str, Any], process_group: Any) -> None:
+        """Make the parts that were chosen, and the groups of torch's part of the optimizer."""
         self._low = torch.bfloat16 if chosen["autocast"] else None
         self._group = process_group
-        self._parts = compose(registry, model, chosen, find_ranks(process_group))
+        self._parts = compose(get_registry(), model, chosen, find_ranks(process_group))
         self._model_options = {key: chosen[key] for key in ("unsupported", "output", "reduce")}
         self._eta = float(chosen["weight_decay"])
         self.damping.start(self._eta, self.generator.device)
