@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 
 import kfacore
@@ -24,7 +26,10 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["examples", "figures"]
 
 html_theme = "furo"
-html_theme_options = {"navigation_with_keys": True}
+html_theme_options = {
+    "navigation_with_keys": True,
+    "light_css_variables": {"code-font-size": "75%"},  # a hundred characters of code fit a page
+}
 html_show_sourcelink = False
 html_show_copyright = False
 python_maximum_signature_line_length = 88
@@ -59,7 +64,8 @@ class Public(SphinxDirective):
 def _directive(module: ModuleType, name: str) -> str:
     value = getattr(module, name)
     if not isinstance(value, type):
-        return f".. {'autofunction' if callable(value) else 'autodata'}:: {module.__name__}.{name}\n"
+        hidden = "   :no-value:\n" if len(repr(value)) > 60 else ""  # a table of records is no signature
+        return f".. {'autofunction' if callable(value) else 'autodata'}:: {module.__name__}.{name}\n{hidden}"
     if issubclass(value, Exception):
         return f".. autoexception:: {module.__name__}.{name}\n"
     again = "   :no-index:\n" if module is not kfacore and name in kfacore.__all__ else ""
@@ -71,8 +77,22 @@ def _absolute_values(app: Sphinx, what: str, name: str, value: Any, options: Any
     lines[:] = [line if "``" in line else line.replace("|", "\\|") for line in lines]
 
 
+def _where_it_is_said(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """A constant that a module takes from another has its docstring there; autodoc would show that of its type."""
+    attribute = name.rpartition(".")[2]
+    if what != "data":
+        return
+    for module in [module for key, module in sys.modules.items() if key.split(".")[0] == "kfacore"]:
+        if vars(module).get(attribute) is value:
+            said = ModuleAnalyzer.for_module(module.__name__).find_attr_docs().get(("", attribute))
+            if said is not None:
+                lines[:] = said
+                return
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register what is here."""
     app.add_directive("public", Public)
+    app.connect("autodoc-process-docstring", _where_it_is_said)
     app.connect("autodoc-process-docstring", _absolute_values)
     return {"parallel_read_safe": True}

@@ -86,12 +86,15 @@ def _slot(slot: str) -> Iterator[str]:
 
 
 def _rows(slot: str, components: Iterable[Component]) -> Iterator[list[str]]:
-    owners: dict[tuple[str, ...], list[str]] = {}
+    owners: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for component in components:
         for key in describe(component.config):
-            owners.setdefault(tuple(_cells(key, f"{slot}.")), []).append(component.name)
-    for (key_name, kind, default, text), names in owners.items():
-        yield [key_name, ", ".join(f"`{name}`" for name in names), kind, default, text]
+            name, kind, default, text = _cells(key, f"{slot}.")
+            owners.setdefault((name, kind, text), {}).setdefault(default, []).append(f"`{component.name}`")
+    for (key_name, kind, text), defaults in owners.items():
+        names = ", ".join(name for some in defaults.values() for name in some)
+        said = "; ".join(f"{default} of {', '.join(some)}" for default, some in defaults.items())
+        yield [key_name, names, kind, said if len(defaults) > 1 else next(iter(defaults)), text]
 
 
 def _cells(key: KeyHelp, prefix: str = "") -> list[str]:

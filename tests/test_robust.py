@@ -16,12 +16,12 @@ pytest.importorskip("sklearn", reason="the small data sets come with scikit-lear
 
 from benchmarks.robust import command, contenders, race
 from benchmarks.robust.contenders import Stepped, choose_contenders
-from benchmarks.robust.muon import orthogonalised
 from benchmarks.robust.problems import PROBLEMS, QUICK, choose
 from benchmarks.robust.race import Budget, Record
 from benchmarks.robust.store import Store
 from benchmarks.robust.table import rows, standing, strangers, summary
 from benchmarks.robust.verdict import Evaluation, judge
+from kfac_plugins.optimizers.muon import orthogonalised
 from kfacore.registry import get_registry
 
 STEPS = 80

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.contenders import kfac
 from benchmarks.gpu.nets import Task
-from benchmarks.robust.muon import Muon
+from kfac_plugins.optimizers.muon import Muon
 from kfacore import KFAC, Preconditioned
 
 __all__ = ["CYCLE", "Contender", "first_order", "guest", "own_loop"]
@@ -45,7 +45,7 @@ def _muon(model: nn.Module, device: torch.device) -> list[torch.optim.Optimizer]
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=1e-4, fused=True)]
     if matrices:
         fast = getattr(torch.optim, "Muon", None) if device.type == "cuda" else None
-        # Torch's own rounds to bfloat16, which processors emulate: see benchmarks/robust/muon.py.
+        # Torch's own rounds to bfloat16, which processors emulate: see kfac_plugins/optimizers/muon.py.
         found.append(Muon(matrices, lr=1e-3) if fast is None else fast(matrices, lr=1e-3))
     return found
 

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from benchmarks.robust.muon import Muon
 from benchmarks.robust.task import Task, net
+from kfac_plugins.optimizers.muon import Muon
 from kfacore import KFAC
 from kfacore.registry import get_registry
 from kfacore.roles import Likelihood

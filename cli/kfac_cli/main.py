@@ -97,6 +97,10 @@ def _drop_output() -> None:
     os.close(devnull)
 
 
+_WRONG_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
+"""What the system says of names that no disk could serve: the command is wrong, not the machine."""
+
+
 def _environment_failure(error: OSError) -> str | None:
     """The message for a machine that refused, or None if the error is not of that sort."""
     advice = {
@@ -105,6 +109,9 @@ def _environment_failure(error: OSError) -> str | None:
         errno.EROFS: "choose a folder on a disk that can be written",
         errno.EACCES: "check the permissions or choose another folder",
         errno.EPERM: "check the permissions or choose another folder",
+        errno.ENAMETOOLONG: "choose a shorter name",
+        errno.ELOOP: "a link leads back to itself; name the file or folder itself",
+        errno.ENOTDIR: "part of the path is a file; choose another folder",
     }.get(error.errno or 0)
     if advice is None:
         return None
@@ -163,6 +170,6 @@ def main() -> None:
         _drop_output()
         sys.exit(1)
     except OSError as error:
-        _fail(error, _environment_failure(error) or _unexpected(error), 1)
+        _fail(error, _environment_failure(error) or _unexpected(error), 2 if error.errno in _WRONG_NAMES else 1)
     except Exception as error:
         _fail(error, _unexpected(error), 1)

@@ -55,9 +55,10 @@ def robust(file: Path = ROBUST) -> str:
         for line in standing(records, contender):
             close = next(key for key in line if key.startswith("<="))
             cells = [line["problems"], line[close], line["< 1"], f"{line['median']:.2g}"]
-            rows.append([said, line[""].partition(" ")[2], *map(str, cells)])
+            test, _, other = line[""].partition(" ")[2].rpartition("/ ")
+            rows.append([said, f"{other.capitalize()}'s {test or 'training '}loss", *map(str, cells)])
             said = ""
-    return table(["", "final loss over that of", "problems", "at most 1.5", "below 1", "median"], rows)
+    return table(["", "at the end against", "problems", "within 1.5 times", "better", "median ratio"], rows)
 
 
 MADE: dict[str, Callable[[], str]] = {"preset": preset, "robust": robust}

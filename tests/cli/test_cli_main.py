@@ -57,6 +57,13 @@ def test_help_names_every_command(monkeypatch, capsys) -> None:
         ),
         (OSError(errno.EROFS, os.strerror(errno.EROFS), "runs/a"), 1, "error: Read-only file system (runs/a): choose"),
         (PermissionError(errno.EACCES, "Permission denied", "runs/a"), 1, "error: Permission denied (runs/a): check"),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "xx"),
+            2,
+            "error: File name too long (xx): choose",
+        ),
+        (OSError(errno.ELOOP, "Too many links", "a/b"), 2, "error: Too many links (a/b): a link leads"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), 2, "error: Not a directory (a/b): part"),
         (KeyboardInterrupt(), 130, ""),
         (typer.Abort(), 130, ""),
     ],

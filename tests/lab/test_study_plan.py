@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +30,28 @@ def names_of(plan: Any) -> list[str]:
     return [variant.name for variant in plan.study.variants]
 
 
-READY = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
+ROOT = Path(__file__).parents[2]
+READY = sorted((ROOT / "studies").glob("*.toml"))
 
 
+@pytest.fixture
+def ekfac(install_plugin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The example plug-in that the studies of networks need."""
+    monkeypatch.syspath_prepend(str(ROOT / "plugins" / "examples" / "kfac-ekfac"))
+    install_plugin("third_party", "from kfac_ekfac import KFAC_API, kfac_components\n")
+    yield
+    sys.modules.pop("kfac_ekfac", None)
+
+
+@pytest.mark.usefixtures("ekfac")
 @pytest.mark.parametrize("file", READY, ids=lambda file: file.stem)
 def test_ready_studies_can_be_planned(tmp_path, file: Path) -> None:
     """Every key and name in them exists, and each is called what its file is called."""
     plan = plan_study(get_registry(), read_study(file), tmp_path / "out", origin=file.name)
     assert plan.study.name == file.stem
     assert plan.study.reference in names_of(plan)
-    assert len({run.hash for run in plan.study.runs}) == len(plan.study.runs) > 0
+    runs = [*plan.study.runs, *(run for tuning in plan.tunings for run in tuning.runs)]
+    assert len({run.hash for run in runs}) == len(runs) > 0
 
 
 class TestVariants:
@@ -303,10 +317,8 @@ def test_the_schema_knows_the_keys() -> None:
         assert reference in schema["$defs"]
 
 
-STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
-
-
-@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+@pytest.mark.usefixtures("ekfac")
+@pytest.mark.parametrize("file", READY, ids=lambda file: file.stem)
 def test_ready_studies_resolve(file, tmp_path) -> None:
     config = read_study(file)
     assert config.name == file.stem
@@ -316,9 +328,26 @@ def test_ready_studies_resolve(file, tmp_path) -> None:
     assert plan.total > 15
 
 
+@pytest.mark.usefixtures("ekfac")
+@pytest.mark.parametrize("name", ["networks-gpt", "networks-cnn"])
+def test_networks_are_tuned_alike(name: str) -> None:
+    """Six optimizers with three candidates each, chosen by one measure in runs of one length."""
+    plan = plan_study(get_registry(), read_study(ROOT / "studies" / f"{name}.toml"), Path("out"))
+    assert [tuning.variant for tuning in plan.tunings] == names_of(plan)
+    assert names_of(plan) == ["blockdiag", "tridiag", "ekfac", "guest around adamw", "adamw", "muon"]
+    assert {(len(tuning.runs), tuning.measure) for tuning in plan.tunings} == {(3, "test_loss")}
+    budgets = [run.config["budget"] for tuning in plan.tunings for run in tuning.runs]
+    assert all(budget["seconds"] == 20.0 for budget in budgets), budgets
+
+
+def test_a_study_without_its_plug_in_names_what_is_missing() -> None:
+    with pytest.raises(ConfigError, match="'ekfac'"):
+        plan_study(get_registry(), read_study(ROOT / "studies" / "networks-gpt.toml"), Path("out"))
+
+
 def test_the_ablation_switches_off_each_element() -> None:
-    plan = plan_study(get_registry(), read_study(STUDIES[0]), Path("out"))
-    assert STUDIES[0].stem == "ablation"
+    plan = plan_study(get_registry(), read_study(READY[0]), Path("out"))
+    assert READY[0].stem == "ablation"
     base = relevant(plan.study.of("base")[0].config)
     for variant in plan.study.variants[1:]:
         changed = relevant(plan.study.of(variant.name)[0].config)

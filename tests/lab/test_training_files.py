@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from kfacore.errors import ResourceError
-from kfacore.lab.training.files import atomic_write, disk_errors, plain, read_events, write_json
+from kfacore.errors import ConfigError, ResourceError
+from kfacore.lab.training.files import atomic_write, disk_errors, plain, read_events, require_folder, write_json
 
 
 def test_atomic_write_replaces_the_whole_file(tmp_path):
@@ -72,3 +72,15 @@ def test_a_damaged_line_is_named(tmp_path, line):
     path.write_text(f'{{"event": "step", "step": 1}}\n{line}\n{{"event": "step", "step": 2}}\n')
     with pytest.raises(ValueError, match="line 2"):
         list(read_events(path))
+
+
+def test_a_folder_below_a_file_or_a_link_to_nothing_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (tmp_path / "round").symlink_to("round")
+    require_folder(tmp_path / "new" / "inner", "take another")
+    require_folder(tmp_path, "take another")
+    for name, what in (("file", "a file"), ("link", "a link to nothing"), ("round", "a link to nothing")):
+        for folder in (tmp_path / name, tmp_path / name / "inner" / "most"):
+            with pytest.raises(ConfigError, match=f"{name} is {what}; take another"):
+                require_folder(folder, "take another")

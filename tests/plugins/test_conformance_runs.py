@@ -46,6 +46,28 @@ class TestAdam(OptimizerSuite):
     options: ClassVar[dict[str, Any]] = {"lr": 0.01}
 
 
+class TestAdamW(OptimizerSuite):
+    name = "adamw"
+    options: ClassVar[dict[str, Any]] = {"lr": 0.01}
+
+
+class TestMuon(OptimizerSuite):
+    name = "muon"
+    options: ClassVar[dict[str, Any]] = {"lr": 0.01}
+
+
+class TestGuest(OptimizerSuite):
+    name = "guest"
+    likelihood = "categorical"
+    options: ClassVar[dict[str, Any]] = {"lr": 0.01, "every": 3}
+
+
+class TestGuestAroundMuon(OptimizerSuite):
+    name = "guest"
+    options: ClassVar[dict[str, Any]] = {"base": "muon", "lr": 0.01, "scale": "kl"}
+    parts: ClassVar[dict[str, Any]] = {"approx": {"kind": "tridiag", "power": 0.5}, "estimator": "empirical"}
+
+
 class TestJsonl(SinkSuite):
     name = "jsonl"
     keys = ("event", "step", "batch_size", "loss", "seconds")

@@ -7,11 +7,26 @@ import pytest
 import torch
 from torch import nn
 
+from kfac_plugins.approx import BlockDiagonalConfig
+from kfac_plugins.approx.blockdiag import BlockDiagonal
+from kfac_plugins.estimators import MonteCarloConfig
+from kfac_plugins.estimators.monte_carlo import MonteCarlo
 from kfac_plugins.likelihoods.categorical import Categorical
 from kfac_plugins.likelihoods.gaussian import Gaussian
-from kfac_plugins.optimizers import COMPONENTS, AdamConfig, NesterovConfig, SgdConfig
+from kfac_plugins.optimizers import (
+    COMPONENTS,
+    AdamConfig,
+    AdamWConfig,
+    GuestConfig,
+    MuonConfig,
+    NesterovConfig,
+    SgdConfig,
+)
+from kfac_plugins.optimizers.guest import Guest
+from kfac_plugins.optimizers.muon import MuonAndAdamW, orthogonalised
 from kfac_plugins.optimizers.nesterov import Nesterov, momentum_coefficient
-from kfac_plugins.optimizers.torch_optimizers import Adam, Sgd
+from kfac_plugins.optimizers.torch_optimizers import Adam, AdamW, Muon, Sgd, split_matrices
+from kfacore import Preconditioned
 from kfacore.errors import ConfigError
 
 ETA = 0.1
@@ -33,7 +48,13 @@ def net(seed=0):
 
 
 def make(kind, model, likelihood):
-    classes = {"nesterov": (Nesterov, NesterovConfig()), "sgd": (Sgd, SgdConfig()), "adam": (Adam, AdamConfig())}
+    classes = {
+        "nesterov": (Nesterov, NesterovConfig()),
+        "sgd": (Sgd, SgdConfig()),
+        "adam": (Adam, AdamConfig()),
+        "adamw": (AdamW, AdamWConfig(decay=0.3)),
+        "muon": (Muon, MuonConfig()),
+    }
     optimizer, config = classes[kind]
     return optimizer.for_run(config, model=model, likelihood=likelihood, parts={}, weight_decay=ETA, seed=0)
 
@@ -64,7 +85,7 @@ def test_nesterov_follows_the_two_equations():
         assert report.objective.item() == pytest.approx(0.5 * (1 + ETA) * ahead**2, rel=1e-9, abs=1e-300)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
 def test_torch_optimizers_take_torchs_steps_on_the_whole_objective(kind):
     model, x, y = net()
     twin = copy.deepcopy(model)
@@ -72,6 +93,7 @@ def test_torch_optimizers_take_torchs_steps_on_the_whole_objective(kind):
     reference = {
         "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
         "adam": lambda p: torch.optim.Adam(p, lr=0.001),
+        "adamw": lambda p: torch.optim.AdamW(p, lr=0.001, weight_decay=0.3),
     }[kind](twin.parameters())
     for step in range(1, 6):
         reference.zero_grad()
@@ -89,7 +111,7 @@ def test_torch_optimizers_take_torchs_steps_on_the_whole_objective(kind):
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("kind", ["nesterov", "sgd", "adam"])
+@pytest.mark.parametrize("kind", ["nesterov", "sgd", "adam", "muon"])
 def test_state_goes_on_bit_for_bit(kind, tmp_path):
     model, x, y = net()
     optimizer = make(kind, model, Categorical())
@@ -125,8 +147,105 @@ def test_nesterov_needs_momentum_in_torch():
         Sgd(net()[0], Categorical(), SgdConfig(momentum=0.0, nesterov=True))
 
 
-def test_only_kfac_uses_the_slots_of_curvature():
+def test_only_kfac_and_the_guest_use_the_slots_of_curvature():
     uses = {component.name: component.uses for component in COMPONENTS}
     assert uses.pop("kfac") == {"estimator", "approx", "damping", "momentum", "trust"}
-    assert set(uses) == {"nesterov", "sgd", "adam"}
+    assert uses.pop("guest") == {"estimator", "approx"}
+    assert set(uses) == {"nesterov", "sgd", "adam", "adamw", "muon"}
     assert not any(uses.values())
+
+
+# --- Muon ------------------------------------------------------------------------------------------------------------
+
+
+def test_muon_takes_torchs_step_up_to_its_precision():
+    """Torch orthogonalises in bfloat16: the same momentum, scale and decay, and directions that agree to its digits."""
+    weight = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    own, theirs = nn.Parameter(weight.clone()), nn.Parameter(weight.clone())
+    one = MuonAndAdamW([own], [], lr=0.1, momentum=0.9, weight_decay=0.2)
+    two = torch.optim.Muon([theirs], lr=0.1, momentum=0.9, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
+    for k in range(4):
+        own.grad = torch.randn(6, 9, generator=torch.Generator().manual_seed(k + 1))
+        theirs.grad = own.grad.clone()
+        one.step()
+        two.step()
+    assert torch.linalg.norm(own - theirs) < 0.02 * torch.linalg.norm(theirs - weight)
+
+
+def test_the_rest_of_muon_is_adamw():
+    vector = torch.randn(7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own, theirs = nn.Parameter(vector.clone()), nn.Parameter(vector.clone())
+    matrix = nn.Parameter(torch.eye(2))
+    one = MuonAndAdamW([matrix], [own], lr=0.1, weight_decay=0.2)
+    two = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.2)
+    for k in range(5):
+        own.grad = torch.randn(7, generator=torch.Generator().manual_seed(k + 1), dtype=torch.float64)
+        theirs.grad = own.grad.clone()
+        one.step()
+        two.step()
+    torch.testing.assert_close(own, theirs, rtol=1e-12, atol=1e-14)
+    assert torch.equal(matrix, torch.eye(2))  # it had no gradient
+
+
+def test_a_kernel_is_a_matrix_of_its_outputs():
+    kernel = nn.Parameter(torch.zeros(4, 3, 2, 2))
+    kernel.grad = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    MuonAndAdamW([kernel], [], lr=1.0, momentum=0.0).step()
+    wanted = orthogonalised(kernel.grad.flatten(1)) * -0.2 * 12**0.5
+    torch.testing.assert_close(kernel.detach().flatten(1), wanted)
+
+
+def test_embeddings_and_heads_tied_to_them_are_no_matrices():
+    table, inner, head = nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5, bias=False)
+    head.weight = table.weight
+    model = nn.Sequential(table, inner, head)
+    matrices, rest = split_matrices(model, list(model.parameters()))
+    assert [id(p) for p in matrices] == [id(inner.weight)]
+    assert [id(p) for p in rest] == [id(table.weight), id(inner.bias)]
+    with pytest.raises(ConfigError, match="take adamw"):
+        split_matrices(table, list(table.parameters()))
+
+
+# --- the guest -------------------------------------------------------------------------------------------------------
+
+
+def guest(model, **options):
+    parts = {"approx": BlockDiagonal(BlockDiagonalConfig()), "estimator": MonteCarlo(MonteCarloConfig(tau1=1.0))}
+    config = GuestConfig(**options)
+    return Guest.for_run(config, model=model, likelihood=Categorical(), parts=parts, weight_decay=ETA, seed=3)
+
+
+def test_the_guest_takes_the_steps_of_a_loop_with_preconditioned():
+    model, x, y = net()
+    twin = copy.deepcopy(model)
+    optimizer = guest(model, lr=0.02, decay=0.1, every=2)
+    other = Preconditioned(
+        twin,
+        torch.optim.AdamW(twin.parameters(), lr=0.02, weight_decay=0.1),
+        likelihood="categorical",
+        approx=BlockDiagonalConfig(),
+        estimator=MonteCarloConfig(tau1=1.0),
+        every=2,
+        seed=3,
+    )
+    for step in range(1, 8):
+        refreshed = other.due
+        other.zero_grad()
+        with other.watch():
+            z = twin(x)
+        other.observe(z, y)
+        loss = nn.functional.cross_entropy(z, y)
+        objective = loss + 0.5 * ETA * sum(p.square().sum() for p in twin.parameters())
+        objective.backward()
+        other.step()
+        report = optimizer.step(x, y)
+        assert (report.step, report.refreshed) == (step, refreshed)
+        torch.testing.assert_close(report.objective, objective.detach())
+        for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_sgd_has_no_decoupled_decay():
+    with pytest.raises(ConfigError, match=r"optimizer\.decay is decoupled"):
+        guest(net()[0], base="sgd", decay=0.1)
+    assert guest(net()[0], base="sgd").momentum() == 0.9

@@ -11,7 +11,7 @@ from kfacore.lab.studies.plan import PlannedRun, Study, load_study
 from kfacore.lab.studies.planner import Plan, plan_study
 from kfacore.lab.studies.state import own_plan, state_folder
 from kfacore.lab.studies.tuning import read_choices
-from kfacore.lab.training.files import disk_errors, write_json
+from kfacore.lab.training.files import disk_errors, require_folder, write_json
 
 if TYPE_CHECKING:
     from kfacore.lab.studies.config import StudyConfig
@@ -53,8 +53,7 @@ def check_folder(folder: Path, name: str) -> None:
         ConfigError: It holds another study, a run, other files, or is a file.
         DataError: Its ``study.json`` is damaged.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder} is a file; name a folder for the study")
+    require_folder(folder, "name a folder for the study with --out")
     if not folder.is_dir():
         return
     if (folder / "study.json").exists():

@@ -26,7 +26,7 @@ from kfacore.lab.studies.report_data import AXES, read_runs
 from kfacore.lab.studies.report_results import Results, analyse
 from kfacore.lab.studies.tables import MEASURE_NAMES, csv_tables, latex_tables
 from kfacore.lab.training.figures import save_figure
-from kfacore.lab.training.files import atomic_write, disk_errors
+from kfacore.lab.training.files import atomic_write, disk_errors, require_folder
 
 __all__ = ["Report", "write_report"]
 
@@ -86,8 +86,7 @@ def write_report(folder: Path, out: Path | None = None) -> Report:
             f"{folder} has no runs yet: its index.json is missing or empty; kfac study run FILE plans them"
         )
     out = study.folder / "report" if out is None else Path(out)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; name a folder for the report with --to")
+    require_folder(out, "name a folder for the report with --to")
     with disk_errors(out):
         for part in (out, out / "figures", out / "tables"):
             part.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from kfacore.errors import KfacError, ResourceError
+from kfacore.errors import ConfigError, KfacError, ResourceError
 
-__all__ = ["atomic_write", "disk_errors", "plain", "read_events", "tracebacks", "write_json"]
+__all__ = ["atomic_write", "disk_errors", "plain", "read_events", "require_folder", "tracebacks", "write_json"]
 
 _ADVICE = {
     errno.ENOSPC: "free some space",
@@ -24,6 +24,20 @@ _ADVICE = {
     errno.EACCES: "choose a folder that can be written with --out",
     errno.EPERM: "choose a folder that can be written with --out",
 }
+
+
+def require_folder(folder: Path, advice: str) -> None:
+    """See that a folder is there or can be made, before anything expensive is done.
+
+    Raises:
+        ConfigError: It, or what it would be in, is a file or a link to nothing; the message ends with `advice`.
+    """
+    for part in (folder, *folder.parents):
+        if part.is_dir():
+            return
+        if os.path.lexists(part):
+            what = "a link to nothing" if part.is_symlink() else "a file"
+            raise ConfigError(f"{part} is {what}; {advice}")
 
 
 @contextlib.contextmanager

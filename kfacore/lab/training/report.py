@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kfacore.errors import ConfigError, DataError, nearest
 from kfacore.lab.training.figures import new_figure, number, save_figure, tidy
-from kfacore.lab.training.files import disk_errors
+from kfacore.lab.training.files import disk_errors, require_folder
 from kfacore.lab.training.outcome import Losses
 from kfacore.lab.training.run import RunFolder
 
@@ -152,8 +152,7 @@ def compare(
         raise ConfigError("name at least one run folder")
     rows = [summarise(run, target=target, measure=measure) for run in runs]
     folder = out if out is not None else runs[0].resolve().parent / "report"
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder} is a file; name a folder for the pictures")
+    require_folder(folder, "name a folder for the pictures with --out")
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     events = [RunFolder(run).events() for run in runs]

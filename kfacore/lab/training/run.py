@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kfacore.errors import ConfigError, DataError
-from kfacore.lab.training.files import disk_errors, read_events, write_json
+from kfacore.lab.training.files import disk_errors, read_events, require_folder, write_json
 
 __all__ = ["RunFolder", "default_folder"]
 
@@ -88,8 +88,7 @@ class RunFolder:
         Raises:
             ConfigError: There is a run, or the path is a file.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"--out {self.path} is a file; name a folder that does not exist yet")
+        require_folder(self.path, "name a folder with --out that does not exist yet")
         if any(file.exists() for file in (self.config_file, self.checkpoint_file, self.metrics_file)):
             raise ConfigError(
                 f"--out {self.path} holds another run; choose another folder, or continue that run with "

@@ -8,9 +8,19 @@ from pydantic import Field
 
 from kfacore.plugin import Component, OptimizerConfig
 
-__all__ = ["COMPONENTS", "AdamConfig", "KfacOptimizerConfig", "NesterovConfig", "SgdConfig"]
+__all__ = [
+    "COMPONENTS",
+    "AdamConfig",
+    "AdamWConfig",
+    "GuestConfig",
+    "KfacOptimizerConfig",
+    "MuonConfig",
+    "NesterovConfig",
+    "SgdConfig",
+]
 
 Rate = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
 Below1 = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -64,6 +74,52 @@ class AdamConfig(OptimizerConfig):
     """Added to the denominator."""
 
 
+class AdamWConfig(OptimizerConfig):
+    """Options of torch's AdamW."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: Rate = 0.001
+    """Learning rate."""
+    beta1: Below1 = 0.9
+    """Decay of the average of gradients."""
+    beta2: Below1 = 0.999
+    """Decay of the average of squared gradients."""
+    eps: Rate = 1e-8
+    """Added to the denominator."""
+    decay: NotNegative = 0.01
+    """Decoupled decay: lr times this share of a weight goes in a step, beside weight_decay, which the objective has."""
+
+
+class MuonConfig(OptimizerConfig):
+    """Options of Muon, with AdamW on vectors and embeddings at the same rate, which moves both about as far."""
+
+    kind: Literal["muon"] = "muon"
+    lr: Rate = 0.003
+    """Learning rate."""
+    momentum: Below1 = 0.95
+    """Momentum coefficient."""
+    decay: NotNegative = 0.0
+    """Decoupled decay: lr times this share of a weight goes in a step, beside weight_decay, which the objective has."""
+
+
+class GuestConfig(OptimizerConfig):
+    """Options of `kfacore.Preconditioned`: another optimizer's steps along K-FAC's directions."""
+
+    kind: Literal["guest"] = "guest"
+    base: Literal["adamw", "muon", "sgd"] = "adamw"
+    """The optimizer around which it is; what is not said here are that one's defaults."""
+    lr: Rate = 0.001
+    """Learning rate."""
+    decay: NotNegative = 0.0
+    """Decoupled decay: lr times this share of a weight goes in a step, beside weight_decay, which the objective has."""
+    every: Annotated[int, Field(strict=True, ge=1)] = 10
+    """Steps between two statistics and refreshes."""
+    scale: Literal["graft", "kl", "none"] = "graft"
+    """K-FAC's direction with the base's step length, a trust region in its place, or neither."""
+    damping: Rate = 0.1
+    """Each block's gamma is this times its mean scale."""
+
+
 COMPONENTS: tuple[Component, ...] = (
     Component(
         "optimizer",
@@ -82,4 +138,22 @@ COMPONENTS: tuple[Component, ...] = (
     ),
     Component("optimizer", "sgd", SgdConfig, "kfac_plugins.optimizers.torch_optimizers:Sgd", "torch.optim.SGD."),
     Component("optimizer", "adam", AdamConfig, "kfac_plugins.optimizers.torch_optimizers:Adam", "torch.optim.Adam."),
+    Component(
+        "optimizer", "adamw", AdamWConfig, "kfac_plugins.optimizers.torch_optimizers:AdamW", "torch.optim.AdamW."
+    ),
+    Component(
+        "optimizer",
+        "muon",
+        MuonConfig,
+        "kfac_plugins.optimizers.torch_optimizers:Muon",
+        "Muon on weight matrices, AdamW on the rest.",
+    ),
+    Component(
+        "optimizer",
+        "guest",
+        GuestConfig,
+        "kfac_plugins.optimizers.guest:Guest",
+        "K-FAC's directions in the steps of AdamW, Muon or SGD (kfacore.Preconditioned).",
+        uses=frozenset({"estimator", "approx"}),
+    ),
 )

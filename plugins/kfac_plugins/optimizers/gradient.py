@@ -52,6 +52,11 @@ class GradientOptimizer(Optimizer):
         self.parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.steps = 0
 
+    def outputs(self, inputs: Any, targets: Tensor) -> Tensor:
+        """The forward pass whose outputs are differentiated."""
+        z: Tensor = self.model(inputs)
+        return z
+
     def measure(self, inputs: Any, targets: Tensor) -> Objective:
         """Forward and backward on a mini-batch.
 
@@ -59,7 +64,7 @@ class GradientOptimizer(Optimizer):
             inputs: The model's inputs.
             targets: The targets.
         """
-        z = self.model(inputs)
+        z = self.outputs(inputs, targets)
         bound = self.loss.bind([z.detach()], targets, step=self.steps + 1)
         if bound.plain:
             loss, error = self.likelihood.nll(z, bound.y).mean(), self.likelihood.error(z.detach(), bound.y).mean()

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_plugins.optimizers import AdamConfig, SgdConfig
+from kfac_plugins.optimizers import AdamConfig, AdamWConfig, MuonConfig, SgdConfig
 from kfac_plugins.optimizers.gradient import GradientOptimizer
+from kfac_plugins.optimizers.muon import MuonAndAdamW
 from kfacore.errors import ConfigError
 from kfacore.roles import Likelihood, Optimizer, StepReport
 
-__all__ = ["Adam", "Sgd", "TorchOptimizer"]
+__all__ = ["Adam", "AdamW", "Muon", "Sgd", "TorchOptimizer", "split_matrices"]
 
 
 class TorchOptimizer(GradientOptimizer):
@@ -41,9 +42,9 @@ class TorchOptimizer(GradientOptimizer):
     def build(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Torch's optimizer over the parameters, without weight decay."""
 
-    @abstractmethod
     def momentum(self) -> float | None:
-        """The momentum coefficient to report, if the method has one."""
+        """The momentum coefficient to report: None where a method has none, and beta1 of Adam is not method.md's mu."""
+        return None
 
     @classmethod
     def for_run(
@@ -120,6 +121,48 @@ class Adam(TorchOptimizer):
         config = self.config
         return torch.optim.Adam(parameters, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
+
+class AdamW(TorchOptimizer):
+    """`torch.optim.AdamW` (Loshchilov & Hutter 2019): Adam, and weights shrink beside the gradient."""
+
+    config: AdamWConfig
+
+    def build(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        """With the config's two decays of averages and the decoupled one of weights."""
+        config = self.config
+        return torch.optim.AdamW(
+            parameters, config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.decay
+        )
+
+
+class Muon(TorchOptimizer):
+    """Muon on matrices and kernels, AdamW on the rest and on embeddings, as its author has it."""
+
+    config: MuonConfig
+
+    def build(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        """One optimizer for both.
+
+        Raises:
+            ConfigError: There is no matrix.
+        """
+        matrices, rest = split_matrices(self.model, parameters)
+        return MuonAndAdamW(matrices, rest, self.config.lr, self.config.momentum, self.config.decay)
+
     def momentum(self) -> float | None:
-        """None: beta1 is not the mu of method.md."""
-        return None
+        """The constant coefficient."""
+        return self.config.momentum
+
+
+def split_matrices(model: nn.Module, parameters: list[Tensor]) -> tuple[list[Any], list[Any]]:
+    """What Muon moves, and what it leaves to AdamW: vectors and embeddings, heads tied to them too.
+
+    Raises:
+        ConfigError: Nothing is left for Muon.
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
+    matrices = [p for p in parameters if p.dim() > 1 and id(p) not in tables]
+    if not matrices:
+        raise ConfigError("muon moves weight matrices, and this model trains none; take adamw")
+    taken = {id(p) for p in matrices}
+    return matrices, [p for p in parameters if id(p) not in taken]
