@@ -141,8 +141,8 @@ class LiveLine:
     def _on_start(self, event: Mapping[str, Any]) -> None:
         self._steps = int(event["steps"])
         method = event["optimizer"] if event["approx"] is None else f"{event['optimizer']}/{event['approx']}"
-        test = f"{event['train_cases']:,} + {event['test_cases']:,} test cases"
-        cases = test if event["test_cases"] else counted(event["train_cases"], "case")
+        test = f"{event['train_cases']:,} + {event['test_cases']:,} test examples"
+        cases = test if event["test_cases"] else counted(event["train_cases"], "example")
         self._words(
             f"{event['problem']} with {method}: {counted(event['parameters'], 'parameter')}, {cases}, "
             f"{event['dtype']} on {event['device']}"

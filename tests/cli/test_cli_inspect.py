@@ -18,7 +18,7 @@ def test_at_initialisation(kfac, options, tmp_path):
     code, out, err = kfac("inspect", *options, "--approx", "blockdiag", "--approx", "tridiag", "--cases", 50)
     assert code == 0, err
     assert "npz at initialisation" in out
-    assert "50 training cases" in out
+    assert "50 training examples" in out
     assert "iterations of conjugate gradients" in out
     assert "tridiag^-1 / F-tilde^-1" in out
     assert "equation 4" in out

@@ -81,7 +81,7 @@ def test_without_a_terminal_lines_are_plain_and_occasional(monkeypatch):
     evaluation["averaged_test_error"] = None
     text = shown(monkeypatch, [START, step(1), step(2, rho=0.5), evaluation, step(3)], terminal=False)
     assert text.splitlines() == [
-        "curves with kfac/tridiag: 842,340 parameters, 20,000 + 10,000 test cases, float32 on cpu",
+        "curves with kfac/tridiag: 842,340 parameters, 20,000 + 10,000 test examples, float32 on cpu",
         "run folder runs/x",
         "step 1/500  loss 71.23  error 4.5  500 ms/step  ETA 4m10s",
         "step 2/500  loss 71.23  error 4.5  rho 0.5  500 ms/step  ETA 4m09s",
@@ -109,7 +109,7 @@ def test_what_stays_above_the_line_breaks_between_words(monkeypatch, width):
     first = re.sub(r"\x1b\[[?0-9]*[a-zA-Z]", "", text[: text.index("run folder")]).splitlines()
     assert all(len(line) <= width for line in first)
     shown_words = " ".join(text.replace("\n", " ").split())
-    assert "842,340 parameters, 20,000 + 10,000 test cases, float32 on cpu" in shown_words
+    assert "842,340 parameters, 20,000 + 10,000 test examples, float32 on cpu" in shown_words
     assert "waiting for step 1 ..." in text  # torch and the data are there
 
 

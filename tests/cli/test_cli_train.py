@@ -32,7 +32,7 @@ def test_a_run_for_people(kfac, small, tmp_path):
     assert out.startswith("done: 20 steps in ")
     assert "  training loss: first " in out
     assert f"  best parameters (step 20): {os.path.join('run', 'checkpoint-best.pt')}" in out.splitlines()
-    assert "npz with kfac/blockdiag: 339 parameters, 60 + 20 test cases, float32 on cpu" in err
+    assert "npz with kfac/blockdiag: 339 parameters, 60 + 20 test examples, float32 on cpu" in err
     assert "run folder run" in err
     assert "step 20  error: train" in err
     assert "averaged parameters: train loss" in out

@@ -38,7 +38,7 @@ def labels(ax):
 def test_progress_has_loss_and_error_against_steps_and_seconds():
     events = [step(1), evaluation(1), step(2), evaluation(2, test_loss=60.0, averaged_train_error=5.0)]
     axes = draw_progress(events, "a run", "share misclassified").axes
-    assert [ax.get_ylabel() for ax in axes] == ["loss per case", "", "share misclassified", ""]
+    assert [ax.get_ylabel() for ax in axes] == ["loss per example", "", "share misclassified", ""]
     assert [ax.get_xlabel() for ax in axes] == ["", "", "step", "training seconds"]
     assert labels(axes[0]) == ["mini-batch", "training set", "test set"]
     assert labels(axes[2]) == ["mini-batch", "training set", "training set, averaged"]
@@ -57,7 +57,7 @@ def test_values_that_are_missing_or_not_finite_are_left_out():
     events = [step(1, rho=None), step(2, rho=float("-inf")), step(3, rho=0.5, loss=None), step(4, rho=float("nan"))]
     figure = draw_trace(events, "a run")
     panels = {ax.get_title(): ax for ax in figure.axes if ax.get_title()}
-    assert set(panels) == {r"$\rho$", "cases in a mini-batch"}
+    assert set(panels) == {r"$\rho$", "examples in a mini-batch"}
     assert list(panels[r"$\rho$"].get_lines()[0].get_xdata()) == [3]
     loss = draw_progress(events, "", "").axes[0].get_lines()[0]
     assert list(loss.get_xdata()) == [1, 2, 4]

@@ -66,11 +66,11 @@ def inspect(
     preset: Annotated[
         str | None, typer.Option(metavar="NAME", help="Options by name: default, paper or heskes.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the model and of the choice of cases.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the model and of the examples chosen.")] = None,
     data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the problem's data files.")] = None,
     cases: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Training cases of the exact Fisher (default 1000, figures 5000)."),
+        typer.Option(metavar="N", min=1, help="Training examples of the exact Fisher (default 1000, figures 5000)."),
     ] = None,
     layers: Annotated[
         str | None, typer.Option(metavar="FIRST-LAST", help="Layers of the dense matrices, counted from 1.")
@@ -220,7 +220,7 @@ def _figure(name: str, config: RunConfig, *, cases: int | None, out: Path | None
     typer.echo(heading(f"{name}: {numbers['what']}"))
     typer.echo(
         f"trained {training['steps']} steps to {100 * training['train_error']:.1f}% training error; "
-        f"{numbers['cases']:,} cases, gamma {numbers['gamma']:.3g}"
+        f"{numbers['cases']:,} examples, gamma {numbers['gamma']:.3g}"
     )
     if "errors" in numbers:
         typer.echo(table(_error_rows(numbers["errors"])))
@@ -240,7 +240,7 @@ def _text(result: Inspection) -> str:
     exact, natural = result.subject.exact, result.natural
     lines = [
         heading(result.subject.name),
-        f"  {exact.parameters:,} parameters in {len(exact.layers)} layers, {exact.cases:,} training cases",
+        f"  {exact.parameters:,} parameters in {len(exact.layers)} layers, {exact.cases:,} training examples",
         f"  lambda {_number(exact.lam)}, weight decay {_number(exact.weight_decay)}, "
         f"gamma {_number(result.subject.gamma)}; statistics: {result.statistics}",
         "",

@@ -54,7 +54,17 @@ def _table(rows: Sequence[RunSummary], target: float | None, measure: str) -> st
     from kfac_cli.live import duration, figure
 
     used = [name for name in _COLUMNS if any(row.final[name] is not None for row in rows)]
-    header = ["run", "problem", "method", "seed", "steps", "cases", "time", "loss", *(_COLUMNS[name] for name in used)]
+    header = [
+        "run",
+        "problem",
+        "method",
+        "seed",
+        "steps",
+        "examples",
+        "time",
+        "loss",
+        *(_COLUMNS[name] for name in used),
+    ]
     if target is not None:
         header.append(f"{_COLUMNS[measure]} <= {figure(target)}")
     lines = [header]

@@ -39,14 +39,14 @@ __all__ = [
 Draw = Callable[["Axes"], bool]
 """Draws one picture and says whether there was anything to draw."""
 
-AXIS_LABELS = {"step": "step", "cases": "training cases", "seconds": "training seconds"}
+AXIS_LABELS = {"step": "step", "cases": "training examples", "seconds": "training seconds"}
 TRACE_LABELS = {
     "lam": "lambda",
     "gamma": "gamma",
     "rho": "rho (reduction ratio)",
     "alpha": "alpha (learning rate)",
     "mu": "mu (momentum)",
-    "batch_size": "cases in a mini-batch",
+    "batch_size": "examples in a mini-batch",
 }
 _LOG_TRACES = ("lam", "gamma", "alpha", "batch_size")
 

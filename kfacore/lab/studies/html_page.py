@@ -118,7 +118,7 @@ def _targets(results: Results, pens: Mapping[str, Stroke]) -> _Targets | None:
 
 
 def _target_table(results: Results, pens: Mapping[str, Stroke], problem: str) -> Table:
-    units = {"step": "Steps", "cases": "Cases", "seconds": f"Seconds{'†' if results.shared else ''}"}
+    units = {"step": "Steps", "cases": "Examples", "seconds": f"Seconds{'†' if results.shared else ''}"}
     header = heads("Variant", "Reached", *(units[axis] for axis in AXES))
     for what in ("Gets to the reference's end:", "Reference gets to its end:"):
         header += [Cell(what, head="col", below=units[axis].lower()) for axis in ("step", "seconds")]

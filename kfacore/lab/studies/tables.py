@@ -33,7 +33,7 @@ MEASURE_NAMES = {
 
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
-_UNITS = {"step": "steps", "cases": "cases", "seconds": "seconds"}
+_UNITS = {"step": "steps", "cases": "examples", "seconds": "seconds"}
 
 
 def counted(number: int, noun: str) -> str:

@@ -38,7 +38,7 @@ _TRACES = (
     ("rho", r"$\rho$", False),
     ("alpha", r"$\alpha$", True),
     ("mu", r"$\mu$", False),
-    ("batch_size", "cases in a mini-batch", True),
+    ("batch_size", "examples in a mini-batch", True),
 )
 
 _IMAGES = 12
@@ -75,7 +75,7 @@ def draw_run(folder: RunFolder, events: Sequence[Mapping[str, Any]], parts: Part
             parts.model if average is None else average,
             parts.likelihood,
             parts.train if parts.test is None else parts.test,
-            f"{title}: {'training' if parts.test is None else 'test'} cases above their reconstructions"
+            f"{title}: {'training' if parts.test is None else 'test'} examples above their reconstructions"
             + ("" if average is None else " (averaged parameters)"),
         )
         drawn.append(save_figure(figure, folder.plots / "reconstructions.png"))
@@ -108,7 +108,7 @@ def draw_progress(events: Iterable[Mapping[str, Any]], title: str, error_name: s
         return None
     figure = new_figure(11.0, 7.5)
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
-    for row, (name, label) in enumerate((("loss", "loss per case"), ("error", error_name))):
+    for row, (name, label) in enumerate((("loss", "loss per example"), ("error", error_name))):
         for column, (x, x_label) in enumerate((("step", "step"), ("seconds", "training seconds"))):
             ax = axes[row, column]
             _line(ax, steps, x, name, color=BATCH, linewidth=1.0, label="mini-batch")
