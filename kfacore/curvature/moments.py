@@ -67,10 +67,11 @@ def _in_parts(x: Tensor, y: Tensor) -> Tensor:
     has, each addition then errs to the same side: in float32 by 1e-3 of the sum, and A comes out asymmetric.
     """
     whole = len(x) // _PART * _PART
-    left, right = (rows[:whole].unflatten(0, (-1, _PART)) for rows in (x, y))
+    left, right = (rows[:whole].view(-1, _PART, *rows.shape[1:]) for rows in (x, y))
     if x.dim() == 2:
-        return (left.mT @ right).sum(0).addmm_(x[whole:].T, y[whole:])
-    products = (left.permute(0, 2, 3, 1) @ right.permute(0, 2, 1, 3)).sum(0)
+        products = torch.sum(left.mT @ right, 0)
+        return products.addmm_(x[whole:].T, y[whole:])
+    products = torch.sum(left.permute(0, 2, 3, 1) @ right.permute(0, 2, 1, 3), 0)
     return products.baddbmm_(x[whole:].permute(1, 2, 0), y[whole:].permute(1, 0, 2))
 
 
