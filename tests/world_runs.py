@@ -15,6 +15,7 @@ from torch import distributed as dist
 
 from kfacore import KFAC, Preconditioned
 from kfacore.errors import KfacError
+from kfacore.nest import tensors_of
 from kfacore.parallel.whole import interleaved
 
 STEPS = 20
@@ -274,3 +275,22 @@ def dies(rank: int) -> str:
     except KfacError as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def held(opt: KFAC) -> int:
+    """Bytes of averages and inverse that this process holds."""
+    assert opt.preconditioner is not None
+    assert opt.preconditioner.inverse is not None
+    kept = [value for value, _ in opt.preconditioner.moments.averages if not value.is_meta]
+    kept += tensors_of(opt.preconditioner.inverse.state_dict())
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}.values())
+
+
+def divided(rank: int | None, sizes: Sequence[int], options: dict[str, Any], states: Sequence[Any]) -> dict[str, Any]:
+    """Train with the curvature at its owners, from the start or from states; and what is held."""
+    found = [kfac(rank, sizes, options)] if not states else []
+    found += [kfac(rank, sizes, options, STEPS // 2, STEPS // 2, state) for state in states]
+    opt = KFAC(net(), likelihood="categorical", **options)
+    for k in range(2):
+        opt.step(*own(rank, sizes, *data(sum(sizes), k)))
+    return {"runs": found, "held": held(opt), "groups": getattr(opt.preconditioner, "groups", None)}

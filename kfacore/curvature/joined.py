@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from kfacore.curvature.diagonal import Entries
@@ -32,7 +33,7 @@ from kfacore.roles.moment import Moment, Moments, Tally
 from kfacore.roles.samples import Samples
 from kfacore.schema.slots import PiRule
 
-__all__ = ["Joined"]
+__all__ = ["Joined", "Part", "mean_pi"]
 
 
 class Curvature(Protocol):
@@ -102,6 +103,16 @@ class JoinedMoments(Moments):
         assert isinstance(twin, JoinedMoments)
         twin.each = [moments.frozen() for moments in self.each]
         return twin
+
+    def sum_on(self, device: torch.device) -> None:
+        """All parts."""
+        for moments in self.each:
+            moments.sum_on(device)
+
+    def forget(self) -> None:
+        """All parts."""
+        for moments in self.each:
+            moments.forget()
 
     def add(self, samples: Samples) -> None:
         """Each part gets what its own blocks saw."""
@@ -234,18 +245,35 @@ class JoinedFactorisation(Factorisation):
     def __init__(self, joined: Joined, each: Sequence[Factorisation]) -> None:
         self._joined, self._each = joined, list(each)
 
+    def log_pi(self) -> tuple[Tensor, Tensor] | None:
+        """Of all parts that tell theirs."""
+        return _added([factorisation.log_pi() for factorisation in self._each])
+
     def damped(self, gamma: Tensor, *, pi: PiRule | Tensor = "layer") -> JoinedInverse:
         """All parts at one gamma, ``pi = "net"`` over all of them together as far as they tell theirs."""
-        logs = [factorisation.log_pi() if pi == "net" else None for factorisation in self._each]
-        known = [found for found in logs if found is not None]
-        rules: list[Any] = [pi] * len(logs)
-        if known:
-            total, count = (sum(terms[1:], terms[0]) for terms in zip(*known, strict=True))
-            shared = (total.double() / count.clamp_min(1)).exp()
-            rules = [pi if told is None else shared for told in logs]
+        rules: list[Any] = [pi] * len(self._each)
+        if pi == "net" or isinstance(pi, Tensor):
+            logs = [factorisation.log_pi() for factorisation in self._each]
+            known = _added(logs)
+            shared = pi if known is None or isinstance(pi, Tensor) else mean_pi(*known)
+            rules = ["net" if told is None else shared for told in logs]
         parts = zip(self._each, rules, self._joined.parts, strict=True)
         each = [f.damped(_gamma_of(gamma, part), pi=rule) for f, rule, part in parts]
         return JoinedInverse(self._joined.layers, self._joined.parts, each)
+
+
+def _added(logs: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
+    """Sums of logarithms and numbers of blocks of those that tell theirs; None if nobody does."""
+    known = [found for found in logs if found is not None]
+    if not known:
+        return None
+    total, count = (sum(terms[1:], terms[0]) for terms in zip(*known, strict=True))
+    return total, count
+
+
+def mean_pi(total: Tensor, count: Tensor) -> Tensor:
+    """The geometric mean of pi, from the sum of logarithms over blocks and their number."""
+    return (total.double() / count.clamp_min(1)).exp()
 
 
 def _gamma_of(gamma: Tensor, part: Part) -> Tensor:
@@ -266,7 +294,9 @@ class Joined:
             next, where both are served by the approximation, if left out.
 
     Attributes:
+        approx: As given.
         parts: Who serves which blocks, the approximation first if it serves any.
+        alone: Whether the approximation serves all blocks.
 
     Raises:
         UnsupportedModelError: The approximation refuses its blocks.
@@ -277,7 +307,7 @@ class Joined:
     ) -> None:
         self.layers = list(layers)
         self.pairs = list(pairwise(range(len(self.layers)))) if pairs is None else list(pairs)
-        self._approx = approx
+        self.approx = approx
         power = float(getattr(approx.config, "power", 1.0))
         builtin: dict[str, Curvature] = {
             "kron": Kron(power),
@@ -291,7 +321,7 @@ class Joined:
             served.append((curvature, [i for i, b in enumerate(self.layers) if i not in own and b.kind == kind]))
         self.parts = [Part(c, indices, [self.layers[i] for i in indices]) for c, indices in served if indices]
         self._own = [self.layers[i] for i in sorted(own)]
-        self._alone = len(own) == len(self.layers)
+        self.alone = len(own) == len(self.layers)
         self._indices = own
         if own:
             approx.check_layers(self._own)
@@ -303,11 +333,11 @@ class Joined:
 
     def server(self, index: int) -> str:
         """Who serves a block: the approximation by name, or ``"built-in"``."""
-        return str(self._approx.config.kind) if index in self._indices else "built-in"
+        return str(self.approx.config.kind) if index in self._indices else "built-in"
 
     def _served(self, block: Block) -> bool:
         """By the approximation: it says so, and its moments can be made of such samples."""
-        return self._approx.serves(block) and all(kind.serves(block) for kind in self._approx.moments)
+        return self.approx.serves(block) and all(kind.serves(block) for kind in self.approx.moments)
 
     def start(self, like: Tensor) -> Moments:
         """Moments of all parts, all zero.
@@ -315,8 +345,8 @@ class Joined:
         Args:
             like: A tensor with the parameters' dtype and device.
         """
-        if self._alone:
-            return Moments(self._approx.moments, self.layers, like, self.pairs)
+        if self.alone:
+            return Moments(self.approx.moments, self.layers, like, self.pairs)
         return JoinedMoments(self.parts, self.layers, like, self.pairs)
 
     def factorise(self, moments: Moments) -> Factorisation:
@@ -327,21 +357,22 @@ class Joined:
             PluginError: The approximation raised what is no error of kfacore; names it.
         """
         if not isinstance(moments, JoinedMoments):
-            with named(self._approx, self._own, "factorise"):
-                return self._approx.factorise(moments)
-        with named(self._approx, self._own, "factorise"):
+            with named(self.approx, self._own, "factorise"):
+                return self.approx.factorise(moments)
+        with named(self.approx, self._own, "factorise"):
             each = [part.curvature.factorise(own) for part, own in zip(self.parts, moments.each, strict=True)]
         return JoinedFactorisation(self, each)
 
-    def damped(self, factorisation: Factorisation, gamma: Tensor, pi: PiRule) -> Inverse:
-        """The inverse at one gamma, or at one for each block.
+    def damped(self, factorisation: Factorisation, gamma: Tensor, pi: PiRule | Tensor) -> Inverse:
+        """The inverse at one gamma, or at one for each block; with a scalar for pi where `log_pi` tells something.
 
         Raises:
             NumericalError: Something failed; names the block.
             PluginError: The approximation raised what is no error of kfacore; names it.
         """
-        with named(self._approx, self._own, "damped"):
-            return factorisation.damped(_gamma_of(gamma, self.parts[0]) if self._alone else gamma, pi=pi)
+        with named(self.approx, self._own, "damped"):
+            own = _gamma_of(gamma, self.parts[0]) if self.alone else gamma
+            return factorisation.damped(own, pi=pi)  # type: ignore[arg-type]  # a scalar where it is understood
 
     def try_out(self, inverse: Inverse, like: Tensor) -> None:
         """Solve for ones and look at what comes: a wrong shape would only be noticed much later.
@@ -351,7 +382,7 @@ class Joined:
             NumericalError: A block is not finite; names it.
         """
         ones = [like.new_ones(layer.shape) for layer in self.layers]
-        with named(self._approx, self._own, "solve"):
+        with named(self.approx, self._own, "solve"):
             solved = inverse.solve(ones)
         self.examine(solved, ones)
 
@@ -361,7 +392,7 @@ class Joined:
         Raises:
             PluginError: The approximation raised what is no error of kfacore; names it.
         """
-        with named(self._approx, self._own, "solve"):
+        with named(self.approx, self._own, "solve"):
             inverse.solve_into(blocks, out)
 
     def examine(self, solved: Sequence[Tensor], gradient: Sequence[Tensor]) -> None:
@@ -376,13 +407,13 @@ class Joined:
             NumericalError: A block is not finite although its gradient is; likewise.
         """
         own = set(self._own)
-        makers = [component(self._approx) if block in own else "built-in curvature" for block in self.layers]
+        makers = [component(self.approx) if block in own else "built-in curvature" for block in self.layers]
         examine(makers, self.layers, solved, gradient)
 
     def load_inverse(self, state: Mapping[str, Any]) -> Inverse:
         """Restore an inverse from its state, bit for bit."""
-        if self._alone:
-            return self._approx.load_inverse(state, self.layers)
+        if self.alone:
+            return self.approx.load_inverse(state, self.layers)
         each = [
             part.curvature.load_inverse(saved, part.layers)
             for part, saved in zip(self.parts, state["parts"], strict=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kfacore.curvature.joined import Joined
+from kfacore.curvature.pieces import load_pieces
 from kfacore.curvature.schedule import FIRST_REFRESHES, scheduled
 from kfacore.errors import ConfigError, NumericalError
 from kfacore.parallel.background import BackgroundRefresh, Made
@@ -69,7 +70,7 @@ class Preconditioner:
         self.layers = list(layers)
         self.decay = decay
         self.joined = Joined(approx, self.layers, pairs)  # moments may be large: this asks first whether all fits
-        self.moments = self.joined.start(like)
+        self.moments = self._start(like)
         self._like = like
         self._whole = True  # the averages are those of all processes, not this one's share
         self._beside = ranks.beside() if approx.config.refresh == "background" else ranks
@@ -77,6 +78,10 @@ class Preconditioner:
         self._background = BackgroundRefresh(like.device)
         self._hurried = self._owed = False
         self._worked = self._refreshed = 0.0
+
+    def _start(self, like: Tensor) -> Moments:
+        """The averages that are kept here."""
+        return self.joined.start(like)
 
     def spent(self, operations: float) -> None:
         """Told the operations of a step without its refresh, which the share of refreshes is measured against."""
@@ -196,8 +201,11 @@ class Preconditioner:
         self._refreshed += pace.done
         if self.inverse is None:
             for _, inverse in made.pairs:  # once, before the first is used
-                self.joined.try_out(inverse, self._like)
+                self._try_out(inverse)
         return self._report(made)
+
+    def _try_out(self, inverse: Inverse) -> None:
+        self.joined.try_out(inverse, self._like)
 
     def examine(self, solved: Sequence[Tensor], gradient: Sequence[Tensor]) -> None:
         """Name the block where a solution is not what it should be; waits for the device.
@@ -250,6 +258,8 @@ class Preconditioner:
         return made.pairs, notices
 
     def _load(self, state: Any) -> Inverse:
+        if "owned" in state:  # of processes that had a part each
+            return load_pieces(self.joined, state, range(len(self.layers)))
         return self.joined.load_inverse(state)
 
     def use(self, inverse: Inverse) -> None:
@@ -304,21 +314,33 @@ class Preconditioner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state of the same approximation and layers."""
-        self.moments.load_state_dict(state["moments"])
-        self._whole = True
+        self._load_moments(state["moments"])
         saved = state["inverse"]
         self.inverse = None if saved is None else self._load(saved)
         self._background.load_state_dict(state["background"], self._load)
         schedule = state.get("schedule", (False, False, 0.0, 0.0, None))
         self._hurried, self._owed, self._worked, self._refreshed, self._background.operations = schedule
 
+    def _load_moments(self, state: dict[str, Any]) -> None:
+        self.moments.load_state_dict(state)
+        self._whole = True
 
-def add_up(moments: Moments, ranks: Ranks) -> None:
-    """Sum over processes what was added to moments since their last `Moments.commit`."""
+
+def add_up(moments: Moments, ranks: Ranks, owner: int | None = None) -> None:
+    """Sum over processes what was added to moments since their last `Moments.commit`.
+
+    Args:
+        moments: Those of each process.
+        ranks: The processes.
+        owner: Who gets the sums, while the others forget; all if left out.
+    """
     if ranks.alone:
         return
     pending, symmetric = moments.pending(), moments.pending_symmetric
     parts = [folded(x) if half else x for x, half in zip(pending, symmetric, strict=True)]
-    total = ranks.sum("statistics", parts)
+    total = ranks.sum("statistics", parts) if owner is None else ranks.sum_to("statistics", parts, owner)
+    if total is None:
+        moments.forget()
+        return
     whole = [unfolded(x, old.shape[-1]) if half else x for x, old, half in zip(total, pending, symmetric, strict=True)]
     moments.load_pending(whole)

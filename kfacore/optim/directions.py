@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kfacore.curvature.forest import nearest
 from kfacore.curvature.joined import Joined
+from kfacore.curvature.owned import preconditioner
 from kfacore.curvature.preconditioner import Preconditioner
 from kfacore.network import Accumulated, BlockVector, Linearization
 from kfacore.optim.joint import BoundJoint
@@ -71,7 +72,7 @@ class Directions:
             like, decay = layers[0].parameters[0], parts.estimator.config.decay
             pairs = nearest(parts.linearizer.following)
             require_alike(parts)
-            self.preconditioner = Preconditioner(parts.approx, infos, like, decay, pairs, parts.ranks)
+            self.preconditioner = preconditioner(parts.approx, infos, like, decay, pairs, parts.ranks)
             self.grad, self.delta = self._vector(), self._vector()
         return self.preconditioner
 

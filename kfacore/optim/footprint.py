@@ -6,23 +6,21 @@ averages, so before there is one it counts as twice them; afterwards it is measu
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
+from kfacore.curvature.places import averages
 from kfacore.nest import tensors_of
 from kfacore.network.vectors import entries_of
-from kfacore.roles.moment import Moment
 
 if TYPE_CHECKING:
     from kfacore.curvature.joined import Joined
     from kfacore.optim.kfac import KFAC
 
-__all__ = ["Average", "Memory", "amount", "averages", "block_memory"]
+__all__ = ["Memory", "amount", "block_memory"]
 
 _INVERSE = 2
 """Numbers of an inverse for each of the averages that it is made of: a damped factor and its inverse."""
@@ -86,42 +84,6 @@ def block_memory(optimizer: KFAC, joined: Joined) -> tuple[list[Memory], Memory]
         for kept, info in zip(moments, infos, strict=True)
     ]
     return each, Memory(together, round(together * scale))
-
-
-class Average(NamedTuple):
-    """One running average.
-
-    Attributes:
-        block: Position of its block, of a pair's first; None where it is of all blocks together.
-        kind: Its class.
-        which: The how many-th value of its kind that this block has, from 0.
-        shape: Its shape.
-    """
-
-    block: int | None
-    kind: type[Moment]
-    which: int
-    shape: tuple[int, ...]
-
-    @property
-    def entries(self) -> int:
-        """Number of entries."""
-        return math.prod(self.shape)
-
-
-def averages(joined: Joined) -> Iterator[Average]:
-    """All running averages of a net, without their memory."""
-    nothing = torch.empty(0, device="meta")
-    for part in joined.parts:
-        local = {index: i for i, index in enumerate(part.indices)}
-        pairs = [(local[i], local[j]) for i, j in joined.pairs if i in local and j in local]
-        for kind in part.curvature.moments:
-            alone, whole = (kind(part.layers, nothing, which).values for which in ([], pairs))
-            owners = part.indices if len(alone) == len(whole) else [part.indices[i] for i, _ in pairs]
-            shared = not owners or len(whole) % len(owners)
-            for k, value in enumerate(whole):
-                block, which = (None, k) if shared else (owners[k % len(owners)], k // len(owners))
-                yield Average(block, kind, which, tuple(value.shape))
 
 
 def _factor_scale(optimizer: KFAC, moments: int) -> float:

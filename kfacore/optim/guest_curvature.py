@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kfacore.curvature.forest import forest
-from kfacore.curvature.preconditioner import Preconditioner, add_up
+from kfacore.curvature.owned import preconditioner
+from kfacore.curvature.preconditioner import add_up
 from kfacore.curvature.scales import MeanScales, gammas
 from kfacore.errors import NumericalError
 from kfacore.optim.guards import as_parameters
@@ -57,7 +58,7 @@ class GuestCurvature:
         infos = [block.info for block in network.layers]
         pairs = forest(network.following, [1.0 / abs(j - i) for i, j in network.following])
         self._like = network.layers[0].parameters[0]
-        self.preconditioner = Preconditioner(approx, infos, self._like, decay, pairs, ranks)
+        self.preconditioner = preconditioner(approx, infos, self._like, decay, pairs, ranks)
         self.scales = Moments((MeanScales,), infos, self._like)
         self.added = 0
         self._options, self._say, self._ranks = options, say, ranks

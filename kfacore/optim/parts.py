@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from kfacore.curvature.owned import require_divisible
 from kfacore.network import Linearizer
 from kfacore.network.facts import agreed
 from kfacore.optim.joint import Joint, joint_or_loss
@@ -114,6 +115,7 @@ def compose(registry: Registry, model: nn.Module, chosen: Mapping[str, Any], ran
         reduce=chosen["reduce"],
         tangents=momentum.uses_model or damping.uses_model,
     )
+    require_divisible(approx)
     approx.check_layers([x.info for x in linearizer.layers if approx.serves(x.info)])
     generator = torch.Generator(linearizer.parameters[0].device).manual_seed(chosen["seed"])
     loss.shared = not ranks.alone

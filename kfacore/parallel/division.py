@@ -7,8 +7,9 @@ everyone has the same bits in the same layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from kfacore import errors
 from kfacore.errors import RankError
+from kfacore.nest import tensors_of
 from kfacore.parallel.ranks import Ranks
 
-__all__ = ["Wire", "divided", "owners"]
+__all__ = ["Wire", "divided", "everyones", "owners", "refuse"]
 
 _Result = TypeVar("_Result")
 
@@ -87,7 +89,7 @@ def divided(
     forms = {i: [(tuple(t.shape), t.dtype) for t in tensors] for i, (tensors, _) in packed.items()}
     extra = {i: more for i, (_, more) in packed.items()}
     found = ranks.gather("division of the factors", (told, forms, extra))
-    _refuse(failure, [each[0] for each in found])
+    refuse(failure, [each[0] for each in found])
     results: dict[int, _Result] = {}
     for rank, (_, shapes, more) in enumerate(found):
         own = {i: tensors for i, (tensors, _) in packed.items()} if rank == ranks.rank else None
@@ -96,7 +98,7 @@ def divided(
     return [results[i] for i in range(len(costs))]
 
 
-def _refuse(failure: Exception | None, told: Sequence[tuple[str, str] | None]) -> None:
+def refuse(failure: Exception | None, told: Sequence[tuple[str, str] | None]) -> None:
     """The first failure on all processes, in its own words: they name the layer, and it is nobody's own."""
     for rank, each in enumerate(told):
         if each is None:
@@ -108,12 +110,54 @@ def _refuse(failure: Exception | None, told: Sequence[tuple[str, str] | None]) -
         raise known(message) if isinstance(known, type) else RankError(f"rank {rank} failed: {kind}: {message}")
 
 
+def everyones(ranks: Ranks, what: str, nest: Any, device: torch.device) -> list[Any]:
+    """What each process has, tensors of any size in dicts, lists and what is small and plain, in their order.
+
+    Args:
+        ranks: The processes.
+        what: What it is, for messages and the count of bytes.
+        nest: This process's.
+        device: Where tensors arrive.
+    """
+    own = [tensor.detach().to(device) for tensor in tensors_of(nest)]
+    found = ranks.gather(what, (_emptied(nest, count()), [(tuple(tensor.shape), tensor.dtype) for tensor in own]))
+    nests = []
+    for rank, (tree, forms) in enumerate(found):
+        mine = {0: own} if rank == ranks.rank else None
+        nests.append(_filled(tree, _sent(ranks, rank, {0: forms}, mine, device, what)[0]))
+    return nests
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Stands for a tensor that travels apart."""
+
+    index: int
+
+
+def _emptied(nest: Any, places: Iterator[int]) -> Any:
+    if isinstance(nest, Tensor):
+        return _Place(next(places))
+    if isinstance(nest, dict):
+        return {key: _emptied(value, places) for key, value in nest.items()}
+    return type(nest)(_emptied(value, places) for value in nest) if isinstance(nest, list | tuple) else nest
+
+
+def _filled(tree: Any, tensors: Sequence[Tensor]) -> Any:
+    if isinstance(tree, _Place):
+        return tensors[tree.index].clone()
+    if isinstance(tree, dict):
+        return {key: _filled(value, tensors) for key, value in tree.items()}
+    return type(tree)(_filled(value, tensors) for value in tree) if isinstance(tree, list | tuple) else tree
+
+
 def _sent(
     ranks: Ranks,
     source: int,
     forms: dict[int, list[tuple[tuple[int, ...], torch.dtype]]],
     own: dict[int, list[Tensor]] | None,
     device: torch.device,
+    what: str = "inverses",
 ) -> dict[int, list[Tensor]]:
     """The tensors of one process's results, on all of them: one message a dtype."""
     places = [(i, k, *form) for i, each in forms.items() for k, form in enumerate(each)]
@@ -125,7 +169,7 @@ def _sent(
             flat = torch.cat([own[i][k].reshape(-1) for i, k, _ in chosen])
         else:
             flat = torch.empty(sum(sizes), dtype=dtype, device=device)
-        ranks.broadcast("inverses", flat, source)
+        ranks.broadcast(what, flat, source)
         for (i, k, shape), part in zip(chosen, torch.split(flat, sizes), strict=True):
             found[i][k] = part.view(shape)
     return found

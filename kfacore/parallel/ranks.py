@@ -109,6 +109,10 @@ class Ranks:
     def sum_into(self, what: str, tensor: Tensor) -> None:
         """The same in place."""
 
+    def sum_to(self, what: str, tensors: Sequence[Tensor], owner: int) -> list[Tensor] | None:
+        """Sums over processes, for one of them; None for the others."""
+        return list(tensors)
+
     def gather(self, what: str, value: Any) -> list[Any]:
         """What each process has, small and of plain Python, in their order."""
         return [value]
@@ -254,14 +258,20 @@ class Processes(Ranks):
 
     def sum(self, what: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """See `Ranks.sum`; one message a dtype."""
-        found: dict[int, Tensor] = {}
-        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            indices = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
-            flat = torch.cat([tensors[i].reshape(-1) for i in indices])
-            self.sum_into(what, flat)
-            parts = torch.split(flat, [tensors[i].numel() for i in indices])
-            found |= {i: part.view(tensors[i].shape) for i, part in zip(indices, parts, strict=True)}
-        return [found[i] for i in range(len(tensors))]
+        return _flat_by_dtype(tensors, lambda flat: self.sum_into(what, flat))
+
+    def sum_to(self, what: str, tensors: Sequence[Tensor], owner: int) -> list[Tensor] | None:
+        """See `Ranks.sum_to`; one message a dtype."""
+
+        def add(flat: Tensor) -> None:
+            if flat.numel() == 0:
+                return
+            with self._answered(what):
+                dist.reduce(flat, self._members[owner], group=self._group)
+            self.sent[what] += flat.numel() * flat.element_size() if owner != self.rank else 0
+
+        found = _flat_by_dtype(tensors, add)
+        return found if owner == self.rank else None
 
     def sum_into(self, what: str, tensor: Tensor) -> None:
         """See `Ranks.sum_into`."""
@@ -329,6 +339,18 @@ class Processes(Ranks):
                 "last checkpoint"
             )
             raise _told(RankError(said)) from error
+
+
+def _flat_by_dtype(tensors: Sequence[Tensor], change: Callable[[Tensor], None]) -> list[Tensor]:
+    """The tensors after all of one dtype were changed as one vector."""
+    found: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        indices = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        flat = torch.cat([tensors[i].reshape(-1) for i in indices])
+        change(flat)
+        parts = torch.split(flat, [tensors[i].numel() for i in indices])
+        found |= {i: part.view(tensors[i].shape) for i, part in zip(indices, parts, strict=True)}
+    return [found[i] for i in range(len(tensors))]
 
 
 def _told(error: KfacError) -> KfacError:

@@ -59,12 +59,16 @@ class Approximation(Part):
         structure: ``"any"``, or ``"chain"`` if it couples blocks that follow each other: then the network says which
             pairs do, as `Moments.pairs`. A block without a neighbour stands alone.
         damps_each: Whether `Factorisation.damped` takes a gamma for each block, a vector; others get one for all.
+        divides: Whether blocks that no pair couples, directly or through others, have nothing to do with each other:
+            an inverse made of some of them is that part of the inverse of all, if `Factorisation.log_pi` tells what
+            ``pi = "net"`` needs. Then processes may keep a part each (``memory = "owner"``).
     """
 
     config: ApproxConfig
     moments: ClassVar[tuple[type[Moment], ...]]
     structure: ClassVar[Literal["any", "chain"]] = "any"
     damps_each: ClassVar[bool] = False
+    divides: ClassVar[bool] = False
 
     def serves(self, block: Block) -> bool:
         """Whether it preconditions this block; the others get built-in curvature, see `kfacore.curvature.joined`.

@@ -77,6 +77,9 @@ class Moment(ABC):
         self._sums: list[Tensor] | None = None
         self._tallies: list[Tally] = []
 
+    _place: torch.device | None = None
+    """Where sums are made; None is where the averages are."""
+
     symmetric: ClassVar[bool] = False
     """Whether values with two equal last dimensions are symmetric matrices, which travel between processes as half."""
 
@@ -115,7 +118,7 @@ class Moment(ABC):
         """Take in a part of a mini-batch; several until `commit`."""
         tallies = self.tallies(samples)
         if self._sums is None:
-            self._sums = [torch.zeros_like(value) for value in self.values]
+            self._sums = [torch.zeros_like(value, device=self._place) for value in self.values]
             self._tallies = [Tally(0, 0)] * len(self.values)
         self._tallies = [Tally(a + c, b + d) for (a, b), (c, d) in zip(self._tallies, tallies, strict=True)]
         ones = [1.0] * len(self.values)
@@ -321,6 +324,11 @@ class Moments:
         """Forget averages that are not finite, see `Moment.restart`."""
         found = [moment.restart() for moment in self._by_kind.values()]
         return any(found)
+
+    def sum_on(self, device: torch.device) -> None:
+        """Make sums on this device, where averages have shapes alone (on ``meta``): another process has them."""
+        for moment in self._by_kind.values():
+            moment._place = device
 
     def update(self, samples: Samples, decay: float) -> None:
         """Take in a mini-batch with f = min(1 - 1/k, decay)."""

@@ -119,6 +119,10 @@ class ApproxConfig(SlotConfig):
     refresh_delay: Annotated[int, Field(ge=1)] = 10
     """Steps after which a refresh in the background is taken up (D), less than refresh_every."""
 
+    memory: Literal["all", "owner"] = "all"
+    """Where several processes keep statistics and inverses: "all", every process those of every block; "owner", each
+    those of its own blocks, which then sends directions in every step. One process alone has all in either case."""
+
     max_dim: Annotated[int, Field(strict=True, ge=1)] = 8192
     """Widest side of which a whole factor is kept; of wider ones the diagonal is."""
 

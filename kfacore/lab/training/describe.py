@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kfacore.curvature.joined import Joined
+from kfacore.curvature.places import averages
 from kfacore.errors import NumericalError
 from kfacore.lab.data.status import ReportsData
 from kfacore.lab.training.batches import BatchSchedule
@@ -18,7 +19,6 @@ from kfacore.lab.training.setup import build_model, build_optimizer, check_data,
 from kfacore.lab.training.trial import StepMemory, step_memory
 from kfacore.network import find_layers
 from kfacore.optim.explain import Explanation
-from kfacore.optim.footprint import averages
 from kfacore.optim.kfac import KFAC
 from kfacore.roles import Split
 from kfacore.roles.block import share_of

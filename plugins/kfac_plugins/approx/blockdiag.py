@@ -80,6 +80,7 @@ class BlockDiagonal(Approximation):
     config: BlockDiagonalConfig
     moments = (InputFactor, OutputFactor)
     damps_each = True
+    divides = True
 
     def factorise(self, moments: Moments) -> BlockDiagonalFactorisation:
         """Symmetrise A and G where the inverse will keep them."""

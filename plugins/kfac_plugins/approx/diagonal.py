@@ -127,6 +127,11 @@ class DiagonalFactorisation(Factorisation):
             )
         return DiagonalInverse(self._layers, curvature)
 
+    def log_pi(self) -> tuple[Tensor, Tensor] | None:
+        """Nothing of no block: there is no pi."""
+        nothing = self._diagonal[0].new_zeros(())
+        return nothing, nothing
+
 
 class Diagonal(Approximation):
     """Diagonal of the Fisher from the second moments of each case's gradient."""
@@ -134,6 +139,7 @@ class Diagonal(Approximation):
     Config = DiagonalConfig
     config: DiagonalConfig
     moments = (DiagonalMoment,)
+    divides = True
 
     def serves(self, block: Block) -> bool:
         """Every block."""

@@ -260,6 +260,7 @@ class BlockTridiagonal(Approximation):
     config: BlockTridiagonalConfig
     moments = (InputFactor, OutputFactor, InputCross, OutputCross)
     damps_each = True
+    divides = True
     structure = "chain"
 
     def factorise(self, moments: Moments) -> BlockTridiagonalFactorisation:
