@@ -7,13 +7,16 @@ of a data-centre GPU of 2023, and a machine's own come from `benchmarks/gpu.sh`.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.nets import NETS
-from benchmarks.ranks.measured import measure, table
+from benchmarks.ranks.crew import CYCLE
+from benchmarks.ranks.measured import fitted, link, measure, table
 from benchmarks.ranks.model import VARIANTS, Machine, Schedule, cost
-from benchmarks.ranks.shapes import NETS_BY_NAME, Net
+from benchmarks.ranks.shapes import NETS_BY_NAME, Net, chain
+from benchmarks.ranks.speedup import compare
 from benchmarks.report import Report
 
 __all__ = ["ASSUMED", "COUNTS", "main", "tables"]
@@ -29,6 +32,9 @@ ASSUMED = Machine(
     latency=1e-5,
 )
 """400 and 100 TFLOP/s of products, 2 of factorisations, 300 and 50 GB/s, 10 microseconds."""
+
+_SMALL = (48, 64, 24, 64, 48)
+"""Widths of what `--quick` measures."""
 
 COUNTS = [2**i for i in range(11)]
 """1 to 1,024 ranks."""
@@ -84,7 +90,10 @@ def main(arguments: list[str]) -> int:
             f"--{name}", type=float, default=getattr(ASSUMED, name), help="see benchmarks/ranks/model.py"
         )
     parser.add_argument("--measure", type=int, metavar="N", help="also measure the MNIST net on 1 to N processes here")
-    parser.add_argument("--batch", type=int, default=4000, help="of what is measured")
+    parser.add_argument("--speedup", action="store_true", help="two processes against one, wall time; nothing else")
+    parser.add_argument("--batch", type=int, help="of what is measured: 500, of --speedup 4000")
+    parser.add_argument("--turns", type=int, default=5, help="turns of --speedup, of 20 steps each")
+    parser.add_argument("--quick", action="store_true", help="measure a small net, in seconds")
     parser.add_argument("--plot", type=Path, help="write the picture")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
@@ -93,22 +102,32 @@ def main(arguments: list[str]) -> int:
     schedule = Schedule(options.every, options.share, options.work)
     net = NETS_BY_NAME[options.net]
     report = Report("ranks")
+    widths = _SMALL if options.quick else NETS["mnist"]
+    if options.speedup:
+        cycle, batch = (5, 64) if options.quick else (CYCLE, 4000)
+        compare(report, widths, options.batch or batch, options.turns, cycle)
+        report.save(options.json)
+        return 0
     tables(report, net, machine, schedule, COUNTS)
     if options.plot is not None:
         from benchmarks.ranks.picture import draw
 
         draw(net, machine, schedule, COUNTS, options.plot)
     if options.measure:
-        _measured(report, options.measure, options.batch)
+        _measured(report, widths, options.measure, options.batch or (64 if options.quick else 500))
     report.save(options.json)
     return 0
 
 
-def _measured(report: Report, most: int, batch: int) -> None:
-    """The MNIST net on 1 to ``most`` processes, beside the model of it."""
-    widths, net = NETS["mnist"], NETS_BY_NAME["mnist"]
-    counts = range(1, most + 1)
-    found = {ranks: measure(widths, batch, ranks) for ranks in counts}
-    modelled = {ranks: cost(net, ASSUMED, ranks, "every") for ranks in counts}
-    title = f"measured: {'-'.join(map(str, widths))}, batch {batch}, gloo, one thread a process"
-    table(report, title, found, modelled, gradient=4 * net.size)
+def _measured(report: Report, widths: Sequence[int], most: int, batch: int) -> None:
+    """A chain on 1 to ``most`` processes, beside the model of it."""
+    net, found = chain("chain", widths, batch), {}
+    for ranks in range(1, most + 1):
+        print(f"measuring {ranks} process(es) ...", flush=True)
+        found[ranks] = measure(widths, batch, ranks)
+    near, latency = link(4 * net.size)
+    schedule = Schedule(every=10, share=0.125, work=1.0)
+    machine = fitted(net, found[1][0], near, latency, schedule)
+    cores = len(os.sched_getaffinity(0))
+    title = f"measured: {'-'.join(map(str, widths))}, batch {batch}, gloo, one thread a process, {cores} cores"
+    table(report, title, net, found, machine, schedule, cores)

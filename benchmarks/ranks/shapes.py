@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from benchmarks.nets import NETS
+from kfacore.parallel.cores import owners
 
-__all__ = ["NETS_BY_NAME", "Net", "Product"]
+__all__ = ["NETS_BY_NAME", "Net", "Product", "chain"]
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,24 @@ class Net:
         return [side for block in self.blocks for side in block.sides]
 
     @property
+    def order(self) -> list[int]:
+        """The sides as an optimizer divides them: all A, then all G."""
+        return [block.d_in for block in self.blocks] + [block.d_out for block in self.blocks]
+
+    def owned(self, costs: Sequence[float], ranks: int) -> list[list[int]]:
+        """The sides in `order` that each of so many ranks owns, by their costs."""
+        who = owners(costs, ranks)
+        return [[d for d, owner in zip(self.order, who, strict=True) if owner == rank] for rank in range(ranks)]
+
+    @property
     def products(self) -> float:
         """Multiplications and additions of a forward pass, an example."""
         return 2.0 * (self.others + sum(block.size * block.rows for block in self.blocks))
 
 
-def _chain(name: str, batch: int) -> Net:
-    widths = NETS[name]
-    return Net(f"{name} net", tuple(Product(a + 1, b) for a, b in pairwise(widths)), 0, batch)
+def chain(name: str, widths: Sequence[int], batch: int) -> Net:
+    """Fully connected layers with biases."""
+    return Net(name, tuple(Product(a + 1, b) for a, b in pairwise(widths)), 0, batch)
 
 
 def _gpt(name: str, layers: int, width: int, tokens: int, context: int, batch: int) -> Net:
@@ -95,7 +107,7 @@ def _residual() -> Net:
 
 
 NETS_BY_NAME: dict[str, Net] = {
-    "mnist": _chain("mnist", 4000),
+    "mnist": chain("mnist net", NETS["mnist"], 4000),
     "gpt": _gpt("GPT 124M", 12, 768, 50304, 512, 2**14),
     "gpt-1.3b": _gpt("GPT 1.3B", 24, 2048, 50304, 2048, 2**20),
     "resnet": _residual(),

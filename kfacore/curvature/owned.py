@@ -48,6 +48,7 @@ def preconditioner(
     decay: float,
     pairs: Sequence[tuple[int, int]] | None = None,
     ranks: Ranks = ALONE,
+    bound: Sequence[tuple[int, int]] | None = None,
 ) -> Preconditioner:
     """A `Preconditioner` that keeps everything, or this process's part, as ``approx.config.memory`` says.
 
@@ -58,46 +59,47 @@ def preconditioner(
         decay: Largest weight of the past.
         pairs: What is coupled.
         ranks: The processes.
+        bound: Pairs of blocks that must have one owner. With it there are owners whatever ``memory`` says.
 
     Raises:
         ConfigError: The approximation cannot be kept in parts.
     """
-    require_divisible(approx)
-    kind = Preconditioner if ranks.alone or approx.config.memory == "all" else Owned
-    return kind(approx, layers, like, decay, pairs, ranks)
+    require_divisible(approx, sharded=bound is not None)
+    if bound is None and (ranks.alone or approx.config.memory == "all"):
+        return Preconditioner(approx, layers, like, decay, pairs, ranks)
+    return Owned(approx, layers, like, decay, pairs, ranks, bound or ())
 
 
-def require_divisible(approx: Approximation) -> None:
-    """Refuse ``memory = "owner"`` for approximations that need all blocks in one place.
+def require_divisible(approx: Approximation, *, sharded: bool = False) -> None:
+    """Refuse ``memory = "owner"``, or sharded parameters, for approximations that need all blocks in one place.
 
     Raises:
         ConfigError: It is one of these; names it.
     """
-    if approx.config.memory == "all":
+    if approx.divides or not (sharded or approx.config.memory == "owner"):
         return
-    kind = approx.config.kind
-    if not approx.divides:
-        raise ConfigError(
-            f"approx = {kind!r} needs the statistics of all blocks in one place (it does not say `divides`), so that "
-            "memory = 'owner' cannot be; use memory = 'all', or approx = 'blockdiag'"
-        )
+    what = "parameters cannot be sharded" if sharded else "memory = 'owner' cannot be"
+    raise ConfigError(
+        f"approx = {approx.config.kind!r} needs the statistics of all blocks in one place (it does not say `divides`), "
+        f"so that {what}; use approx = 'blockdiag'" + ("" if sharded else ", or memory = 'all'")
+    )
 
 
-def shares(joined: Joined, ranks: int) -> list[list[int]]:
+def shares(joined: Joined, ranks: int, bound: Sequence[tuple[int, int]] = ()) -> list[list[int]]:
     """Which blocks each process keeps: coupled ones together, largest first by operations of a refresh and a solve.
 
     Args:
         joined: Who serves which blocks, and what is coupled.
         ranks: Number of processes.
+        bound: More pairs of blocks that must have one owner.
 
     Returns:
         Numbers of blocks, ascending, for each process; none where there are more processes than uncoupled groups.
     """
     group = list(range(len(joined.layers)))
-    if joined.approx.structure == "chain":
-        for i, j in joined.coupled:
-            old, new = group[j], group[i]
-            group = [new if each == old else each for each in group]
+    for i, j in [*(joined.coupled if joined.approx.structure == "chain" else ()), *bound]:
+        old, new = group[j], group[i]
+        group = [new if each == old else each for each in group]
     groups = [[i for i, each in enumerate(group) if each == first] for first in dict.fromkeys(group)]
     who = owners([sum(_cost(joined.layers[i]) for i in blocks) for blocks in groups], ranks)
     return [sorted(i for k, blocks in enumerate(groups) if who[k] == rank for i in blocks) for rank in range(ranks)]
@@ -175,14 +177,33 @@ class Owned(Preconditioner):
     """Running statistics and inverse of a net, of which this process keeps its own blocks' (`shares`).
 
     Args:
-        As `Preconditioner`.
+        approx: As `Preconditioner` takes it, as everything but the last.
+        layers: The blocks.
+        like: A parameter.
+        decay: Largest weight of the past.
+        pairs: What is coupled.
+        ranks: The processes.
+        bound: Pairs of blocks that must have one owner.
 
     Attributes:
         groups: The blocks of each process.
     """
 
+    def __init__(
+        self,
+        approx: Approximation,
+        layers: Sequence[Block],
+        like: Tensor,
+        decay: float,
+        pairs: Sequence[tuple[int, int]] | None = None,
+        ranks: Ranks = ALONE,
+        bound: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self._bound = list(bound)
+        super().__init__(approx, layers, like, decay, pairs, ranks)
+
     def _start(self, like: Tensor) -> Moments:
-        self.groups = shares(self.joined, self.ranks.size)
+        self.groups = shares(self.joined, self.ranks.size, self._bound)
         self._parts = [part_of(self.joined, group) for group in self.groups]
         shapes = torch.empty(0, dtype=like.dtype, device="meta")
         self._each: list[Moments] = []

@@ -62,13 +62,13 @@ class Pieces(Inverse):
             if list(piece.kept) == list(piece.blocks):
                 piece.inverse.solve_into([blocks[i] for i in piece.blocks], [out[i] for i in piece.blocks])
             else:
-                _copy(piece, piece.inverse.solve(_padded(piece, blocks)), out)
+                _copy(piece, piece.inverse.solve(_padded(piece, blocks, self._shapes(piece))), out)
 
     def multiply(self, blocks: Sequence[Tensor]) -> list[Tensor]:
         """Piece by piece; zero for blocks that are not kept."""
         out = [torch.zeros_like(block) for block in blocks]
         for piece in self.pieces:
-            _copy(piece, piece.inverse.multiply(_padded(piece, blocks)), out)
+            _copy(piece, piece.inverse.multiply(_padded(piece, blocks, self._shapes(piece))), out)
         return out
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,14 +80,18 @@ class Pieces(Inverse):
             ]
         }
 
+    def _shapes(self, piece: Piece) -> list[tuple[int, ...]]:
+        return [self.layers[i].shape for i in piece.blocks]
+
     def _like(self) -> Tensor:
         return self.pieces[0].inverse._like()
 
 
-def _padded(piece: Piece, blocks: Sequence[Tensor]) -> list[Tensor]:
+def _padded(piece: Piece, blocks: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """What the inverse is asked: zeros for blocks that do not count."""
     kept = set(piece.kept)
-    return [blocks[i] if i in kept else torch.zeros_like(blocks[i]) for i in piece.blocks]
+    like = blocks[piece.kept[0]]  # others may not be here at all
+    return [blocks[i] if i in kept else like.new_zeros(shape) for i, shape in zip(piece.blocks, shapes, strict=True)]
 
 
 def _copy(piece: Piece, found: Sequence[Tensor], out: Sequence[Tensor]) -> None:

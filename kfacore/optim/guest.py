@@ -25,6 +25,7 @@ from kfacore.optim.guest_state import joined_state, mark, marked, split_state, u
 from kfacore.optim.guest_targets import sampled_targets, vectors_of
 from kfacore.optim.joint import Joint, joint_or_loss
 from kfacore.optim.loss import Loss
+from kfacore.optim.sharded import ShardedGrafting
 from kfacore.optim.sharing import Sharing
 from kfacore.parallel.ranks import checksum, find_ranks
 from kfacore.registry import get_registry
@@ -260,7 +261,8 @@ class Preconditioned(Sharing):
         if self.curvature is None:
             decay = self.estimator.config.decay
             self.curvature = GuestCurvature(self.network, self.approx, decay, self.options, self._say, self.ranks)
-            self._grafting = Grafting(self.base, self.network.layers, self.options.decoupled)
+            if not self.network.sharded:  # those need all processes together: made in the first step
+                self._grafting = Grafting(self.base, self.network.layers, self.options.decoupled)
         return self.curvature
 
     def _forget(self) -> None:
@@ -288,6 +290,10 @@ class Preconditioned(Sharing):
         with torch.no_grad(), blaming(self._components, f"step {self.steps + 1}"):
             self._hear()
             self._refresh()
+            if self._inverse is not None and self._grafting is None:
+                assert self.curvature is not None
+                groups, decoupled = self.curvature.groups, self.options.decoupled
+                self._grafting = ShardedGrafting(self.base, self.network.layers, decoupled, groups, self.ranks)
             if self._inverse is None or self._grafting is None:
                 self.base.step()
             elif self.options.scale == "graft":
@@ -334,7 +340,7 @@ class Preconditioned(Sharing):
             self._prepare()
             self.ranks.require_same("blocks", self.network.state_dict(), "build the model alike on all processes")
             self._agreed = True
-        parameters = [p for block in self.network.layers for p in block.parameters]
+        parameters = [p for block in self.network.layers for p in block.parameters if not self.network.sharded]
         if not self.ranks.alike("parameters", checksum(parameters)):
             raise ConfigError(
                 "the parameters differ between processes: gradients are not averaged over them, or the models were not "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from kfacore.errors import ConfigError, UnsupportedModelError
-from kfacore.network.blocks import ModelBlock, with_diagonals
+from kfacore.network.blocks import ModelBlock, User, with_diagonals
 from kfacore.network.capture import Call, Chunk, Recorder, as_written, installed, listening, tells
 from kfacore.network.facts import close
 from kfacore.network.finding import unwrapped, whole_model
@@ -27,6 +27,7 @@ from kfacore.network.passes import Pass, gather, send_back
 from kfacore.network.precision import full_precision
 from kfacore.network.pulling import is_reentrant, pulled
 from kfacore.network.rows import Counting, all_equal, as_vector, explained
+from kfacore.parallel.shards import require_shards
 from kfacore.roles.layer import Layer
 from kfacore.roles.samples import LayerSamples
 
@@ -92,6 +93,7 @@ class GuestNetwork:
         following: Pairs of blocks that could be coupled.
         notes: What was found out, by a block's name.
         recording: The pass that is watched, or was and is not used up.
+        sharded: Whether parameters are spread over processes (FSDP2): in a pass modules have others in their place.
     """
 
     def __init__(
@@ -117,6 +119,8 @@ class GuestNetwork:
         self._known: list[nn.Parameter] = []
         self._forwards = ExitStack()
         self._pooled: set[str] = set()
+        self.sharded = False
+        self._whole: dict[nn.Parameter, Tensor] = {}
 
     # --- blocks -----------------------------------------------------------------------------------------------------
 
@@ -139,6 +143,7 @@ class GuestNetwork:
             raise ConfigError("some parameters are not initialised: run the model once before the optimizer watches it")
         self._known, self.ordered, self._pooled, self.notes = now, False, set(), {}
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self.sharded = require_shards({self.names[p]: p for p in now})
         found = whole_model(self.model, self._types, self._max_dim) if now else []
         self.layers = [block for block in found if all(id(p) in mine for p in block.parameters) and self._wanted(block)]
         if not self.layers:
@@ -219,7 +224,8 @@ class GuestNetwork:
         try:
             with as_written(self.model), listening(self.layers, recording):
                 self._forwards.enter_context(installed(self.layers, recording.emit))
-                yield
+                with self._seeing_whole():
+                    yield
         except BaseException:
             self.release()
             raise
@@ -227,6 +233,25 @@ class GuestNetwork:
             recording.closed = True
             if not any(tells(user) for block in self.layers for user in block.users):
                 self._forwards.close()
+
+    @contextmanager
+    def _seeing_whole(self) -> Iterator[None]:
+        """Remember what modules have in place of sharded parameters, if the pass is the first, which is looked at."""
+        self._whole = {}
+        if not self.sharded or self.ordered:
+            yield
+            return
+
+        def look(user: User, module: nn.Module, _: Any) -> None:
+            self._whole |= {parameter: module.get_parameter(key) for key, parameter in user.local}
+
+        users = [user for block in self.layers for user in block.users]
+        handles = [user.module.register_forward_pre_hook(partial(look, user)) for user in users]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def release(self) -> None:
         """Let go of the pass: its graph, and forwards that stand in for modules' own."""
@@ -264,9 +289,13 @@ class GuestNetwork:
         generator = torch.Generator().manual_seed(1)
         v = torch.randn(z.shape, generator=generator, dtype=torch.float32).to(z.device, z.dtype)
         parameters = list({id(p): p for block in self.layers for p in block.parameters if p.requires_grad}.values())
-        roots: list[Any] = [*parameters, *(call.edge for calls in chunk.calls for call in calls)]
+        roots: list[Any] = [
+            *(self._whole.get(p, p) for p in parameters),
+            *(call.edge for calls in chunk.calls for call in calls),
+        ]
         found = self._backward(lambda: pulled(z, roots, v, retain=True))
         whole = dict(zip(parameters, found, strict=False))
+        self._whole = {}
         arrived = iter(found[len(parameters) :])
         outside, pooled = set(), set()
         for i, (block, calls) in enumerate(zip(self.layers, chunk.calls, strict=True)):
@@ -368,7 +397,7 @@ class GuestNetwork:
 def _gradients(block: ModelBlock, whole: Mapping[nn.Parameter, Tensor | None]) -> list[Tensor]:
     def of(parameter: nn.Parameter) -> Tensor:
         g = whole.get(parameter)
-        return torch.zeros_like(parameter, requires_grad=False) if g is None else g
+        return torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device) if g is None else g
 
     return block.view(of)
 

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from kfacore.curvature.forest import forest
-from kfacore.curvature.owned import preconditioner
+from kfacore.curvature.owned import Owned, preconditioner
 from kfacore.curvature.preconditioner import add_up
 from kfacore.curvature.scales import MeanScales, gammas
 from kfacore.errors import NumericalError
 from kfacore.optim.guards import as_parameters
 from kfacore.optim.guest_capture import GuestNetwork
 from kfacore.optim.guest_options import GuestOptions
+from kfacore.optim.sharded import sharing_parameters
 from kfacore.parallel.ranks import ALONE, Ranks
+from kfacore.parallel.shards import plain_like
 from kfacore.roles.approx import Approximation
 from kfacore.roles.block import Block
 from kfacore.roles.moment import Moments
@@ -57,12 +59,19 @@ class GuestCurvature:
     ) -> None:
         infos = [block.info for block in network.layers]
         pairs = forest(network.following, [1.0 / abs(j - i) for i, j in network.following])
-        self._like = network.layers[0].parameters[0]
-        self.preconditioner = preconditioner(approx, infos, self._like, decay, pairs, ranks)
+        self._like = plain_like(network.layers[0].parameters[0])
+        bound = sharing_parameters(network.layers) if network.sharded else None
+        self.preconditioner = preconditioner(approx, infos, self._like, decay, pairs, ranks, bound)
         self.scales = Moments((MeanScales,), infos, self._like)
         self.added = 0
         self._options, self._say, self._ranks = options, say, ranks
         self._work = self._adding = 0.0
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """Which blocks each process owns."""
+        assert isinstance(self.preconditioner, Owned)
+        return self.preconditioner.groups
 
     def add(self, samples: Sequence[LayerSamples | None]) -> None:
         """Take in a micro-batch, unless it holds NaN or infinity."""

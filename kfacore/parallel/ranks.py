@@ -113,6 +113,17 @@ class Ranks:
         """Sums over processes, for one of them; None for the others."""
         return list(tensors)
 
+    def swap(self, what: str, tensor: Tensor, given: Sequence[int], taken: Sequence[int]) -> Tensor:
+        """Hand each process its part of a vector, and take one from each.
+
+        Args:
+            what: What it is, for messages and the count of bytes.
+            tensor: The parts for all processes, one after the other.
+            given: Their sizes.
+            taken: Sizes of what comes from each process.
+        """
+        return tensor.clone()
+
     def gather(self, what: str, value: Any) -> list[Any]:
         """What each process has, small and of plain Python, in their order."""
         return [value]
@@ -280,6 +291,14 @@ class Processes(Ranks):
         with self._answered(what):
             dist.all_reduce(tensor, group=self._group)
         self.sent[what] += tensor.numel() * tensor.element_size()
+
+    def swap(self, what: str, tensor: Tensor, given: Sequence[int], taken: Sequence[int]) -> Tensor:
+        """See `Ranks.swap`."""
+        found = tensor.new_empty(sum(taken))
+        with self._answered(what):
+            dist.all_to_all_single(found, tensor, list(taken), list(given), group=self._group)
+        self.sent[what] += (tensor.numel() - given[self.rank]) * tensor.element_size()
+        return found
 
     def gather(self, what: str, value: Any) -> list[Any]:
         """See `Ranks.gather`."""
