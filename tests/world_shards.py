@@ -18,24 +18,21 @@ from world_runs import data, own
 from kfacore import KFAC, Preconditioned
 from kfacore.errors import KfacError
 
-ROWS = 3
-
 
 class Net(nn.Module):
     """Sides that no number of processes divides, a norm, and one parameter of three blocks (attention)."""
 
     def __init__(self, *, attends: bool = True) -> None:
         super().__init__()
-        self.first, self.norm = nn.Linear(6, 9), nn.LayerNorm(9)
+        self.first, self.norm = nn.Linear(2 if attends else 6, 9), nn.LayerNorm(9)
         self.mix = nn.MultiheadAttention(9, 1, batch_first=True) if attends else None
         self.body = nn.Sequential(nn.Tanh(), nn.Linear(9, 7, bias=False), nn.Tanh())
         self.last = nn.Linear(7, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.first(x))
+        x = self.norm(self.first(x if self.mix is None else x.unflatten(1, (3, 2))))
         if self.mix is not None:
-            rows = x.unflatten(0, (-1, ROWS))
-            x = x + self.mix(rows, rows, rows, need_weights=True)[0].flatten(0, 1)
+            x = (x + self.mix(x, x, x, need_weights=True)[0]).mean(1)
         found: Tensor = self.last(self.body(x))
         return found
 

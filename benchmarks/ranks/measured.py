@@ -131,9 +131,8 @@ def modelled(net: Net, machine: Machine, ranks: int, schedule: Schedule, cores: 
     """Seconds of an ordinary step, and of what a refresh adds, on so many cores."""
     found: Cost = cost(net, machine, ranks, "every", schedule)
     crowded = max(1.0, ranks / cores)
-    sums = cost(net, machine, ranks, "every", schedule)
-    exchange = 0.0 if ranks == 1 else 2.0 * (ranks - 1) / ranks * sums.ordinary / machine.near  # hidden behind nothing
-    ordinary = (found.gradient + found.solve) * crowded + exchange
+    exchange = 0.0 if ranks == 1 else 2.0 * (ranks - 1) / ranks * found.ordinary / machine.near + machine.latency
+    ordinary = (found.gradient + found.solve) * crowded + exchange  # `KFAC` hides sums behind nothing
     return ordinary, schedule.every * (found.refresh * crowded + found.moments + found.inverses)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacore.curvature.faults import blaming
+from kfacore.curvature.owned import require_divisible
 from kfacore.curvature.schedule import FIRST_REFRESHES
 from kfacore.errors import ConfigError, DataError
 from kfacore.network.outputs import Output, read_output
@@ -28,6 +29,7 @@ from kfacore.optim.loss import Loss
 from kfacore.optim.sharded import ShardedGrafting
 from kfacore.optim.sharing import Sharing
 from kfacore.parallel.ranks import checksum, find_ranks
+from kfacore.parallel.shards import require_same_processes
 from kfacore.registry import get_registry
 
 __all__ = ["Preconditioned"]
@@ -130,6 +132,9 @@ class Preconditioned(Sharing):
         device = self.network.layers[0].parameters[0].device
         self.generator = torch.Generator(device).manual_seed(seed)
         self.ranks = find_ranks(process_group)
+        require_divisible(self.approx, sharded=self.network.sharded)
+        if self.network.sharded:
+            require_same_processes(self.network.layers[0].parameters[0], self.ranks)
         self._group = process_group
         self._agreed = self.ranks.alone
         if self.loss is not None:

@@ -12,11 +12,13 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from kfacore.curvature.owned import require_divisible
+from kfacore.errors import UnsupportedModelError
 from kfacore.network import Linearizer
 from kfacore.network.facts import agreed
 from kfacore.optim.joint import Joint, joint_or_loss
 from kfacore.optim.loss import Loss
 from kfacore.parallel.ranks import ALONE, Ranks
+from kfacore.parallel.shards import require_shards
 from kfacore.registry import Registry
 from kfacore.roles.approx import Approximation
 from kfacore.roles.damping import Damping
@@ -99,6 +101,7 @@ def compose(registry: Registry, model: nn.Module, chosen: Mapping[str, Any], ran
         ConfigError: An option of a part is wrong.
         UnsupportedModelError: A module cannot be preconditioned; the message names it.
     """
+    _require_whole(model)
     loss = joint_or_loss(chosen["likelihood"])
     approx: Approximation = registry.build("approx", chosen["approx"])
     estimator: Estimator = registry.build("estimator", chosen["estimator"])
@@ -121,6 +124,19 @@ def compose(registry: Registry, model: nn.Module, chosen: Mapping[str, Any], ran
     loss.shared = not ranks.alone
     linearizer.agree = None if ranks.alone else lambda facts: agreed(ranks.gather("model", facts))
     return Parts(linearizer, loss, approx, estimator, damping, momentum, trust, generator, ranks)
+
+
+def _require_whole(model: nn.Module) -> None:
+    """Refuse parameters that are spread over processes.
+
+    Raises:
+        UnsupportedModelError: They are; says what takes them.
+    """
+    if require_shards({name: p for name, p in model.named_parameters() if p.requires_grad}):
+        raise UnsupportedModelError(
+            "KFAC takes no parameters that are sharded over processes (fully_shard): it takes forward-mode derivatives "
+            "of whole ones. Preconditioned does, around any torch optimizer; or give KFAC the model unsharded"
+        )
 
 
 def require_alike(parts: Parts) -> None:

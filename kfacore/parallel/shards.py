@@ -17,7 +17,7 @@ from torch import distributed as dist
 from kfacore.errors import ConfigError, UnsupportedModelError
 from kfacore.parallel.ranks import Ranks
 
-__all__ = ["Rows", "local", "plain_like", "require_shards"]
+__all__ = ["Rows", "local", "plain_like", "require_same_processes", "require_shards"]
 
 
 def _is_shard(tensor: Tensor) -> bool:
@@ -79,6 +79,20 @@ def require_shards(named: Mapping[str, nn.Parameter]) -> bool:
     return True
 
 
+def require_same_processes(parameter: nn.Parameter, ranks: Ranks) -> None:
+    """Refuse an optimizer of other processes than those that a parameter is spread over.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    mesh: Any = getattr(parameter, "device_mesh", None)
+    if mesh is None or mesh.size() != ranks.size or mesh.get_local_rank() != ranks.rank:
+        raise ConfigError(
+            "process_group: the parameters are sharded over other processes than this optimizer works with; give it "
+            "the group of their mesh, process_group=mesh.get_group()"
+        )
+
+
 class Rows:
     """Where the rows of parameters are, and the way to their owners and back.
 
@@ -86,19 +100,10 @@ class Rows:
         parameters: Sharded ones.
         owners: The process that works on each.
         ranks: The processes, in the order of the mesh.
-
-    Raises:
-        ConfigError: The processes are others than those that the parameters are spread over.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], owners: Sequence[int], ranks: Ranks) -> None:
         self._parameters, self._owners, self._ranks = list(parameters), list(owners), ranks
-        mesh: Any = getattr(parameters[0], "device_mesh", None)
-        if mesh is None or mesh.size() != ranks.size or mesh.get_local_rank() != ranks.rank:
-            raise ConfigError(
-                "process_group: the parameters are sharded over other processes than this optimizer works with; give "
-                "it the group of their mesh, process_group=mesh.get_group()"
-            )
         counts = ranks.gather("shards", [len(local(p)) for p in parameters])
         self._counts = [[each[k] for each in counts] for k in range(len(parameters))]
 
