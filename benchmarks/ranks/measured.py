@@ -24,6 +24,8 @@ from benchmarks.ranks.crew import Crew, Step
 from benchmarks.ranks.model import Cost, Machine, Schedule, cost
 from benchmarks.ranks.shapes import Net
 from benchmarks.report import Report
+from kfacore.network.vectors import entries_of
+from kfacore.roles.block import Block
 
 __all__ = ["Point", "bytes_of", "fitted", "link", "measure", "table"]
 
@@ -95,16 +97,20 @@ def _point(steps: Sequence[Step]) -> Point:
 
 
 def bytes_of(net: Net, ranks: int) -> tuple[int, int, int]:
-    """Bytes of a step's gradients, a refresh's statistics, and the inverses of the process that sends most of them."""
+    """Bytes of a step's gradients, a refresh's statistics, and the inverses of the process that sends most of them.
+
+    Gradients travel as they lie, with the entries that pad rows of wide blocks (`kfacore.network.vectors`).
+    """
     if ranks == 1:
         return 0, 0, 0
-    plain, flags = cost(net, _UNIT, ranks, "every"), 4 * _FLAGS
+    flags = 4 * _FLAGS
+    gradient = sum(4 * entries_of(Block("", block.d_in, block.d_out, bias=True)) for block in net.blocks)
     inverses = max(
         sum(4 * (d * (d + 1) // 2) + flags for d in sides)
         for sides in net.owned([float(d) ** 3 for d in net.order], ranks)
     )
     statistics = sum(4 * (d * (d + 1) // 2) for d in net.sides)
-    return int(plain.ordinary), statistics, inverses
+    return gradient, statistics, inverses
 
 
 _UNIT = Machine("unit", 1.0, 1.0, 1.0, 1.0, 1.0, 1, 0.0)

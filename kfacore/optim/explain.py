@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from kfacore.curvature.owned import Owned
 from kfacore.network import ModelBlock
-from kfacore.optim.footprint import Memory, amount, block_memory
+from kfacore.optim.footprint import Memory, amount, block_memory, divided
 from kfacore.roles.block import Side
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class Row:
             mini-batch did not use it.
         coupled: Blocks that it is coupled with.
         alone: Why with none; empty where the approximation couples nothing.
-        memory: Of the whole block; other parameters of the block share it.
+        memory: Of the whole block, in this process; other parameters of the block share it.
+        owner: The process that keeps its averages and factors; empty where all do.
         why: Why it is as it is; empty where it is the usual.
     """
 
@@ -63,6 +65,7 @@ class Row:
     coupled: tuple[str, ...] = ()
     alone: str = ""
     memory: Memory = field(default_factory=Memory)
+    owner: str = ""
     why: str = ""
 
 
@@ -100,6 +103,8 @@ class Explanation:
         notes: What was found out about blocks, one line each.
         together: Memory that belongs to all blocks together, as the moments of an exact Fisher.
         parameters: Bytes of the trainable parameters themselves.
+        divided: With ``approx.memory = "owner"``, numbers of processes and bytes of averages and factors that the one
+            of them keeps which keeps most.
     """
 
     rows: tuple[Row, ...]
@@ -107,6 +112,7 @@ class Explanation:
     notes: tuple[str, ...]
     together: Memory
     parameters: int
+    divided: tuple[tuple[int, int], ...] = ()
 
     @property
     def memory(self) -> Memory:
@@ -127,7 +133,8 @@ class Explanation:
         """Everything as plain values, for JSON."""
         facts = asdict(self.facts) | {"draws": list(self.facts.draws)}
         total = self.memory.record() | {"parameters": self.parameters}
-        return {"parameters": self.records(), "model": facts, "notes": list(self.notes), "memory": total}
+        found = {"parameters": self.records(), "model": facts, "notes": list(self.notes), "memory": total}
+        return found | ({"divided": [list(each) for each in self.divided]} if self.divided else {})
 
     def __iter__(self) -> Iterator[Row]:
         """Its rows."""
@@ -140,6 +147,9 @@ class Explanation:
     def _lines(self) -> list[str]:
         facts = self.facts
         lines = [f"memory: {self.memory}; parameters {amount(self.parameters)}"]
+        if self.divided:
+            told = ", ".join(f"{amount(size)} of {count}" for count, size in self.divided)
+            lines.append(f"memory = owner: most of moments and factors that one process keeps: {told} processes")
         if not facts.seen:
             lines.append("paths, J v, cuts and couplings are found out in the first step")
         else:
@@ -172,7 +182,8 @@ def explain(optimizer: KFAC) -> Explanation:
         for row in by_parameter.get(name) or [_outside(name, parameter)]
     ]
     size = sum(p.numel() * p.element_size() for p in linearizer.parameters if not _lazy(p))
-    return Explanation(tuple(rows), _facts(optimizer), tuple(linearizer.notes), together, size)
+    of_groups = () if joined is None else divided(optimizer, joined, memories)
+    return Explanation(tuple(rows), _facts(optimizer), tuple(linearizer.notes), together, size, of_groups)
 
 
 def _labels(block: ModelBlock, names: dict[nn.Parameter, str]) -> list[tuple[str, nn.Parameter]]:
@@ -218,8 +229,17 @@ def _row(optimizer: KFAC, joined: Joined, index: int, memory: Memory) -> dict[st
         "coupled": coupled,
         "alone": alone,
         "memory": memory,
+        "owner": _owner(optimizer, index),
         "why": why,
     }
+
+
+def _owner(optimizer: KFAC, index: int) -> str:
+    """The process that keeps its curvature."""
+    pre = optimizer.preconditioner
+    if not isinstance(pre, Owned):
+        return ""
+    return f"rank {next(rank for rank, own in enumerate(pre.groups) if index in own)}"
 
 
 def _path(optimizer: KFAC, index: int) -> str:
@@ -263,12 +283,14 @@ def _facts(optimizer: KFAC) -> Facts:
 
 def _table(rows: Sequence[Row]) -> str:
     """Aligned columns; what belongs to a block stands with its first parameter."""
-    lines = [["parameter", "shape", "block", "kind", "A", "G", "served by", "path", "coupled with", "memory", "why"]]
+    lines = [
+        ["parameter", "shape", "block", "kind", "A", "G", "served by", "path", "coupled with", "memory", "owner", "why"]
+    ]
     shown: set[str] = set()
     for row in rows:
         cells = [row.parameter, "x".join(map(str, row.shape)) or "()"]
         if row.block and row.block in shown:
-            lines.append([*cells, row.block, *[""] * 8])
+            lines.append([*cells, row.block, *[""] * 9])
             continue
         shown.add(row.block)
         kind = row.kind if row.groups == 1 else f"{row.kind} x{row.groups}"
@@ -276,7 +298,7 @@ def _table(rows: Sequence[Row]) -> str:
         sides = [_side(row, row.input_side, row.d_in), _side(row, row.output_side, row.d_out)]
         alone = f"alone: {row.alone}" if row.alone not in ("", _LATER) else row.alone
         coupled = ", ".join(row.coupled) or alone
-        lines.append([*cells, row.block, kind, *sides, row.served_by, row.path, coupled, size, row.why])
+        lines.append([*cells, row.block, kind, *sides, row.served_by, row.path, coupled, size, row.owner, row.why])
     kept = [i for i, column in enumerate(zip(*lines, strict=True)) if any(column[1:])]
     lines = [[line[i] for i in kept] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

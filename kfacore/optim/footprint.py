@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from kfacore.curvature.owned import Owned, shares
 from kfacore.curvature.places import averages
 from kfacore.nest import tensors_of
 from kfacore.network.vectors import entries_of
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     from kfacore.curvature.joined import Joined
     from kfacore.optim.kfac import KFAC
 
-__all__ = ["Memory", "amount", "block_memory"]
+__all__ = ["Memory", "amount", "block_memory", "divided"]
+
+_GROUPS = 2, 4, 8
+"""Numbers of processes of which is told what the one that keeps most would keep."""
 
 _INVERSE = 2
 """Numbers of an inverse for each of the averages that it is made of: a damped factor and its inverse."""
@@ -68,14 +72,16 @@ def amount(size: int) -> str:
 
 
 def block_memory(optimizer: KFAC, joined: Joined) -> tuple[list[Memory], Memory]:
-    """What each block takes, and what belongs to all of them together."""
+    """What each block takes in this process, and what belongs to all of them together."""
     infos = [block.info for block in optimizer.linearizer.layers]
     size = optimizer.linearizer.layers[0].parameters[0].element_size()
     moments, together = [0] * len(infos), 0
+    pre = optimizer.preconditioner
+    here = set(pre.groups[optimizer.ranks.rank]) if isinstance(pre, Owned) else set(range(len(infos)))
     for average in averages(joined):
         if average.block is None:
             together += average.entries * size
-        else:
+        elif average.block in here:
             moments[average.block] += average.entries * size
     scale = _factor_scale(optimizer, sum(moments) + together)
     vectors = _vectors(optimizer)
@@ -84,6 +90,25 @@ def block_memory(optimizer: KFAC, joined: Joined) -> tuple[list[Memory], Memory]
         for kept, info in zip(moments, infos, strict=True)
     ]
     return each, Memory(together, round(together * scale))
+
+
+def divided(optimizer: KFAC, joined: Joined, each: list[Memory]) -> tuple[tuple[int, int], ...]:
+    """Numbers of processes, and bytes of averages and factors that the one of them keeps which keeps most.
+
+    Of this process's group where there are several; of groups that there might be where there is one. Nothing where
+    all processes keep everything.
+
+    Args:
+        optimizer: The optimizer.
+        joined: Who serves which blocks.
+        each: What each block takes, see `block_memory`; of one process.
+    """
+    if optimizer.approx.config.memory == "all" or not optimizer.ranks.alone:
+        return ()
+    return tuple(
+        (count, max(sum(each[i].moments + each[i].factors for i in own) for own in shares(joined, count)))
+        for count in _GROUPS
+    )
 
 
 def _factor_scale(optimizer: KFAC, moments: int) -> float:

@@ -23,6 +23,10 @@ def explain(guest: Preconditioned) -> str:
     base = type(guest.base).__name__
     lines = [f"step: {_SCALES[guest.options.scale].format(base=base)}", f"statistics: {_source(guest)}"]
     lines.append(f"approximation: {guest.approx.config.kind}, refreshed {guest.approx.config.refresh}")
+    if guest.network.sharded:
+        lines.append("parameters are sharded: each block's gradient goes to its owner, and rows of its direction back")
+    elif guest.approx.config.memory == "owner" and not guest.ranks.alone:
+        lines.append("memory: each block's statistics and factors are kept by its owner, who sends its direction")
     blocks: dict[str, list[str]] = {}
     for block in guest.network.layers:
         for name in [guest.network.names[p] for p in block.parameters]:
