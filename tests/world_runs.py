@@ -58,6 +58,7 @@ def kfac(
 ) -> dict[str, Any]:
     """Train with `KFAC`; where a state is given, from there on."""
     options = dict(options)
+    lists = options.pop("lists", False)
     dtype, masked, wrap = options.pop("dtype", torch.float64), options.pop("masked", False), options.pop("wrap", False)
     model = net(dtype)
     given = nn.parallel.DistributedDataParallel(model) if wrap and rank is not None else model
@@ -69,7 +70,12 @@ def kfac(
     for k in range(first, first + steps):
         x, y = data(sum(sizes), k, dtype)
         x, y, valid = own(rank, sizes, x, y, mask(sizes))
-        report = opt.step(x, y, valid if masked else None)
+        if lists:
+            n = len(x) // (2 if rank is None else 3 - rank)  # lists of different lengths
+            masks = valid.split(n) if masked else [None] * len(x)
+            report = opt.step(list(zip(x.split(n), y.split(n), masks, strict=False)))
+        else:
+            report = opt.step(x, y, valid if masked else None)
         reports.append((float(report.loss), float(report.error), report.batch_size, report.refreshed, report.undone))
     saved = [model.state_dict(), opt.state_dict()]
     return {"parameters": bits(model), "reports": reports, "sent": dict(opt.ranks.sent), "state": saved}
@@ -180,7 +186,7 @@ def failures(rank: int) -> dict[str, str]:
     """What each process is told when one of them has a problem."""
     told = {}
     runs = {"nan": _nan, "model": _other_model, "place": _other_place, "nothing": _nothing, "memory": _memory}
-    runs |= {"micro-batches": _micro_batches, "rate": _other_rate, "decay": _other_decay}
+    runs |= {"lists": _lists, "rate": _other_rate, "decay": _other_decay}
     for name, run in runs.items():
         try:
             run(rank)
@@ -217,7 +223,7 @@ def _nothing(rank: int) -> None:
     KFAC(net(), likelihood="categorical").step(x, y, torch.zeros(10, dtype=torch.bool))
 
 
-def _micro_batches(rank: int) -> None:
+def _lists(rank: int) -> None:
     x, y = own(rank, (10, 10), *data(20, 0))
     opt = KFAC(net(), likelihood="categorical")
     if rank == 0:

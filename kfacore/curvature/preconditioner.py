@@ -129,6 +129,7 @@ class Preconditioner:
 
     def commit(self) -> None:
         """Average in what was added; all processes together, whether they have added something or not."""
+        self.gather()
         add_up(self.moments, self.ranks)
         self.moments.commit(self.decay)
 

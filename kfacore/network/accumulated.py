@@ -49,6 +49,7 @@ class Accumulated:
         statistics_cases: How many of the first cases of all the estimator will use.
         low: Autocast dtype of forward and backward passes.
         pulled_cases: How many of the first cases `pull_back` will be asked for.
+        look: Whether the model is looked at because another process has to.
 
     Attributes:
         layers: The blocks, in execution order.
@@ -64,12 +65,14 @@ class Accumulated:
         statistics_cases: int,
         low: torch.dtype | None = None,
         pulled_cases: int = 0,
+        *,
+        look: bool = False,
     ) -> None:
         self._parts: list[Linearization] = []
         self._starts = [0, *accumulate(inputs.sizes)]
         for part, start, size in zip(inputs, self._starts, inputs.sizes, strict=False):
             kept, pulled = (min(max(n - start, 0), size) for n in (statistics_cases, pulled_cases))
-            batch = linearizer(part, kept, low, pulled)
+            batch = linearizer(part, kept, low, pulled, look=look and not self._parts)
             batch.release()
             self._parts.append(batch)
         self._linearizer, self._kept = linearizer, statistics_cases

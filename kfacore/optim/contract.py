@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from kfacore.errors import ConfigError, DataError
 from kfacore.network import MicroBatches
-from kfacore.parallel.ranks import Ranks
 
-__all__ = ["require_alone", "require_batch", "require_model", "united"]
+__all__ = ["require_batch", "require_model", "united"]
 
 _GUEST = "for a loop of loss.backward() and step(), use kfacore.Preconditioned around any optimizer"
 
@@ -60,19 +59,6 @@ def require_batch(optimizer: Any, inputs: Any, targets: Any, closure: Any) -> No
         raise ConfigError(
             "KFAC.step needs targets beside the inputs: optimizer.step(inputs, targets), or a list of micro-batches, "
             "optimizer.step([(inputs, targets), ...])"
-        )
-
-
-def require_alone(ranks: Ranks) -> None:
-    """Micro-batches are of one process.
-
-    Raises:
-        ConfigError: There are several.
-    """
-    if not ranks.alone:
-        raise ConfigError(
-            f"KFAC.step takes no list of micro-batches where {ranks.size} processes train together: give each rank one "
-            "batch, optimizer.step(inputs, targets), and more processes if it does not fit"
         )
 
 

@@ -3,7 +3,7 @@ r"""One iteration, phase by phase: begin, look back, try, judge, undo (method.md
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from kfacore.optim.objective import penalty
 from kfacore.optim.parts import Parts
 from kfacore.optim.phases import At, Trial
 from kfacore.optim.quadratic import model_value
-from kfacore.optim.statistics import mean_curvature, seen, shared
+from kfacore.optim.statistics import mean_curvature, seen, shared, traces_of
 from kfacore.roles.inverse import Notice
 from kfacore.roles.optimizer import StepReport
 from kfacore.roles.samples import Samples, mean_diagonal
@@ -73,13 +73,17 @@ class Iteration:
         at = self._look_back(self._begin(inputs, targets, valid, step, eta, lr, low), low)
         preconditioner = directions.prepare()
         at.waits = at.adapts or at.asks or preconditioner.waits(step, parts.damping.candidates(step))
-        with parts.ranks.together("backward passes"):
-            if at.waits or host.is_free(at.objective):
-                self._require_finite("objective", at.objective, at)
-            own = self._statistics(at, preconditioner)
-            directions.backward(at.batch, at.bound, retain=at.iterations > 1)
+        try:
+            with parts.ranks.together("backward passes"):
+                if at.waits or host.is_free(at.objective):
+                    self._require_finite("objective", at.objective, at)
+                own = self._statistics(at, preconditioner)
+                directions.backward(at.batch, at.bound, retain=at.iterations > 1)
+        except BaseException:  # here or elsewhere: micro-batches that were added are of no step
+            preconditioner.forget()
+            raise
         if own is not None:
-            self._sum_statistics(at, preconditioner, own)
+            self._sum_statistics(at, preconditioner, *own)
         preconditioner.spent(_OPERATIONS * at.whole.cases / parts.ranks.size * directions.size)
         grad = directions.gradient(eta)
         undone = 0
@@ -103,6 +107,7 @@ class Iteration:
         unsure = not ranks.alone and parts.linearizer.unsure(inputs)
         place = f"step {k}" if lr == 1.0 else f"step {k} with lr = {lr}"
         place += f", weight decay {eta}" if eta else ""
+        place += ", micro-batches" if several else ""
         whole, look = ranks.whole(
             place, lambda: sum(inputs.sizes) if several else parts.linearizer.cases(inputs, targets), unsure
         )
@@ -110,7 +115,7 @@ class Iteration:
         adapts, asks, iterations = parts.damping.adapts(k), parts.trust.asks(k), parts.momentum.iterations(m)
         sampled, curved = whole.first(parts.estimator.cases(m)), whole.first(parts.momentum.cases(m))
         linearizer = parts.linearizer
-        make = partial(Accumulated, linearizer) if several else partial(linearizer, look=look and not ranks.alone)
+        make = partial(partial(Accumulated, linearizer) if several else linearizer, look=look and not ranks.alone)
         with ranks.together("forward pass"):
             cast = None if adapts or asks or iterations > 1 else low
             batch = make(inputs, sampled, cast, curved if iterations > 1 else 0)
@@ -136,6 +141,7 @@ class Iteration:
             adapts=adapts,
             asks=asks,
             iterations=iterations,
+            several=several,
             whole=whole,
             sampled=of_samples,
             curved=of_model,
@@ -315,39 +321,52 @@ class Iteration:
         found = damping.lam, damping.gamma
         require_finite(what, value, at.inputs, at.targets, step=at.step, damping=found, deferred=deferred)
 
-    def _statistics(self, at: At, preconditioner: Preconditioner) -> Samples | None:
+    def _statistics(self, at: At, preconditioner: Preconditioner) -> tuple[Samples | None, Tensor | None] | None:
         """Average in what the estimator's backward passes show of each block; the first step tells lambda of it.
 
-        Of several processes each returns what it saw, for `_sum_statistics`.
+        Of several processes each returns what it saw, for `_sum_statistics`: samples, unless it has added up those of
+        micro-batches, and in the first step their traces.
         """
         estimator, generator, ranks = self._parts.estimator, self._parts.generator, self._parts.ranks
         part = None if ranks.alone else Share(at.whole, estimator.cases(at.whole.cases), ranks)
         vectors = at.sampled.statistics(at.batch.statistics_outputs(), estimator, generator, part)
         found = seen(at.batch, at.sampled, vectors, generator, drawn=estimator.draws, part=part)
         if not ranks.alone:
-            ((_, own),) = found  # micro-batches are refused
-            preconditioner.check(own)
-            return own
+            return self._own_statistics(at, preconditioner, found)
         diagonal: Tensor | float = 0.0
-        try:
-            for share, samples in found:
-                preconditioner.add(samples)
-                if at.step == 1:
-                    diagonal = diagonal + share * mean_diagonal(samples, preconditioner.layers)
-        except BaseException:  # a later micro-batch may fail: the parts before it are of no step
-            preconditioner.forget()
-            raise
+        for share, samples in found:
+            preconditioner.add(samples)
+            if at.step == 1:
+                diagonal = diagonal + share * mean_diagonal(samples, preconditioner.layers)
         preconditioner.commit()
         if isinstance(diagonal, Tensor):
             self._parts.damping.observe(diagonal)
         return None
 
-    def _sum_statistics(self, at: At, preconditioner: Preconditioner, own: Samples) -> None:
+    def _own_statistics(
+        self, at: At, preconditioner: Preconditioner, found: Iterator[tuple[float, Samples]]
+    ) -> tuple[Samples | None, Tensor | None]:
+        """What this process saw: not averaged in before all know that nothing failed."""
+        sums: Tensor | None = None
+        own: Samples | None = None
+        for _, own in found:
+            preconditioner.check(own)
+            if at.several:
+                preconditioner.add(own)
+            if at.step == 1:
+                these = traces_of(own, preconditioner.layers, at.loss.device)
+                sums = these if sums is None else sums + these
+        return None if at.several else own, sums
+
+    def _sum_statistics(self, at: At, preconditioner: Preconditioner, own: Samples | None, sums: Tensor | None) -> None:
         """The same of several processes together, in which they wait for each other."""
-        preconditioner.update(own)
+        if at.several:
+            preconditioner.commit()
+        else:
+            assert own is not None
+            preconditioner.update(own)
         if at.step == 1:
-            observed = mean_curvature(own, self._parts.ranks, preconditioner.layers, at.loss.device)
-            self._parts.damping.observe(observed)
+            self._parts.damping.observe(mean_curvature(sums, self._parts.ranks, preconditioner.layers, at.loss.device))
 
     def _agree_on_buffers(self) -> None:
         """Buffers that a forward pass moves, as running statistics, become the mean over processes."""

@@ -16,7 +16,7 @@ from kfacore.curvature.joined import Joined
 from kfacore.curvature.preconditioner import Preconditioner
 from kfacore.errors import ConfigError
 from kfacore.network import Linearizer
-from kfacore.optim.contract import require_alone, require_batch, require_model, united
+from kfacore.optim.contract import require_batch, require_model, united
 from kfacore.optim.directions import Directions
 from kfacore.optim.explain import Explanation, explain
 from kfacore.optim.guards import as_parameters, require_state
@@ -208,8 +208,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         Args:
             inputs: Any nest of tensors whose first dimension is the case; passed to the model as it is. Or, alone, a
                 list of micro-batches, ``[(inputs, targets), ...]`` or ``[(inputs, targets, valid), ...]``: the step of
-                all of them together, in the memory of one, at the price of further forward passes. Not with several
-                processes.
+                all of them together, in the memory of one, at the price of further forward passes. Several processes
+                give lists, or none of them does.
             targets: One target a case, or a position of a case.
             valid: Which positions count, (n, ...) bool or 0 and 1; all if left out.
             closure: Not taken; there for torch's trainers, which are told what to do.
@@ -231,7 +231,6 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         with self.ranks.telling(f"step {self.steps + 1}"):
             require_batch(self, inputs, targets, closure)
             if targets is None:
-                require_alone(self.ranks)
                 inputs, targets, valid = united(inputs, self.linearizer.cases)
             if casts and low != torch.bfloat16:
                 raise ConfigError(f"KFAC steps under autocast to bfloat16, found {low}: it would need the loss scaled")

@@ -36,6 +36,7 @@ class At:
         adapts: Whether lambda is adapted after this step.
         asks: Whether the rule of trust wants h after this step besides.
         iterations: Steps on the quadratic model.
+        several: Whether it is a list of micro-batches.
         whole: The mini-batch of all processes, of which inputs and targets are this one's part.
         sampled: The loss, divided by the S of the estimator's cases.
         curved: The loss, divided by the S of the quadratic model's cases.
@@ -57,6 +58,7 @@ class At:
     adapts: bool
     asks: bool
     iterations: int
+    several: bool
     whole: Whole
     sampled: BoundLoss | BoundJoint
     curved: BoundLoss | BoundJoint

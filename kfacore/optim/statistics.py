@@ -18,7 +18,7 @@ from kfacore.roles.block import Block
 from kfacore.roles.moment import divisor_of
 from kfacore.roles.samples import Samples, traces
 
-__all__ = ["mean_curvature", "seen", "shared"]
+__all__ = ["mean_curvature", "seen", "shared", "traces_of"]
 
 
 def seen(
@@ -45,6 +45,8 @@ def seen(
     z = batch.statistics_outputs()
     n = len(z)
     if n == 0:  # all are other processes'
+        if part is not None and not (batch.plain or drawn):
+            part.rows(z.shape[1:-1].numel())  # which processes ask of each other
         yield 1.0, [None for _ in batch.layers]
         return
     total = bound.total(n) if part is None else bound.weight(n)
@@ -98,13 +100,26 @@ def shared(
     return [part.with_numbers(total[i * size : (i + 1) * size]) for i in range(len(cases))]
 
 
-def mean_curvature(
-    samples: Samples, ranks: Ranks, layers: Sequence[Block], device: torch.device
-) -> Tensor:  # () float64
-    """Mean diagonal entry of the Fisher of all that several processes have seen (`kfacore.roles.samples`)."""
+def traces_of(samples: Samples, layers: Sequence[Block], device: torch.device) -> Tensor:  # (2 blocks + 1,) float64
+    """What `mean_curvature` needs of a part of a mini-batch: sums, which may be added up over parts."""
     sums, S = traces(samples, layers).to(device), divisor_of(samples)
-    flat = torch.cat([sums.flatten(), torch.as_tensor(S, dtype=torch.float64, device=device).view(1)])
-    (total,) = ranks.sum("curvature", [flat])
+    return torch.cat([sums.flatten(), torch.as_tensor(S, dtype=torch.float64, device=device).view(1)])
+
+
+def mean_curvature(
+    sums: Tensor | None, ranks: Ranks, layers: Sequence[Block], device: torch.device
+) -> Tensor:  # () float64
+    """Mean diagonal entry of the Fisher of all that several processes have seen (`kfacore.roles.samples`).
+
+    Args:
+        sums: Of this process, see `traces_of`; None if it saw nothing.
+        ranks: The processes.
+        layers: The blocks.
+        device: Where the parameters are.
+    """
+    if sums is None:
+        sums = torch.zeros(2 * len(layers) + 1, dtype=torch.float64, device=device)
+    (total,) = ranks.sum("curvature", [sums])
     sizes = torch.tensor([float(layer.size) for layer in layers], dtype=torch.float64, device=device)
     some: Tensor = total[len(layers) : -1] > 0
     mean: Tensor = total[: len(layers)].sum() / total[-1] / sizes[some].sum()

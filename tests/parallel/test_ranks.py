@@ -69,6 +69,18 @@ def test_processes_agree_to_the_bit_and_with_one_process_to_rounding(
             assert mine == pytest.approx(one, rel=1e-4 if "dtype" in options else 1e-9), options
 
 
+def test_lists_of_micro_batches_are_one_batch() -> None:
+    variants: list[dict[str, Any]] = [
+        {"lists": True, "approx": "tridiag"},
+        {"lists": True, "masked": True, "approx": {"kind": "blockdiag", "memory": "owner"}},
+    ]
+    first, second = world(2, several, (60, 40), variants).results
+    whole = several(None, (60, 40), [{**options, "lists": False} for options in variants])
+    for i, options in enumerate(variants):
+        assert farthest(first[i]["parameters"], second[i]["parameters"]) == 0.0, options
+        assert farthest(first[i]["parameters"], whole[i]["parameters"]) < 1e-12, options
+
+
 def test_any_network() -> None:
     sizes = (50, 30)
     exact = {"kind": "exact", "tau1": 1.0}
@@ -147,8 +159,7 @@ def test_a_problem_on_one_process_is_told_on_all() -> None:
     assert first["memory"].startswith("RankError: rank 1 failed in its forward pass: OutOfMemoryError: CUDA out of")
     for told in (first["place"], second["place"]):
         assert "rank 0 at 'state_dict', rank 1 at 'step 2'" in told
-    assert first["micro-batches"].startswith("ConfigError: KFAC.step takes no list of micro-batches where 2 processes")
-    assert second["micro-batches"].startswith("ConfigError: rank 0: KFAC.step takes no list of micro-batches")
+    assert "rank 0 at 'step 1, micro-batches', rank 1 at 'step 1'" in first["lists"]
     assert "rank 0 at 'step 1', rank 1 at 'step 1 with lr = 0.5'" in first["rate"]
     assert "rank 0 at 'step 1', rank 1 at 'step 1, weight decay 0.1'" in first["decay"]
     assert first["nothing"] == second["nothing"]
