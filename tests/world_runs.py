@@ -292,11 +292,18 @@ def held(opt: KFAC) -> int:
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}.values())
 
 
-def divided(rank: int | None, sizes: Sequence[int], options: dict[str, Any], states: Sequence[Any]) -> dict[str, Any]:
-    """Train with the curvature at its owners, from the start or from states; and what is held."""
-    found = [kfac(rank, sizes, options)] if not states else []
-    found += [kfac(rank, sizes, options, STEPS // 2, STEPS // 2, state) for state in states]
+def divided(
+    rank: int | None, sizes: Sequence[int], options: dict[str, Any], states: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """Train with the curvature at its owners, from the start or from each of some states."""
+    if not states:
+        return [kfac(rank, sizes, options)]
+    return [kfac(rank, sizes, options, STEPS // 2, STEPS // 2, state) for state in states]
+
+
+def kept(rank: int | None, sizes: Sequence[int], options: dict[str, Any]) -> tuple[int, Any]:
+    """Bytes that a process holds, and which blocks are whose."""
     opt = KFAC(net(), likelihood="categorical", **options)
     for k in range(2):
         opt.step(*own(rank, sizes, *data(sum(sizes), k)))
-    return {"runs": found, "held": held(opt), "groups": getattr(opt.preconditioner, "groups", None)}
+    return held(opt), getattr(opt.preconditioner, "groups", None)
