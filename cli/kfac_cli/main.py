@@ -124,6 +124,11 @@ def _unexpected(error: BaseException) -> str:
     notes = getattr(error, "__notes__", [])
     lines = "".join(traceback.format_exception_only(error)).strip().splitlines()
     reason = [line for line in lines if line not in notes][-1]
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
+        return (
+            f"out of memory ({reason}): take smaller mini-batches, a smaller approx.max_dim, or more processes with "
+            "approx.memory=owner; the run goes on from its last checkpoint"
+        )
     if os.environ.get(TRACEBACK_VARIABLE):
         return f"unexpected {reason}"
     for note in notes:

@@ -251,12 +251,16 @@ class Preconditioner:
         if made.failure is not None:
             if not made.pairs and self.inverse is None:
                 raise NumericalError(made.failure)
-            if self.moments.restart():  # one mini-batch too large for the dtype: the next one has a say again, at once
+            if self._restart():  # one mini-batch too large for the dtype: the next one has a say again, at once
                 self.hurry()
             layer, _, message = made.failure.partition(": ")
             kept = "the other candidates were used" if made.pairs else "the previous inverse was kept"
             notices.append(Notice(layer, f"{message} ({kept})"))
         return made.pairs, notices
+
+    def _restart(self) -> bool:
+        """Forget averages that are not finite; whether there were any."""
+        return self.moments.restart()
 
     def _load(self, state: Any) -> Inverse:
         if "owned" in state:  # of processes that had a part each

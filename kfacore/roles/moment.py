@@ -242,7 +242,8 @@ class Moment(ABC):
         Returns:
             Whether there were any; waits for the device.
         """
-        bad = [i for i, value in enumerate(self.values) if not bool(value.isfinite().all())]
+        here = [i for i, value in enumerate(self.values) if not value.is_meta]  # others are another process's
+        bad = [i for i in here if not bool(self.values[i].isfinite().all())]
         found = any(float(self.updates[i]) for i in bad)
         for i in bad:
             self.updates[i] = 0

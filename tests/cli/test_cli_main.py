@@ -89,6 +89,11 @@ def test_a_defect_leaves_its_traceback_in_a_file(monkeypatch, capsys, tmp_path: 
     assert "RuntimeError: first line" in text
 
 
+def test_no_memory_is_no_defect() -> None:
+    said = frame._unexpected(MemoryError("no 8 GB"))
+    assert said.startswith("out of memory (MemoryError: no 8 GB): take smaller mini-batches")
+
+
 def test_a_defect_where_no_file_can_be_written(monkeypatch, capsys, tmp_path: Path) -> None:
     monkeypatch.setattr(frame.tempfile, "tempdir", str(tmp_path / "missing"))
     monkeypatch.setattr(frame, "app", raising(ValueError("bad")))

@@ -19,7 +19,7 @@ from kfacore.lab.training.checkpoint import load_checkpoint
 
 FAULTS = {
     "dies": ("rank 0 has no answer from the others", 5),
-    "full": ("OutOfMemoryError", 5),
+    "full": ("out of memory", 5),
     "nan": ("NaN or infinity", 5),
     "interrupted": ("stopped by", STEP),
 }
