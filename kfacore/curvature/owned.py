@@ -329,6 +329,9 @@ class Owned(Preconditioner):
             for piece in inverse.own.pieces:
                 self._own.try_out(piece.inverse, self._like)
 
+    def _restart(self) -> bool:
+        return bool(self.ranks.most("averages anew", int(super()._restart())))
+
     def _load(self, state: Any) -> Inverse:
         return OwnedInverse(load_pieces(self.joined, state, set(self._group)), self.groups, self.ranks)
 
