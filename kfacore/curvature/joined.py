@@ -109,6 +109,10 @@ class JoinedMoments(Moments):
         for moments in self.each:
             moments.sum_on(device)
 
+    def restart(self) -> bool:
+        """All parts."""
+        return any([moments.restart() for moments in self.each])
+
     def forget(self) -> None:
         """All parts."""
         for moments in self.each:

@@ -180,10 +180,12 @@ def test_in_a_step_the_previous_inverse_keeps_its_gamma() -> None:
     assert step_of(optimizer, 2).refreshed
 
 
-def test_averages_that_overflowed_start_anew() -> None:
+@pytest.mark.parametrize("between", [nn.Tanh(), nn.PReLU()], ids=["one kind of blocks", "two"])
+def test_averages_that_overflowed_start_anew(between: nn.Module) -> None:
     """Finite inputs whose squares are not: the mini-batch after takes the place of what no decay would mend."""
     torch.manual_seed(0)
-    optimizer = KFAC(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), likelihood="categorical")
+    net = nn.Sequential(nn.Linear(3, 4), between, nn.Linear(4, 2)).double()
+    optimizer = KFAC(net, likelihood="categorical")
     x, y = dense.randn(40, 3), torch.arange(40) % 2
     for _ in range(4):
         optimizer.step(x, y)
