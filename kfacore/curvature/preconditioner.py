@@ -24,7 +24,7 @@ from kfacore.roles.approx import Approximation
 from kfacore.roles.block import Block
 from kfacore.roles.inverse import Inverse, Notice
 from kfacore.roles.moment import Moments, Tally
-from kfacore.roles.samples import Samples
+from kfacore.roles.samples import Samples, rows_a_case
 from kfacore.schema.slots import PiRule
 
 __all__ = ["Preconditioner", "add_up"]
@@ -54,6 +54,7 @@ class Preconditioner:
         moments: The running averages.
         joined: Who serves which blocks.
         inverse: The inverse in use, or None before the first refresh.
+        rows: Rows a case in the last statistics, see `rows_a_case`.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Preconditioner:
         self._background = BackgroundRefresh(like.device)
         self._hurried = self._owed = False
         self._worked = self._refreshed = 0.0
+        self.rows = 1.0
 
     def _start(self, like: Tensor) -> Moments:
         """The averages that are kept here."""
@@ -89,14 +91,17 @@ class Preconditioner:
 
     def update(self, samples: Samples) -> None:
         """Take in what the estimator saw in a mini-batch: `add` and `commit` in one."""
+        rows = rows_a_case(samples, self.layers)
         if self.ranks.alone:
+            self.rows = rows
             self.moments.update(samples, self.decay)
             return
         if self._whole:  # of what all have alike each keeps a share, so that the shares add up
             torch._foreach_mul_([value for value, _ in self.moments.averages], 1.0 / self.ranks.size)
             self._whole = False
         numbers = [float(x) for tally in self.moments.tallies(samples) for x in tally]
-        total = self.ranks.count("counts", numbers)
+        *total, rows = self.ranks.count("counts", [*numbers, rows])  # all must refresh in the same steps
+        self.rows = rows / self.ranks.size
         tallies = [Tally(*pair) for pair in zip(total[::2], total[1::2], strict=True)]
         self.moments.update_share(samples, self.decay, tallies)
 
@@ -121,6 +126,7 @@ class Preconditioner:
 
     def add(self, samples: Samples) -> None:
         """Take in a part of a mini-batch, a micro-batch for example; averages do not move before `commit`."""
+        self.rows = rows_a_case(samples, self.layers)
         self.moments.add(samples)
 
     def forget(self) -> None:

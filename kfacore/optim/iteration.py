@@ -31,7 +31,7 @@ from kfacore.roles.samples import Samples, mean_diagonal
 __all__ = ["Iteration"]
 
 _OPERATIONS = 10
-"""Operations of a step an example and a parameter: six of the gradient, the others of statistics and J v."""
+"""Operations of a step a row and a parameter: six of the gradient, the others of statistics and J v."""
 
 
 class Iteration:
@@ -84,7 +84,8 @@ class Iteration:
             raise
         if own is not None:
             self._sum_statistics(at, preconditioner, *own)
-        preconditioner.spent(_OPERATIONS * at.whole.cases / parts.ranks.size * directions.size)
+        work = _OPERATIONS * at.whole.cases / parts.ranks.size * directions.size * preconditioner.rows
+        preconditioner.spent(work)
         grad = directions.gradient(eta)
         undone = 0
         # Several iterations walk back through the graph, which parameters that were put back have left.

@@ -21,7 +21,7 @@ from torch import Tensor
 from kfacore.errors import ConfigError
 from kfacore.roles.block import Block
 
-__all__ = ["LayerSamples", "Samples", "mean_diagonal", "traces"]
+__all__ = ["LayerSamples", "Samples", "mean_diagonal", "rows_a_case", "traces"]
 
 _CHUNK = 1 << 24
 """Numbers that a chunk of cases may take while rows of a case are compared with each other."""
@@ -101,6 +101,22 @@ def mean_diagonal(samples: Samples, blocks: Sequence[Block] | None = None) -> Te
     if not traces:
         raise ConfigError("the mean diagonal of the Fisher was asked for, and no block saw anything in this mini-batch")
     return torch.stack(traces).sum() / parameters
+
+
+def rows_a_case(samples: Samples, blocks: Sequence[Block]) -> float:
+    """How many rows a case a parameter works on, in the mean over parameters: 1 for a net without positions.
+
+    A step costs so many times what it would on one row a case. Token numbers are looked up, which costs next to nothing;
+    of what a case's gradient is known alone one row is counted.
+    """
+    work, parameters = 0.0, 0
+    for block, s in zip(blocks, samples, strict=True):
+        if s is not None:
+            s = s if s.head is None else s.head
+            rows = s.positions or 1
+            work += block.size * (rows if s.inputs.is_floating_point() else 0)
+            parameters += block.size
+    return work / parameters if parameters else 1.0
 
 
 def traces(samples: Samples, blocks: Sequence[Block]) -> Tensor:  # (2, blocks) float64
