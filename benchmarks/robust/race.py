@@ -17,7 +17,7 @@ from benchmarks.robust.task import Task
 from benchmarks.robust.verdict import Evaluation, judge
 from kfacore.registry import get_registry
 
-__all__ = ["Budget", "Record", "race"]
+__all__ = ["Budget", "Record", "batches_of", "race"]
 
 Record = dict[str, Any]
 """What is kept of a run; see `race`."""
@@ -116,13 +116,13 @@ def race(problem: str, seed: int, contender: str, budget: Budget, cost: float | 
         warm_up(contender)
         task = PROBLEMS[problem].build(seed)
         run = _Run(task, budget, cost)
-        run.go(start(contender, task.model, task.likelihood), _batches(task, seed))
+        run.go(start(contender, task.model, task.likelihood), batches_of(task, seed))
     finally:
         torch.set_num_threads(threads)
     return {"problem": problem, "kind": PROBLEMS[problem].kind, "seed": seed, "contender": contender, **_outcome(run)}
 
 
-def _batches(task: Task, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches_of(task: Task, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Mini-batches of equal size for ever, every epoch shuffled anew; what is left over is left out."""
     cases = len(task.x)
     size = min(task.batch, cases)

@@ -19,7 +19,7 @@ import torch
 from benchmarks.robust.contenders import family
 from benchmarks.robust.race import Budget, Record
 
-__all__ = ["Key", "Store", "code", "facts", "key", "paces"]
+__all__ = ["Key", "Store", "code", "facts", "key", "paces", "text"]
 
 Key = tuple[str, int, str]
 """Problem, seed, contender."""
@@ -92,7 +92,7 @@ class Store:
 
     def _keep(self, record: Record) -> None:
         self._records[key(record)] = record
-        self._lines[key(record)] = _text(record)
+        self._lines[key(record)] = text(record)
 
     def save(self, **more: Any) -> None:
         """Write everything, and what more there is to say, replacing the file in one move."""
@@ -102,7 +102,7 @@ class Store:
         runs = ",\n".join(self._lines.values())
         part = self._file.with_name(self._file.name + ".part")
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(f'{_text(content)[:-1]}, "runs": [\n{runs}\n]}}\n')
+        part.write_text(f'{text(content)[:-1]}, "runs": [\n{runs}\n]}}\n')
         os.replace(part, self._file)
 
 
@@ -113,7 +113,8 @@ def _read(name: str, value: Any) -> Any:
     return math.nan if name in _NUMBERS and value is None else value
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """One line of JSON."""
     return json.dumps(_plain(value), allow_nan=False)
 
 
@@ -138,10 +139,10 @@ def code() -> str:
     return digest.hexdigest()[:16]
 
 
-def facts(budget: Budget) -> dict[str, Any]:
+def facts(budget: Budget | None = None) -> dict[str, Any]:
     """What the numbers hold for."""
     return {
-        "budget": dict(vars(budget)),
+        **({} if budget is None else {"budget": dict(vars(budget))}),
         "commit": _commit(),
         "code": code(),
         "torch": torch.__version__,

@@ -20,6 +20,8 @@ ROOT = HERE.parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ROBUST = ROOT / "benchmarks" / "results" / "robust.json"
 """Runs of ``python -m benchmarks robust``, if they are in the repository: its table is empty without them."""
+REAL = ROOT / "benchmarks" / "results" / "real.json"
+"""Likewise of ``python -m benchmarks real``."""
 
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
 
@@ -61,7 +63,34 @@ def robust(file: Path = ROBUST) -> str:
     return table(["", "at the end against", "problems", "within 1.5 times", "better", "median ratio"], rows)
 
 
-MADE: dict[str, Callable[[], str]] = {"preset": preset, "robust": robust}
+def real(file: Path = REAL) -> str:
+    """Every method on every model: losses at the end, and its way to AdamW's."""
+    if not file.exists():
+        return ""
+    from benchmarks.real.table import rows
+
+    records: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["runs"]
+    longest = {model: max(r["seconds"] for r in records if r["model"] == model) for model in _names(records, "model")}
+    lines = []
+    for model, seconds in longest.items():
+        runs = [record for record in records if record["model"] == model and record["seconds"] == seconds]
+        for row in rows(runs):
+            numbers = ("training loss", "held-out loss", "share of its steps", "share of its seconds")
+            cells = [f"{model}, {seconds:g} s", row[""], str(row["batch"]), _short(row["rate"]), str(row["steps"])]
+            lines.append([*cells, *(_short(row[name]) for name in numbers)])
+    head = ["model", "method", "batch", "rate", "steps", "training loss", "held-out loss"]
+    return table([*head, "share of AdamW's steps", "of its seconds"], lines)
+
+
+def _names(records: list[dict[str, Any]], key: str) -> list[str]:
+    return list(dict.fromkeys(record[key] for record in records))
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+MADE: dict[str, Callable[[], str]] = {"preset": preset, "robust": robust, "real": real}
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:

@@ -106,8 +106,8 @@ def mean_diagonal(samples: Samples, blocks: Sequence[Block] | None = None) -> Te
 def rows_a_case(samples: Samples, blocks: Sequence[Block]) -> float:
     """How many rows a case a parameter works on, in the mean over parameters: 1 for a net without positions.
 
-    A step costs so many times what it would on one row a case. Token numbers are looked up, which costs next to nothing;
-    of what a case's gradient is known alone one row is counted.
+    A step costs so many times what it would on one row a case. Token numbers are looked up, which costs next to
+    nothing; of blocks whose rows are not told apart one a case is counted.
     """
     work, parameters = 0.0, 0
     for block, s in zip(blocks, samples, strict=True):
