@@ -14,7 +14,7 @@ from kfacore.errors import ConfigError, UnsupportedModelError
 from kfacore.roles import LayerSamples
 from kfacore.roles.block import Block, Side
 from kfacore.roles.moment import Moments
-from kfacore.roles.samples import Samples, mean_diagonal
+from kfacore.roles.samples import Samples, mean_diagonal, rows_a_case
 
 Float = torch.float64
 ALL = list(BLOCKS.values())
@@ -186,6 +186,21 @@ def test_mean_diagonal_sums_the_rows_of_a_case(name: str, size: int) -> None:
     wanted = total / s.cases / block.size
     assert float(mean_diagonal([s], [block])) == pytest.approx(wanted, rel=1e-12)
     assert float(mean_diagonal([None, s], [ALL[0], block])) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_rows_a_case_are_those_that_parameters_work_on() -> None:
+    plain, other = Block("a", 4, 3, True), Block("b", 2, 5, False)
+    one = LayerSamples(dense.randn(6, plain.d_in), dense.randn(1, 6, 3))
+    many = LayerSamples(dense.randn(6 * 7, other.d_in), dense.randn(1, 6 * 7, 5), 7)
+    assert rows_a_case([one], [plain]) == 1.0
+    wanted = (plain.size + 7 * other.size) / (plain.size + other.size)
+    assert rows_a_case([one, many], [plain, other]) == wanted
+    assert rows_a_case([one, None], [plain, other]) == 1.0
+    assert rows_a_case([None, None], [plain, other]) == 1.0
+    words = BLOCKS["tied"]
+    assert rows_a_case([samples(words)], [words]) == ROWS  # as head; as embedding it looks up
+    looked_up = Block("emb", 6, 3, False, input_side=Side.DIAGONAL)
+    assert rows_a_case([replace(samples(words), head=None)], [looked_up]) == 0.0
 
 
 def test_mean_diagonal_of_other_kinds() -> None:

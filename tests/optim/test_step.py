@@ -561,3 +561,14 @@ def test_a_quadratic_model_that_is_not_finite_moves_nothing_in_a_refresh_step(mo
     with pytest.raises(NumericalError, match="step 2: the quadratic model is not finite"):
         optimizer.step(*data(seed=1))
     assert all(torch.equal(a, b) for a, b in zip(before, optimizer.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((4,), 1.0), ((7, 4), 7.0)])
+def test_the_share_of_refreshes_knows_that_a_step_works_on_every_position(shape: tuple[int, ...], rows: float) -> None:
+    """A net on positions costs as many times more: counted by cases its inverse was hardly ever made anew."""
+    optimizer = KFAC(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), likelihood="gaussian")
+    for seed in range(3):
+        x = dense.randn(6, *shape, seed=seed).float()
+        optimizer.step(x, x[..., :3])
+    assert optimizer.preconditioner is not None
+    assert optimizer.preconditioner.rows == rows
