@@ -138,6 +138,9 @@ class Preconditioner:
         self.gather()
         add_up(self.moments, self.ranks)
         self.moments.commit(self.decay)
+        if not self.ranks.alone:  # all must refresh in the same steps
+            (rows,) = self.ranks.count("rows", [self.rows])
+            self.rows = rows / self.ranks.size
 
     def due(self, step: int) -> bool:
         """Whether the inverse is refreshed in this step: when it is `scheduled`.
