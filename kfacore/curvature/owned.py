@@ -33,7 +33,7 @@ from kfacore.roles.approx import Approximation, Factorisation
 from kfacore.roles.block import Block, Side
 from kfacore.roles.inverse import Inverse, Notice
 from kfacore.roles.moment import Moments
-from kfacore.roles.samples import Samples
+from kfacore.roles.samples import Samples, rows_a_case
 from kfacore.schema.slots import PiRule
 
 __all__ = ["Owned", "OwnedInverse", "preconditioner", "require_divisible", "shares"]
@@ -242,6 +242,7 @@ class Owned(Preconditioner):
 
     def add(self, samples: Samples) -> None:
         """Take in a part of a mini-batch; until `commit` its sums, or what they are made of, are here."""
+        self.rows = rows_a_case(samples, self.layers)
         for moments, group in zip(self._each, self.groups, strict=True):
             moments.add([samples[i] for i in group])
 
@@ -257,6 +258,7 @@ class Owned(Preconditioner):
             add_up(moments, self.ranks, rank)
         self.moments.commit(self.decay)
         self.moments.updates = updates  # also where there is no block
+        self._agree_on_rows()
 
     def _make(self, moments: Moments, gammas: Sequence[Tensor], pi: PiRule, ranks: Ranks) -> Made:
         """Each owner its own; a gamma counts where it went well on all."""

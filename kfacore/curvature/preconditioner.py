@@ -138,7 +138,11 @@ class Preconditioner:
         self.gather()
         add_up(self.moments, self.ranks)
         self.moments.commit(self.decay)
-        if not self.ranks.alone:  # all must refresh in the same steps
+        self._agree_on_rows()
+
+    def _agree_on_rows(self) -> None:
+        """Their mean over processes, all of which must refresh in the same steps."""
+        if not self.ranks.alone:
             (rows,) = self.ranks.count("rows", [self.rows])
             self.rows = rows / self.ranks.size
 
