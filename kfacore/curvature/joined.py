@@ -111,7 +111,8 @@ class JoinedMoments(Moments):
 
     def restart(self) -> bool:
         """All parts."""
-        return any([moments.restart() for moments in self.each])
+        found = [moments.restart() for moments in self.each]  # of all, not up to the first
+        return any(found)
 
     def forget(self) -> None:
         """All parts."""

@@ -92,12 +92,12 @@ class Iteration:
         for attempt in range(parts.trust.attempts(step) if at.iterations == 1 else 1):
             trial = self._try(at, grad, preconditioner, again=attempt > 0)
             self._take(trial)
-            rho, accepted = self._judge(at, trial)
-            if not self._undone(at, accepted):
+            self._judge(at, trial)
+            if not self._undone(at, trial, grad):
                 break
             undone += 1
         self._agree_on_buffers()
-        return trial.report(at, rho, accepted, undone)
+        return trial.report(at, undone)
 
     def _begin(
         self, inputs: Any, targets: Any, valid: Any, k: int, eta: float, lr: float, low: torch.dtype | None
@@ -259,20 +259,23 @@ class Iteration:
             delta.flat.copy_(trial.further.flat)
         torch._foreach_add_(parameters, delta.parts)
 
-    def _judge(self, at: At, trial: Trial) -> tuple[Tensor | None, Tensor]:
+    def _judge(self, at: At, trial: Trial) -> None:
         """rho = (h(theta + delta) - h(theta)) / model value where it is wanted, -inf if h went up; and the verdict."""
-        rho, accepted = None, torch.isfinite(trial.value)
+        trial.accepted = torch.isfinite(trial.value)
         if at.adapts or at.asks or self._wonders(at, trial):
-            change = self._measure(at) - at.objective
-            rho = torch.where(change > 0, -torch.inf, change / trial.value)
-            trust = self._parts.trust
-            accepted = accepted & trust.accepts(at.objective, change)
-            if trust.attempts(at.step) == 1:  # where there are several, they go on until h falls
-                accepted = accepted & trust.believes(at.objective, change, trial.value)
+            trial.change = change = self._measure(at) - at.objective
+            trial.rho = torch.where(change > 0, -torch.inf, change / trial.value)
+            trial.accepted = trial.accepted & self._accepts(at, change, trial.value)
             if at.adapts and at.lr:  # a step of length zero tells nothing
-                self._parts.damping.adapt(rho)
+                self._parts.damping.adapt(trial.rho)
         self.predicted, self.rate = trial.value, at.lr
-        return rho, accepted
+
+    def _accepts(self, at: At, change: Tensor, predicted: Tensor) -> Tensor:  # () bool
+        trust = self._parts.trust
+        accepted = trust.accepts(at.objective, change)
+        if trust.attempts(at.step) == 1:  # where there are several, they go on until h falls
+            accepted = accepted & trust.believes(at.objective, change, predicted)
+        return accepted
 
     def _wonders(self, at: At, trial: Trial) -> bool:
         """Whether h after the step is wanted because it promises much; where asking that would cost a wait, no."""
@@ -280,8 +283,8 @@ class Iteration:
             return False
         return self._parts.trust.wonders(float(at.objective), float(trial.value))
 
-    def _undone(self, at: At, accepted: Tensor) -> bool:
-        """Undo the step unless it was accepted, and say whether the host knows that it was not.
+    def _undone(self, at: At, trial: Trial, grad: BlockVector) -> bool:
+        """Shorten or undo the step unless it was accepted, and say whether the host knows that it was undone.
 
         Where the host would have to wait, the device decides alone.
         """
@@ -289,16 +292,40 @@ class Iteration:
         if not trust.looks_back:
             return False
         assert delta is not None
-        if not (at.waits or host.is_free(accepted)):
-            self.keeper.restore(parameters, delta, accepted)
-            self._parts.damping.strengthen(trust.early, ~accepted)
+        if not (at.waits or host.is_free(trial.accepted)):
+            self.keeper.restore(parameters, delta, trial.accepted)
+            self._parts.damping.strengthen(trust.early, ~trial.accepted)
             return False
-        kept = bool(accepted)
-        trust.judged(at.step, kept)
-        if not kept:
-            self.keeper.restore(parameters, delta)
-            self._distrust(at.step, self._parts.damping.strengthen, trust.early)
-        return not kept
+        if bool(trial.accepted):
+            trust.judged(at.step, True)
+            return False
+        if self._shortened(at, trial, grad, delta):
+            return False
+        self.keeper.restore(parameters, delta)
+        self._distrust(at.step, self._parts.damping.strengthen, trust.early)
+        return True
+
+    def _shortened(self, at: At, trial: Trial, grad: BlockVector, delta: BlockVector) -> bool:
+        """Go to the minimum of the parabola through h before the step, its slope there, and h after; if h falls so.
+
+        The share of the step's length is s / (2 (s - c)) with slope s and change c. Such a step's direction was right,
+        and lambda, which rises by one over the share, would have turned it too before it had shortened it.
+        """
+        trust = self._parts.trust
+        if trial.change is None or trust.attempts(at.step) > 1:  # then another lambda is tried
+            return False
+        slope = torch.dot(grad.flat, delta.flat).double()
+        share = float(slope / (2.0 * (slope - trial.change)))
+        if not trust.shortest <= share < 1.0:
+            return False
+        self.keeper.shorten(self._directions.parameters(), delta, share)
+        trial.shorten(share)
+        change = self._measure(at) - at.objective
+        if not bool(self._accepts(at, change, trial.value)):
+            return False
+        trial.rho, trial.accepted = change / trial.value, torch.ones_like(trial.accepted)
+        self._distrust(at.step, self._parts.damping.strengthen, 1.0 / share)
+        return True
 
     def _distrust(self, step: int, strengthen: Callable[[float, Tensor], None], factor: float) -> None:
         """After a step was undone: lambda rises, the inverse is made anew, the next steps are asked about."""

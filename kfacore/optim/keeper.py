@@ -57,6 +57,12 @@ class Keeper:
             finally:
                 torch._foreach_copy_(list(parameters), now)
 
+    def shorten(self, parameters: Sequence[Tensor], delta: BlockVector, share: float) -> None:
+        """Take a share of the step, from the copy; the step becomes what was taken."""
+        delta.flat.mul_(share)
+        torch._foreach_copy_(list(parameters), self._copies)
+        torch._foreach_add_(list(parameters), delta.parts)
+
     def restore(self, parameters: Sequence[Tensor], delta: BlockVector, kept: Tensor | None = None) -> None:
         """Put the parameters back and forget the step; both where the device says so, if the host does not know.
 

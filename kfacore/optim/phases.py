@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kfacore.network import Accumulated, BlockVector, Linearization
@@ -82,6 +83,9 @@ class Trial:
         gamma: gamma.
         refreshed: Whether the inverse was made for it.
         notices: What must be reported.
+        change: What it changed h by, () float64, where that was asked.
+        rho: Reduction ratio, () float64, likewise.
+        accepted: Whether the step is kept, () bool.
     """
 
     proposal: BlockVector
@@ -95,8 +99,16 @@ class Trial:
     gamma: Tensor
     refreshed: bool
     notices: list[Notice]
+    change: Tensor | None = None
+    rho: Tensor | None = None
+    accepted: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool))
 
-    def report(self, at: At, rho: Tensor | None, accepted: Tensor, undone: int) -> StepReport:
+    def shorten(self, share: float) -> None:
+        """Only this share of the step was taken; of a step to the minimum the model then promises 2 t - t^2."""
+        self.alpha, self.mu = share * self.alpha, share * self.mu
+        self.value = (2.0 * share - share**2) * self.value
+
+    def report(self, at: At, undone: int) -> StepReport:
         """The step's report."""
         return StepReport(
             step=at.step,
@@ -105,13 +117,13 @@ class Trial:
             objective=at.objective,
             error=at.error,
             model_value=self.value if self.used else None,
-            rho=rho,
+            rho=self.rho,
             lam=self.lam,
             gamma=self.gamma,
             alpha=self.alpha,
             mu=self.mu,
             refreshed=self.refreshed,
-            accepted=accepted,
+            accepted=self.accepted,
             undone=undone,
             notices=(*at.undone, *(str(notice) for notice in self.notices)),
         )

@@ -23,11 +23,13 @@ class Trust(Part):
     Attributes:
         early: What lambda is multiplied with when a step was undone by its own mini-batch.
         late: Likewise by the next one.
+        shortest: Share of its length below which a step is undone rather than shortened.
     """
 
     config: TrustConfig
     early: ClassVar[float] = 10.0
     late: ClassVar[float] = 2.0
+    shortest: ClassVar[float] = 1.0
 
     @abstractmethod
     def asks(self, step: int) -> bool:

@@ -41,6 +41,8 @@ class Undo(Trust):
     Config = UndoConfig
     config: UndoConfig
 
+    shortest = 0.1
+
     def __init__(self, config: UndoConfig | None = None) -> None:
         super().__init__(config)
         self._undone = 0  # the last step undone; the start counts as one
