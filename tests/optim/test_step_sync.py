@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from waits import DEVICES, waiting_is_an_error, watch
 
+from kfac_plugins.trust.undo import Undo
 from kfacore import KFAC, host
 
 
@@ -143,8 +144,14 @@ def test_a_changing_batch_size_never_waits(device: str) -> None:
 @pytest.mark.parametrize("power", [1.0, 0.85])
 @pytest.mark.parametrize("rule", ["compared", "tied"])
 def test_what_other_steps_wait_for(
-    device: str, approx: dict[str, Any], refresh: dict[str, int], power: float, rule: str
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    approx: dict[str, Any],
+    refresh: dict[str, int],
+    power: float,
+    rule: str,
 ) -> None:
+    monkeypatch.setattr(Undo, "shortest", 1.0)  # a step that is shortened is looked at twice
     optimizer, batches = optimizer_and_data(
         device, approx={**approx, "power": power}, damping={"kind": "levenberg-marquardt", "gamma_rule": rule}
     )

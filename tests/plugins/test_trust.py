@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kfac_plugins.trust import UndoConfig
 from kfac_plugins.trust.undo import Undo
 from kfacore import KFAC, DataError, host
+from kfacore.roles.optimizer import StepReport
 
 Float = torch.float64
 
@@ -98,6 +99,41 @@ def test_the_first_lambda_is_tried() -> None:
     assert report.undone > 0
     assert bool(report.accepted)
     assert raised == pytest.approx(10.0**report.undone, rel=1e-9)
+
+
+def along(length: float, kept: float = 1.0) -> tuple[KFAC, StepReport, Tensor, float]:
+    """A linear net after a step to the minimum and one `length` times too long: h is a parabola along both."""
+    optimizer = KFAC(
+        nn.Linear(4, 3).double(),
+        likelihood="gaussian",
+        damping={"kind": "levenberg-marquardt", "lambda0": 1e-9},
+        weight_decay=0.0,
+    )
+    with torch.no_grad():
+        for parameter in optimizer.model.parameters():
+            parameter.copy_(dense.randn(*parameter.shape, seed=3))
+    optimizer.step(dense.randn(60, 4, seed=1), dense.randn(60, 3, seed=2))
+    lam, coefficients = float(optimizer.damping.lam), optimizer.momentum.coefficients
+    optimizer.momentum.coefficients = lambda M, b: length * coefficients(M, b)  # type: ignore[method-assign]
+    report = optimizer.step(dense.randn(60, 4, seed=4), dense.randn(60, 3, seed=5))
+    return optimizer, report, dense.theta(optimizer.model), float(optimizer.damping.lam) / lam
+
+
+def test_a_step_that_is_too_long_is_shortened_to_the_minimum() -> None:
+    _, right, theta, _ = along(1.0)
+    optimizer, report, shortened, raised = along(4.0)
+    assert torch.allclose(shortened, theta, rtol=0.0, atol=1e-7)  # lambda is not nothing
+    assert bool(report.accepted)
+    assert (report.undone, raised) == (0, pytest.approx(4.0, rel=1e-6))
+    assert torch.allclose(torch.stack([report.alpha, report.mu]), torch.stack([right.alpha, right.mu]), rtol=1e-6)
+    assert optimizer.trust.asks(12), "the next ten are asked about"
+
+
+def test_a_step_that_is_much_too_long_is_undone() -> None:
+    """A parabola through a point far away says little about what is here."""
+    optimizer, report, theta, raised = along(20.0)
+    assert (report.undone, bool(report.accepted), raised) == (1, False, pytest.approx(10.0))
+    assert not bool(optimizer._directions.delta.flat.any())  # type: ignore[union-attr]
 
 
 def test_an_undone_step_leaves_the_parameters_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-r"""Steps that raise the objective are undone.
+r"""Steps that raise the objective are shortened or undone.
 
 Two questions are asked. The first one after a step, on its own mini-batch: is h(theta + delta) <= h(theta)? Where the
 quadratic model holds the answer is yes, so a no says that the step left the region in which it does; a Levenberg-
@@ -11,6 +11,10 @@ Every step is asked about while it is new: at the start, and after a step undone
 which compute h anyway, and bold ones, which promise to take away most of h. A bold step has left the region in which
 the model holds unless it keeps a fair part of its promise: a mini-batch of few cases may gain a little by a step that
 takes the rest of the data to several times its loss. So it goes where rho < 1/4, although h fell.
+
+A step of its own mini-batch's no is not gone yet: its direction may be right, and the optimizer tries the minimum of
+the parabola through h before, its slope and h after, as line searches do (Nocedal & Wright, section 3.5), unless that
+is less than `Undo.shortest` of its length, where the point that the parabola goes through is too far away.
 """
 
 from __future__ import annotations
