@@ -312,7 +312,7 @@ class Iteration:
         and lambda, which rises by one over the share, would have turned it too before it had shortened it.
         """
         trust = self._parts.trust
-        if trial.change is None or trust.attempts(at.step) > 1:  # then another lambda is tried
+        if trial.change is None or trust.shortest >= 1.0 or trust.attempts(at.step) > 1:  # then lambda is tried
             return False
         slope = torch.dot(grad.flat, delta.flat).double()
         share = float(slope / (2.0 * (slope - trial.change)))

@@ -131,7 +131,7 @@ def test_a_step_that_is_too_long_is_shortened_to_the_minimum() -> None:
 
 def test_a_step_that_is_much_too_long_is_undone() -> None:
     """A parabola through a point far away says little about what is here."""
-    optimizer, report, theta, raised = along(20.0)
+    optimizer, report, _, raised = along(20.0)
     assert (report.undone, bool(report.accepted), raised) == (1, False, pytest.approx(10.0))
     assert not bool(optimizer._directions.delta.flat.any())  # type: ignore[union-attr]
 
