@@ -187,11 +187,18 @@ def test_divergence_exits_3(kfac, small):
     assert "Traceback" not in err
 
 
-def test_a_disk_that_cannot_be_written_exits_1(kfac, small, tmp_path):
-    (tmp_path / "file").write_text("")
-    code, _, err = kfac("train", *small, "--out", os.path.join("file", "run"))
+def test_a_disk_that_cannot_be_written_exits_1(kfac, small):
+    code, _, err = kfac("train", *small, "--out", "/proc/run")
     assert code == 1
     assert "error: cannot write" in err
+    assert "Traceback" not in err
+
+
+def test_a_folder_below_a_file_exits_2(kfac, small, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = kfac("train", *small, "--out", os.path.join("file", "run"))
+    assert code == 2
+    assert "file is a file; name a folder with --out that does not exist yet" in " ".join(err.split())
     assert "Traceback" not in err
 
 

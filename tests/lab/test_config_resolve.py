@@ -219,7 +219,7 @@ def test_a_saved_configuration_is_a_file_too(registry, write) -> None:
         ({"sets": ["lamda0=3"]}, r"unknown key 'lamda0', did you mean 'damping\.lambda0'\?"),
         ({"sets": ["gamma_max=3"]}, r"did you mean 'damping\.gamma_max' \(levenberg-marquardt\)\?"),
         ({"sets": ["lr=3"]}, r"did you mean 'optimizer\.lr' \(.*sgd.*\) or 'momentum\.lr' \(fixed\)\?"),
-        ({"sets": ["every=3"]}, r"did you mean 'eval\.every' or 'checkpoint\.every'\?"),
+        ({"sets": ["every=3"]}, r"did you mean 'eval\.every' or 'checkpoint\.every' or 'optimizer\.every' \(guest\)\?"),
         ({"sets": ["xyzzy=3"]}, r"unknown key 'xyzzy', known: approx, .*weight_decay"),
         (
             {"sets": ["optimizer.lambda0=3"]},
