@@ -340,6 +340,12 @@ class Joined:
         """Who serves a block: the approximation by name, or ``"built-in"``."""
         return str(self.approx.config.kind) if index in self._indices else "built-in"
 
+    @property
+    def makers(self) -> list[str]:
+        """Who serves each block, with where it is written and who brought it."""
+        own = component(self.approx)
+        return [own if i in self._indices else "built-in curvature" for i in range(len(self.layers))]
+
     def _served(self, block: Block) -> bool:
         """By the approximation: it says so, and its moments can be made of such samples."""
         return self.approx.serves(block) and all(kind.serves(block) for kind in self.approx.moments)
@@ -411,9 +417,7 @@ class Joined:
             PluginError: Another number of tensors, another shape or dtype; names component and block.
             NumericalError: A block is not finite although its gradient is; likewise.
         """
-        own = set(self._own)
-        makers = [component(self.approx) if block in own else "built-in curvature" for block in self.layers]
-        examine(makers, self.layers, solved, gradient)
+        examine(self.makers, self.layers, solved, gradient)
 
     def load_inverse(self, state: Mapping[str, Any]) -> Inverse:
         """Restore an inverse from its state, bit for bit."""

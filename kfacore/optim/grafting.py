@@ -17,7 +17,7 @@ Source: grafting, Agarwal et al. 2020; nu, Ba, Grosse & Martens 2017, section 5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from kfacore.network import BlockVector
 from kfacore.network.blocks import ModelBlock, Of
-from kfacore.roles.inverse import Inverse
 
 __all__ = ["Grafting", "movable"]
+
+Solve = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
 
 _FIRST_MOMENT = (torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax)
 """Those that keep a mean of gradients as ``exp_avg``."""
@@ -47,43 +48,65 @@ class Grafting:
         base: The other optimizer.
         layers: The blocks.
         decoupled: Whether weight decay is no part of gradients; None asks each group, see `_decay`.
+
+    Attributes:
+        failed: Blocks whose solution was not finite although what it was solved for is, (blocks,) bool, on the device.
     """
 
     def __init__(self, base: torch.optim.Optimizer, layers: Sequence[ModelBlock], decoupled: bool | None) -> None:
         self._base, self._layers, self._decoupled = base, list(layers), decoupled
         self._kept, self._source, self._solved = (BlockVector.zeros(layers) for _ in range(3))
         self._owners = [_owners(block) for block in layers]
+        self.failed = torch.zeros(len(self._layers), dtype=torch.bool, device=self._kept.flat.device)
 
-    def graft(self, inverse: Inverse) -> None:
-        """The base's step with the directions of K-FAC."""
+    def step(self) -> list[int]:
+        """The base's own step, whose start is kept.
+
+        Returns:
+            The blocks that move.
+        """
         moving = self._moving()
+        if moving:
+            torch._foreach_copy_(self._parts(self._kept, moving), self._views(moving, lambda p: p.detach()))
+        self._base.step()
+        return moving
+
+    def turn(self, moving: Sequence[int], solve: Solve) -> None:
+        """Give the step that was just taken the directions of K-FAC.
+
+        Args:
+            moving: What `step` returned.
+            solve: Writes F-hat^-1 v over its second argument.
+        """
         if not moving:
-            self._base.step()
             return
         groups = self._groups()
         owners = [p for i in moving for p in self._owners[i]]
         views = self._views(moving, lambda p: p.detach())
         kept = self._parts(self._kept, moving)
-        torch._foreach_copy_(kept, views)
-        self._base.step()
         for group, chosen in _by_group(owners, groups):
             decay = self._decay(group)
             if isinstance(decay, Tensor) or decay:
                 torch._foreach_mul_([kept[i] for i in chosen], 1.0 - decay)
         self._fill(moving, lambda p: self._source_of(p, groups[id(p)]))
         self._add_decay(moving, owners, groups)
-        inverse.solve_into(self._source.blocks, self._solved.blocks)
+        solved = self._solve(solve)
         step = self._source  # what it was solved for is not needed any more
         torch._foreach_copy_(self._parts(step, moving), views)
         step.flat.sub_(self._kept.flat)
-        ratio = _lengths(step) / _lengths(self._solved)
+        ratio = _lengths(step) / solved
         fine = torch.isfinite(ratio)
         self._choose(torch.where(fine, -ratio, 0.0), fine, step)
         self._solved.flat.add_(self._kept.flat)
         torch._foreach_copy_(views, self._parts(self._solved, moving))
 
-    def replace(self, inverse: Inverse, kappa: float | None) -> None:
-        """The base's step on preconditioned gradients, shortened to a trust region if kappa is given."""
+    def replace(self, solve: Solve, kappa: float | None) -> None:
+        """The base's step on preconditioned gradients, shortened to a trust region if kappa is given.
+
+        Args:
+            solve: Writes F-hat^-1 v over its second argument.
+            kappa: Twice the most that the step may change the model's predictions.
+        """
         moving, groups = self._moving(), self._groups()
         if not moving:
             self._base.step()
@@ -93,9 +116,8 @@ class Grafting:
         new = {p: torch.empty_like(g) for p, g in own.items()}
         torch._foreach_copy_(list(new.values()), list(own.values()))
         self._fill(moving, lambda p: own[p])
-        inverse.solve_into(self._source.blocks, self._solved.blocks)
+        fine = torch.isfinite(self._solve(solve))
         self._kept.flat.copy_(self._source.flat)
-        fine = torch.isfinite(_lengths(self._solved))
         self._choose(fine.to(self._solved.flat.dtype), fine, self._source)
         parts = self._parts(self._solved, moving)
         if kappa is not None:
@@ -111,6 +133,13 @@ class Grafting:
         finally:
             for p, g in own.items():
                 p.grad = g
+
+    def _solve(self, solve: Solve) -> Tensor:  # (blocks,)
+        """Solve for the source; the length of each block's solution."""
+        solve(self._source.blocks, self._solved.blocks)
+        lengths = _lengths(self._solved)
+        self.failed |= torch.isfinite(_lengths(self._source)) & ~torch.isfinite(lengths)
+        return lengths
 
     def _moving(self) -> list[int]:
         return [i for i, block in enumerate(self._layers) if movable(block)]

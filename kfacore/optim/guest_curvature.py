@@ -39,13 +39,14 @@ class GuestCurvature:
         approx: The approximation.
         decay: Largest weight of the past in the averages.
         options: Of the guest.
-        say: Told what must not pass in silence.
+        say: Told what must not pass in silence, and the block that it is about.
         ranks: The processes whose statistics are added up.
 
     Attributes:
         preconditioner: Averages and inverse.
         scales: Each block's mean scale, see `kfacore.curvature.scales`.
         added: Micro-batches since the last step.
+        waited: Whether the last `refresh` averaged something in, which waits for the device.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class GuestCurvature:
         approx: Approximation,
         decay: float,
         options: GuestOptions,
-        say: Callable[[str], None],
+        say: Callable[[str, str], None],
         ranks: Ranks = ALONE,
     ) -> None:
         infos = [block.info for block in network.layers]
@@ -64,6 +65,7 @@ class GuestCurvature:
         self.preconditioner = preconditioner(approx, infos, self._like, decay, pairs, ranks, bound)
         self.scales = Moments((MeanScales,), infos, self._like)
         self.added = 0
+        self.waited = False
         self._options, self._say, self._ranks = options, say, ranks
         self._work = self._adding = 0.0
 
@@ -80,7 +82,8 @@ class GuestCurvature:
         if not bool(torch.isfinite(torch.stack([x.float() for x in numbers])).all()):
             self._say(
                 "statistics of a mini-batch were left out: its outputs or gradients hold NaN or infinity (the loss is "
-                "not finite, or float16 overflowed)"
+                "not finite, or float16 overflowed)",
+                "",
             )
             return
         self.preconditioner.add(samples)
@@ -96,6 +99,7 @@ class GuestCurvature:
             added: Whether anything was, by any process.
         """
         pre = self.preconditioner
+        self.waited = added
         if added:
             pre.commit()
             add_up(self.scales, self._ranks)
@@ -109,12 +113,13 @@ class GuestCurvature:
         try:
             found, notices = pre.candidates(step, [self._gamma()] if pre.due(step) else [], pi=self._options.pi)
         except NumericalError as error:
-            self._say(f"{error} (the base optimizer steps alone until the next statistics)")
+            block, _, _ = str(error).partition(": ")
+            self._say(f"{error} (the base optimizer steps alone until the next statistics)", block)
             return
         for _, inverse in found:
             pre.use(inverse)
         for notice in notices:
-            self._say(str(notice))
+            self._say(str(notice), notice.layer)
 
     def _gamma(self) -> Tensor:
         """One number a block, or one for all."""

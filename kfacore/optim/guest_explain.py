@@ -44,7 +44,7 @@ def explain(guest: Preconditioned) -> str:
         else:
             why = next((note for block, note in guest.network.notes.items() if name.startswith(block)), "")
             lines.append(f"{name}: {base}, {why or 'no Kronecker product'}")
-    return "\n".join([*lines, *(f"notice: {said}" for said in guest._said)])
+    return "\n".join([*lines, *(f"notice: {said}" for said in guest._said.values())])
 
 
 def _source(guest: Preconditioned) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,8 +27,8 @@ class GuestOptions:
     """What was chosen; see `Preconditioned`."""
 
     every: int
-    scale: str
-    rest: str
+    scale: Literal["graft", "kl", "none"]
+    rest: Literal["base", "diagonal"]
     damping: float
     gamma: float | None
     pi: PiRule

@@ -103,7 +103,7 @@ class ShardedGrafting(Grafting):
                 own = self._entrywise(weight, k)
                 local(p).copy_(kept + torch.where(own.isnan(), steps[k], own * directions[k]))
 
-    def replace(self, inverse: Inverse, kappa: float | None) -> None:
+    def replace_rows(self, inverse: Inverse, kappa: float | None) -> None:
         """The base's step on preconditioned gradients, shortened to a trust region if kappa is given."""
         if not self._moving():
             self._base.step()

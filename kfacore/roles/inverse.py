@@ -46,8 +46,20 @@ class Inverse(ABC):
         """F-hat^-1 v."""
 
     def solve_into(self, blocks: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-        """F-hat^-1 v written over ``out``; worth an implementation where it saves the copy."""
-        torch._foreach_copy_(list(out), self.solve(blocks))
+        """F-hat^-1 v written over ``out``; worth an implementation where it saves the copy.
+
+        Raises:
+            ValueError: `solve` returned something else than one tensor a block of its shape: copying would broadcast.
+        """
+        found = self.solve(blocks)
+        if len(found) != len(out):
+            raise ValueError(f"solve returned {len(found)} tensors for {len(out)} blocks")
+        for layer, own, wanted in zip(self.layers, found, out, strict=True):
+            if own.shape != wanted.shape:
+                raise ValueError(
+                    f"solve returned {tuple(own.shape)} for the block {layer.name}, which is {tuple(wanted.shape)}"
+                )
+        torch._foreach_copy_(list(out), found)
 
     @abstractmethod
     def multiply(self, blocks: Sequence[Tensor]) -> list[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from kfac_plugins.approx.blockdiag import BlockDiagonal
 from kfac_plugins.momentum.quadratic_model import QuadraticModelMomentum
-from kfacore import KFAC, NumericalError, PluginError, Preconditioned
+from kfacore import KFAC, NumericalError, PluginError, Preconditioned, host
 from kfacore.registry import get_registry
 from kfacore.roles.inverse import Inverse
 
@@ -65,8 +67,17 @@ def broken(_: Any) -> Any:
 
 HOW: dict[str, tuple[Callable[[list[Tensor]], Any], type[Exception], str]] = {
     "exception": (broken, PluginError, r"approx 'blockdiag' \(.*Mine\): solve failed on the blocks 0, 2: ZeroDivision"),
-    "shape": (lambda v: [v[0], v[1].T], PluginError, r"Mine\): solve failed on the blocks 0, 2: RuntimeError.*size"),
-    "number": (lambda v: v[:1], PluginError, r"Mine\): solve failed on the blocks 0, 2: RuntimeError"),
+    "shape": (
+        lambda v: [v[0], v[1].T],
+        PluginError,
+        r"Mine\): solve failed .*: solve returned .* for the block 2, which",
+    ),
+    "side": (lambda v: [v[0], v[1][:, :1]], PluginError, r"Mine\): solve failed .* \(3, 1\) for the block 2, which"),
+    "number": (
+        lambda v: v[:1],
+        PluginError,
+        r"Mine\): solve failed on the blocks 0, 2: .*returned 1 tensors for 2 blocks",
+    ),
     "NaN": (lambda v: [v[0], v[1] * torch.nan], NumericalError, r"^2: approx 'blockdiag' \(.*Mine\) made NaN or inf"),
 }
 
@@ -77,7 +88,7 @@ HOW: dict[str, tuple[Callable[[list[Tensor]], Any], type[Exception], str]] = {
 def test_a_solve_that_fails_at_first_or_later_is_named(name: str, uses: int, momentum: str) -> None:
     """In the first refresh, and in an ordinary step in between; the parameters are then what they were."""
     how, kind, message = HOW[name]
-    if uses == 0 and name in ("shape", "number"):
+    if uses == 0 and name in ("shape", "side", "number"):
         message = r"Mine\): solve returned"
     optimizer = make(approx=failing(how, uses), trust="none", momentum=momentum)
     good = 0 if uses == 0 else 4  # one use looks at the first inverse
@@ -124,22 +135,108 @@ def test_the_model_s_own_errors_stay_what_they_are() -> None:
         KFAC(Broken(), likelihood="categorical").step(*data())
 
 
-def test_a_guest_names_them_too() -> None:
+def guest_of(scale: str, approx: Any, **options: Any) -> tuple[Preconditioned, Callable[[int], None]]:
+    """A guest around AdamW, and a step of it on a mini-batch."""
     model = net()
-    approx = failing(broken, 3)
-    base = torch.optim.SGD(model.parameters(), lr=0.01)
-    guest = Preconditioned(model, base, likelihood="categorical", approx=approx)
+    base = torch.optim.AdamW(model.parameters(), lr=0.01)
+    opt = Preconditioned(model, base, likelihood="categorical", scale=scale, approx=approx, every=4, **options)
 
-    def steps(count: int) -> None:
-        for k in range(count):
-            x, y = data(k)
-            with guest.watch():
-                z = model(x)
-                guest.observe(z)
-                loss = nn.functional.cross_entropy(z, y)
-            loss.backward()
-            guest.step()
-            guest.zero_grad()
+    def step(k: int) -> None:
+        x, y = data(k)
+        opt.zero_grad()
+        with opt.watch():
+            z = model(x)
+            opt.observe(z)
+        nn.functional.cross_entropy(z, y).backward()
+        opt.step()
 
-    with pytest.raises(PluginError, match=r"approx 'blockdiag' \(.*\).*ZeroDivisionError: by nothing"):
-        steps(6)
+    return opt, step
+
+
+SCALES = ["graft", "kl", "none"]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", ["exception", "shape", "side", "number"])
+def test_a_guest_names_them_too(name: str, scale: str) -> None:
+    """The step of the base is whole or not begun, and the next one can be taken."""
+    how, kind, message = HOW[name]
+    opt, step = guest_of(scale, failing(how, 6))
+    for k in range(5):
+        step(k)
+    model, base = copy.deepcopy((opt.network.model, opt.base))
+    with pytest.raises(kind, match=message):
+        step(5)
+    if scale == "graft":
+        x, y = data(5)
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        base.step()
+    assert torch.equal(dense.theta(opt.network.model), dense.theta(model))
+    assert opt.steps == (6 if scale == "graft" else 5)
+    assert opt.network.recording is None
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_guest_names_what_is_not_finite_once_a_block_and_goes_on(scale: str, value: float) -> None:
+    opt, step = guest_of(scale, failing(lambda v: [v[0] + value, v[1] + value], 6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for k in range(5):
+            step(k)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for k in range(5, 10):
+            step(k)
+    said = [str(w.message) for w in caught]
+    assert len(said) == 2
+    for block, text in zip(("0", "2"), said, strict=True):
+        assert text.startswith(f"Preconditioned: {block}: approx 'blockdiag' (")
+        assert "Mine) made NaN or infinity of a finite gradient in step 6; the base optimizer's own step" in text
+        assert text.removeprefix("Preconditioned: ") in opt.explain()
+    assert bool(torch.isfinite(dense.theta(opt.network.model)).all())
+
+
+def test_a_guest_on_a_device_names_it_when_it_waits_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "is_free", lambda value: False)
+    _, step = guest_of("graft", failing(lambda v: [v[0], v[1] * torch.nan], 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for k in range(7):  # statistics are due in steps 1, 2, 3, 4 and 8
+            step(k)
+    with pytest.warns(UserWarning, match="2: approx 'blockdiag' .*Mine. made NaN"):
+        step(7)
+
+
+def test_a_gradient_that_is_not_finite_is_nobodys_fault_but_the_users() -> None:
+    opt, step = guest_of("graft", "blockdiag")
+    for k in range(4):
+        step(k)
+    for p in opt.network.model.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step()
+
+
+def test_other_components_of_a_guest_that_raise_are_named() -> None:
+    """In `observe`, where the estimator, the likelihood, the moments and layer types of others run."""
+    registry = get_registry()
+
+    class Vectors(type(registry.build("estimator", "monte-carlo"))):  # type: ignore[misc]  # a class of the registry's
+        def output_vectors(self, *_: Any) -> Tensor:
+            raise KeyError("v")
+
+    class Drawn(type(registry.build("likelihood", "categorical"))):  # type: ignore[misc]  # likewise
+        def sample(self, *_: Any) -> Tensor:
+            raise KeyError("y")
+
+    _, step = guest_of("graft", "blockdiag", estimator=Vectors(registry.build("estimator", "monte-carlo").config))
+    with pytest.raises(PluginError, match=r"estimator 'monte-carlo' \(.*Vectors\) failed \(output_vectors, observe, s"):
+        step(0)
+    opt, step = guest_of("graft", "blockdiag")
+    assert opt.loss is not None
+    opt.loss.likelihood = Drawn(opt.loss.likelihood.config)
+    with pytest.raises(PluginError, match=r"likelihood 'categorical' \(.*Drawn\) failed \(sample, observe, step 1"):
+        step(0)
