@@ -200,13 +200,18 @@ class Preconditioned(Watching):
         """Take up a state, and go on bit for bit; that of the base optimizer alone begins without curvature.
 
         Raises:
-            ConfigError: The state is of another approximation.
+            ConfigError: The state is of another approximation, or of no optimizer.
             UnsupportedModelError: It is of a model with other blocks.
         """
         given = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, given)
             given = given if changed is None else dict(changed)
+        if not {"state", "param_groups"} <= set(given):
+            raise ConfigError(
+                f"the state is not of an optimizer: it has {', '.join(map(str, given)) or 'nothing'}, not state and "
+                "param_groups"
+            )
         state, ours = split_state(given)
         nest = unpack(ours)
         if nest is not None and "network" not in nest:

@@ -1,8 +1,10 @@
 """Curvature in a torch optimizer's state: tensors alone, each at a parameter of the block that it belongs to.
 
 Whatever reads states of optimizers (``torch.load(weights_only=True)``, safetensors, distributed checkpoints) finds
-tensors under names. How they hang together, and numbers and words, is JSON as bytes, one tensor more. Which parameter
-a tensor stands at is told by lists with one entry a block, and matters to nobody here: names are unique.
+tensors under names. How they hang together, and words, is JSON as bytes, one tensor more; numbers are one more again,
+and both are filled up to whole pages: readers that load in place want tensors of the sizes that they know, whatever
+step it is. Which parameter a tensor stands at is told by lists with one entry a block, and matters to nobody here:
+names are unique.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfacore.errors import ConfigError
+
 __all__ = ["joined_state", "mark", "marked", "own_state", "pack", "split_state", "unpack"]
 
 PREFIX = "kfac."
@@ -21,7 +25,14 @@ PREFIX = "kfac."
 
 _STEPS = PREFIX + "steps"
 _TREE = PREFIX + "tree"
+_NUMBERS = PREFIX + "numbers"
 _TENSOR = "tensor:"
+_INT, _FLOAT = "int", "float"
+_EXACT = 2**53
+"""Integers up to here are float64 numbers."""
+
+_PAGE = 4096
+"""Bytes of the tree, and numbers, that are filled up to whole multiples."""
 
 
 def pack(nest: Any, owners: Sequence[int]) -> dict[int, dict[str, Tensor]]:
@@ -32,6 +43,7 @@ def pack(nest: Any, owners: Sequence[int]) -> dict[int, dict[str, Tensor]]:
         owners: Number of a parameter for each block.
     """
     found: dict[int, dict[str, Tensor]] = {}
+    numbers: list[float] = []
 
     def walk(value: Any, path: str, owner: int) -> Any:
         if isinstance(value, Tensor):
@@ -42,22 +54,42 @@ def pack(nest: Any, owners: Sequence[int]) -> dict[int, dict[str, Tensor]]:
         if isinstance(value, list | tuple):
             each_owner = owners if len(value) == len(owners) else [owner] * len(value)
             return [walk(each, f"{path}.{i}", at) for i, (each, at) in enumerate(zip(value, each_owner, strict=True))]
+        if isinstance(value, float) or (type(value) is int and abs(value) <= _EXACT):
+            numbers.append(float(value))
+            return {_FLOAT if isinstance(value, float) else _INT: len(numbers) - 1}
         return value
 
-    tree = json.dumps(walk(nest, "", owners[0]))
-    found.setdefault(owners[0], {})[_TREE] = torch.frombuffer(bytearray(tree.encode()), dtype=torch.uint8)
+    tree = json.dumps(walk(nest, "", owners[0])).encode()
+    tree += b" " * (-len(tree) % _PAGE)
+    numbers += [0.0] * (-len(numbers) % _PAGE)
+    found.setdefault(owners[0], {})[_NUMBERS] = torch.tensor(numbers, dtype=torch.float64)
+    found.setdefault(owners[0], {})[_TREE] = torch.frombuffer(bytearray(tree), dtype=torch.uint8)
     return found
 
 
 def unpack(tensors: Mapping[str, Tensor]) -> Any:
-    """The nest, from all tensors by name, wherever they stood; None if there is none."""
+    """The nest, from all tensors by name, wherever they stood; None if there is none.
+
+    Raises:
+        ConfigError: Some are missing.
+    """
     if _TREE not in tensors:
         return None
+    numbers = tensors[_NUMBERS].tolist() if _NUMBERS in tensors else []  # the last version had them in the tree
 
     def walk(value: Any) -> Any:
         if isinstance(value, str) and value.startswith(_TENSOR):
-            return tensors[PREFIX + value.removeprefix(_TENSOR)].clone()
+            name = PREFIX + value.removeprefix(_TENSOR)
+            if name not in tensors:
+                raise ConfigError(
+                    f"the state lacks {name}: a reader that loads in place (torch.distributed.checkpoint) takes up "
+                    "only what the optimizer has already; let it take one step before its state is read into"
+                )
+            return tensors[name].clone()
         if isinstance(value, dict):
+            if numbers and len(value) == 1 and next(iter(value)) in (_INT, _FLOAT):
+                ((kind, place),) = value.items()
+                return int(numbers[place]) if kind == _INT else numbers[place]
             return {key: walk(each) for key, each in value.items()}
         return [walk(each) for each in value] if isinstance(value, list) else value
 

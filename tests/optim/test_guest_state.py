@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from guests import EXACT, backward, data, guest, mlp, run
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -139,6 +140,34 @@ def test_states_of_others_are_refused_by_name() -> None:
     deep = nn.Sequential(*net(), nn.Linear(3, 3))
     with pytest.raises(UnsupportedModelError, match="has the blocks 0, 3; this model has 0, 3, 4"):
         guest(deep).load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("first", [0, 1, 4])
+def test_a_distributed_checkpoint_is_read_in_place(first: int, tmp_path: Path) -> None:
+    """From the disk, into an optimizer that is elsewhere in its run; one that has no curvature yet is told."""
+    model = mlp()
+    opt = guest(model, torch.optim.AdamW(model.parameters(), lr=0.01), every=3)
+    run(opt, model, 11)
+    kept = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, opt)}
+    dcp.save(kept, checkpoint_id=tmp_path / "kept", no_dist=True)
+    other = mlp(seed=1)
+    mine = guest(other, torch.optim.AdamW(other.parameters(), lr=0.01), every=3)
+    run(mine, other, first)
+    target = {"model": other.state_dict(), "optimizer": get_optimizer_state_dict(other, mine)}
+    dcp.load(target, checkpoint_id=tmp_path / "kept", no_dist=True)
+    if first == 0:
+        with pytest.raises(ConfigError, match=r"the state lacks kfac\..*take one step before"):
+            set_optimizer_state_dict(other, mine, target["optimizer"])
+        return
+    other.load_state_dict(target["model"])
+    set_optimizer_state_dict(other, mine, target["optimizer"])
+    assert all(torch.equal(a, b) for a, b in zip(run(opt, model, 4), run(mine, other, 4), strict=True))
+
+
+def test_a_state_of_no_optimizer() -> None:
+    with pytest.raises(ConfigError, match="not of an optimizer: it has epoch, not state"):
+        guest(mlp()).load_state_dict({"epoch": 1})
 
 
 def test_the_bases_own_state_begins_without_curvature() -> None:
