@@ -9,7 +9,7 @@ a checkpointed part again and must find the forward that it knows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from kfacore.network.passes import Pass, gather, send_back
 from kfacore.network.precision import full_precision
 from kfacore.network.pulling import is_reentrant, pulled
 from kfacore.network.rows import Counting, all_equal, as_vector, explained
+from kfacore.optim.guest_quiet import Quiet
 from kfacore.parallel.shards import require_shards
 from kfacore.roles.layer import Layer
 from kfacore.roles.samples import LayerSamples
@@ -118,6 +119,7 @@ class GuestNetwork:
         self._listens = listens
         self._known: list[nn.Parameter] = []
         self._forwards = ExitStack()
+        self._quiet = Quiet()
         self._pooled: set[str] = set()
         self.sharded = False
         self._whole: dict[nn.Parameter, Tensor] = {}
@@ -222,7 +224,7 @@ class GuestNetwork:
         recording = Recording(self.layers, self.layers[0].parameters[0].dtype, listens=self._listens)
         self.recording = recording
         try:
-            with as_written(self.model), listening(self.layers, recording):
+            with as_written(self.model), self._quiet.forward(), listening(self.layers, recording):
                 self._forwards.enter_context(installed(self.layers, recording.emit))
                 with self._seeing_whole():
                     yield
@@ -252,6 +254,10 @@ class GuestNetwork:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def undisturbed(self, z: Tensor) -> AbstractContextManager[None]:
+        """Backward passes from z that nothing of the user's notices."""
+        return self._quiet.passes(self.model, z)
 
     def release(self) -> None:
         """Let go of the pass: its graph, and forwards that stand in for modules' own."""

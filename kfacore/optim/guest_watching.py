@@ -157,13 +157,15 @@ class Watching(Sharing):
             raise ConfigError("observe was called twice for one watch(): once a forward pass, with its outputs")
         with blaming(self._components, self._doing("observe")):
             z = self._outputs_of(z, recording)
-            self.network.order(recording, z)
-            if targets is None:
-                targets = sampled_targets(self.loss, z.detach(), valid, self.estimator, self.generator, self.ranks)
-            vectors, mask, total = vectors_of(
-                self.loss, z, targets, valid, self.estimator, self.generator, self._dtype, self.ranks
-            )
-            self._prepare().add(self.network.samples(recording, z, vectors, mask, total))
+            with self.network.undisturbed(z):
+                self.network.order(recording, z)
+                if targets is None:
+                    targets = sampled_targets(self.loss, z.detach(), valid, self.estimator, self.generator, self.ranks)
+                vectors, mask, total = vectors_of(
+                    self.loss, z, targets, valid, self.estimator, self.generator, self._dtype, self.ranks
+                )
+                samples = self.network.samples(recording, z, vectors, mask, total)
+            self._prepare().add(samples)
         recording.observed = True
         recording.calls = [[] for _ in self.network.layers]  # the graph is the user's again
 
