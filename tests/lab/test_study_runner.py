@@ -188,6 +188,97 @@ def test_one_bad_run_is_told_with_its_reason_and_the_rest_go_on(tmp_path, inline
     assert [run.state for run in again.study.runs] == ["done", "diverged", "failed", "done"]
 
 
+FAILING = """
+    from typing import Literal
+    from kfacore.plugin import Component, hookimpl
+    from kfac_plugins.approx import BlockDiagonalConfig
+
+    class TurningConfig(BlockDiagonalConfig):
+        kind: Literal["turning"] = "turning"
+        how: Literal["shape", "raises", "nan"] = "shape"
+
+    @hookimpl
+    def kfac_components():
+        return [Component("approx", "turning", TurningConfig, "turning_parts:Turning", "Fails after some uses.")]
+"""
+
+TURNING = """
+from kfac_plugins.approx.blockdiag import BlockDiagonal
+from turning_plugin import TurningConfig
+
+
+class Turning(BlockDiagonal):
+    Config = TurningConfig
+    uses = 0
+
+    def factorise(self, moments):
+        made = super().factorise(moments)
+        damped = made.damped
+
+        def spoiled(gamma, *, pi="layer"):
+            inverse = damped(gamma, pi=pi)
+            solve = inverse.solve
+
+            def solve_into(blocks, out):
+                self.uses += 1
+                found = solve(blocks)
+                if self.uses > 2:
+                    found = self.spoil(found)
+                for layer, own, to in zip(inverse.layers, found, out, strict=True):
+                    if own.shape != to.shape:
+                        raise ValueError(f"{tuple(own.shape)} for the block {layer.name}")
+                    to.copy_(own)
+
+            inverse.solve_into = solve_into
+            return inverse
+
+        made.damped = spoiled
+        return made
+
+    def spoil(self, found):
+        if self.config.how == "raises":
+            raise ZeroDivisionError("by nothing")
+        return [found[0], found[1].mT if self.config.how == "shape" else found[1] * float("nan"), *found[2:]]
+"""
+
+PLUGGED = """
+[[variants]]
+name = "good"
+[[variants]]
+name = "shape"
+approx = { kind = "turning", how = "shape" }
+[[variants]]
+name = "raises"
+approx = { kind = "turning", how = "raises" }
+[[variants]]
+name = "nan"
+approx = { kind = "turning", how = "nan" }
+trust = "none"
+[[variants]]
+name = "late"
+approx = "tridiag"
+"""
+
+
+def test_a_plug_in_that_fails_while_it_runs_is_named_and_the_rest_go_on(tmp_path, inline, install_plugin) -> None:
+    module = install_plugin("turning_plugin", FAILING, version="3.1")
+    (module.parent / "turning_parts.py").write_text(TURNING, encoding="utf-8")
+    result, seen = go(tmp_path, write_study(tmp_path, steps=6, seeds=1, body=PLUGGED))
+    ends = {event["variant"]: (event["state"], event["reason"]) for event in seen if event["event"] == "ended"}
+    assert [name for name, (state, _) in ends.items() if state == "done"] == ["good", "late"]
+    for name, wanted in (("shape", "for the block 2"), ("raises", "the blocks 0, 2"), ("nan", "made NaN or infinity")):
+        assert "approx 'turning' (turning_parts.Turning, turning-plugin 3.1)" in ends[name][1]
+        assert wanted in ends[name][1]
+        assert read_state(tmp_path / "out", result.study.of(name)[0].hash).reason == ends[name][1]
+    assert "ZeroDivisionError: by nothing" in ends["raises"][1]
+    # An error is a failure, whoever made it; numbers that are not finite end a run as everywhere, and say whose.
+    assert {name: ends[name][0] for name in ("shape", "raises", "nan")} == {
+        "shape": "failed", "raises": "failed", "nan": "diverged",
+    }  # fmt: skip
+    assert "2: " in ends["nan"][1]
+    assert [run.variant for run in result.failures] == ["shape", "raises", "nan"]
+
+
 WORSE = """
 [[variants]]
 name = "good"
