@@ -33,6 +33,11 @@ Solve = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
 _FIRST_MOMENT = (torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax)
 """Those that keep a mean of gradients as ``exp_avg``."""
 
+_DECOUPLED: tuple[type, ...] = tuple(
+    getattr(torch.optim, name) for name in ("AdamW", "Adafactor", "Muon") if hasattr(torch.optim, name)
+)
+"""Those that multiply parameters by 1 - eta lambda and do not say so in their groups; Muon is there since torch 2.9."""
+
 
 def movable(block: ModelBlock) -> bool:
     """Whether all of a block's parameters are trainable and have a dense gradient; others are left alone."""
@@ -171,10 +176,10 @@ class Grafting:
         self._solved.flat.add_(other.flat)
 
     def _is_decoupled(self, group: Mapping[str, Any]) -> bool:
-        """Whether decay is no part of gradients: Adam and its kin say it, AdamW is known, others are asked for."""
+        """Whether decay is no part of gradients: Adam and its kin say it, some are known, others are asked for."""
         if self._decoupled is not None:
             return self._decoupled
-        return bool(group.get("decoupled_weight_decay", isinstance(self._base, torch.optim.AdamW)))
+        return bool(group.get("decoupled_weight_decay", isinstance(self._base, _DECOUPLED)))
 
     def _decay(self, group: Mapping[str, Any]) -> float | Tensor:
         """eta lambda of decoupled decay, 0 where there is none."""

@@ -16,7 +16,7 @@ from kfacore.curvature.faults import blaming
 from kfacore.errors import ConfigError
 from kfacore.network.outputs import Output
 from kfacore.optim.guest_options import GuestOptions
-from kfacore.optim.guest_state import joined_state, mark, marked, split_state, unpack
+from kfacore.optim.guest_state import joined_state, mark, marked, require_form, split_state, unpack
 from kfacore.optim.guest_watching import Watching
 from kfacore.optim.joint import Joint, joint_or_loss
 from kfacore.optim.loss import Loss
@@ -50,7 +50,7 @@ class Preconditioned(Watching):
         pi: How gamma is split between the two factors of a block.
         kappa: Of ``"kl"``: twice the most that a step may change the model's predictions, in nats.
         decoupled: Whether the base's weight decay is no part of its gradients; by default asked of the base (torch's
-            AdamW and ``decoupled_weight_decay``), others are taken to add it.
+            AdamW, Adafactor and Muon, and ``decoupled_weight_decay``), others are taken to add it.
         output: Where z is in what the model returns, for `observe`.
         reduce: Names of blocks whose positions are pooled.
         seed: Of the sampled targets.
@@ -203,15 +203,12 @@ class Preconditioned(Watching):
             ConfigError: The state is of another approximation, or of no optimizer.
             UnsupportedModelError: It is of a model with other blocks.
         """
+        require_form(state_dict)
         given = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, given)
             given = given if changed is None else dict(changed)
-        if not {"state", "param_groups"} <= set(given):
-            raise ConfigError(
-                f"the state is not of an optimizer: it has {', '.join(map(str, given)) or 'nothing'}, not state and "
-                "param_groups"
-            )
+        require_form(given)
         state, ours = split_state(given)
         nest = unpack(ours)
         if nest is not None and "network" not in nest:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kfacore.errors import ConfigError
 
-__all__ = ["joined_state", "mark", "marked", "own_state", "pack", "split_state", "unpack"]
+__all__ = ["joined_state", "mark", "marked", "own_state", "pack", "require_form", "split_state", "unpack"]
 
 PREFIX = "kfac."
 """Begins every name of ours."""
@@ -115,8 +115,30 @@ def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Ten
     return {**state, "state": rest}, ours
 
 
+def require_form(state: Any) -> None:
+    """Refuse what is not the state of an optimizer.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if not isinstance(state, Mapping):
+        raise ConfigError(f"the state is not of an optimizer: it is a {type(state).__name__}, not a dict")
+    if not {"state", "param_groups"} <= set(state):
+        raise ConfigError(
+            f"the state is not of an optimizer: it has {', '.join(map(str, state)) or 'nothing'}, not state and "
+            "param_groups"
+        )
+    if not isinstance(state["state"], Mapping) or not isinstance(state["param_groups"], list):
+        raise ConfigError("the state is not of an optimizer: its state must be a dict, its param_groups a list")
+
+
 def own_state(state: Mapping[str, Any]) -> Any:
-    """What `KFAC` or `Preconditioned` keep in a state of an optimizer; None if there is nothing of theirs."""
+    """What `KFAC` or `Preconditioned` keep in a state of an optimizer; None if there is nothing of theirs.
+
+    Raises:
+        ConfigError: It is not the state of an optimizer.
+    """
+    require_form(state)
     if "kfac" in state:  # a state of KFAC 0.2 and before
         return state["kfac"]
     return unpack(split_state(state)[1])

@@ -174,6 +174,8 @@ class Watching(Sharing):
         assert self.loss is not None
         if isinstance(found, Tensor) and found.is_inference():
             raise ConfigError("observe(z): z was computed in torch.inference_mode(), where no gradients are kept")
+        if not isinstance(self.loss, Joint) and self.options.output is None:
+            _require_one(found)
         z: Tensor = read_output(found, self.options.output if not isinstance(found, Tensor) else None)
         if isinstance(self.loss, Joint):
             z = self.loss.pack(found)
@@ -311,3 +313,18 @@ class Watching(Sharing):
         if key not in self._said:
             self._said[key] = text
             warnings.warn(f"Preconditioned: {text}", UserWarning, stacklevel=4)
+
+
+def _require_one(found: Any) -> None:
+    """Refuse outputs in which two tensors may as well be z.
+
+    Raises:
+        ConfigError: There are two of one shape.
+    """
+    shapes = [z.shape for z in found if isinstance(z, Tensor)] if isinstance(found, list | tuple) else []
+    if len(shapes) > 1 and shapes[1] == shapes[0]:
+        raise ConfigError(
+            f"observe(z): a {type(found).__name__} with {shapes.count(shapes[0])} tensors of shape {tuple(shapes[0])}, "
+            "each of which may be z: give one of them, say which with output = a function, or give the likelihood of "
+            "several heads"
+        )

@@ -70,6 +70,26 @@ def test_a_grafted_step_has_the_bases_length_and_kfacs_direction(kind: str) -> N
             assert torch.allclose(delta, -s.norm() * d / d.norm(), atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", [name for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)])
+def test_decay_is_known_to_be_decoupled(kind: str) -> None:
+    """Of the base's step and the direction, the decay is in neither: with a gradient of zero it alone is left."""
+    moves = []
+    for decay in (0.0, 0.5):
+        model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Tanh(), nn.Linear(7, 3, bias=False))
+        for seed, layer in enumerate((model[0], model[2])):
+            nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(seed))
+        opt = guest(model, getattr(torch.optim, kind)(model.parameters(), lr=0.1, weight_decay=decay), estimator=EXACT)
+        start = parameters(model)
+        backward(opt, model, *data(dtype=torch.float32))
+        opt.step()
+        moves.append([b - (1 - 0.1 * decay) * a for a, b in zip(start, parameters(model), strict=True)])
+    for a, b in zip(*moves, strict=True):
+        cosine = nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+        assert float(cosine) == pytest.approx(1.0, abs=1e-5)
+        if kind == "Muon":  # the size of Adafactor's own step depends on the parameters'
+            assert torch.allclose(a, b, atol=1e-5)
+
+
 def test_kl_shortens_to_the_trust_region() -> None:
     model = mlp()
     groups = [{"params": model[0].parameters(), "lr": 0.3}, {"params": model[2:].parameters()}]

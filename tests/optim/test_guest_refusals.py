@@ -114,6 +114,18 @@ def test_outputs_of_another_form() -> None:
         opt.observe(z)
 
 
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_two_outputs_at_once(kind: Any) -> None:
+    model = mlp()
+    opt = guest(model)
+    z = watched(opt, model)
+    with pytest.raises(ConfigError, match=rf"a {kind.__name__} with 2 tensors of shape \(12, 3\), each of which may"):
+        opt.observe(kind([z, z]))
+    with pytest.raises(UnsupportedModelError, match="found dict as its result"):
+        opt.observe({"a": 1})
+    opt.observe((z, z.new_ones(12, 7)))  # the first one, as of a model that returns more
+
+
 def test_what_does_not_fit_the_outputs() -> None:
     model = mlp()
     opt = guest(model)

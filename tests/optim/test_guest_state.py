@@ -15,7 +15,7 @@ from guests import EXACT, backward, data, guest, mlp, run
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from kfacore import ConfigError, Preconditioned, UnsupportedModelError
+from kfacore import KFAC, ConfigError, Preconditioned, UnsupportedModelError
 
 KINDS: list[dict[str, Any]] = [
     {},
@@ -165,9 +165,19 @@ def test_a_distributed_checkpoint_is_read_in_place(first: int, tmp_path: Path) -
     assert all(torch.equal(a, b) for a, b in zip(run(opt, model, 4), run(mine, other, 4), strict=True))
 
 
-def test_a_state_of_no_optimizer() -> None:
-    with pytest.raises(ConfigError, match="not of an optimizer: it has epoch, not state"):
-        guest(mlp()).load_state_dict({"epoch": 1})
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"epoch": 1}, "it has epoch, not state and param_groups"),
+        ({}, "it has nothing, not state"),
+        ([1], "it is a list, not a dict"),
+        ({"state": 1, "param_groups": []}, "its state must be a dict"),
+    ],
+)
+def test_a_state_of_no_optimizer(state: Any, message: str) -> None:
+    for opt in (guest(mlp()), KFAC(mlp(), likelihood="categorical")):
+        with pytest.raises(ConfigError, match=f"the state is not of an optimizer: {message}"):
+            opt.load_state_dict(state)
 
 
 def test_the_bases_own_state_begins_without_curvature() -> None:
