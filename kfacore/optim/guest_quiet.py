@@ -1,7 +1,7 @@
 """Keeps passes of a guest from whatever is the user's: hooks, buffers, generators, kept gradients.
 
 Backward passes of a guest go through the user's own graph. Torch calls hooks that lie in it whoever asks for gradients;
-those of modules and of parameters are kept still here. Those on single activations and on nodes of the graph are not:
+those of modules and of parameters are kept still here. Those on activations, z too, and on nodes of the graph are not:
 wrappers that gather parameters for a backward pass (FSDP) depend on them.
 """
 
@@ -69,7 +69,6 @@ class Quiet:
             z: Outputs, whose ``grad`` is put back if it is kept.
         """
         hooks: list[Any] = [p._backward_hooks for p in model.parameters() if p._backward_hooks]
-        hooks += [z._backward_hooks] if z._backward_hooks else []
         kept = [dict(own) for own in hooks]
         own = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
         buffers = [(*each, each[2].clone()) for each in own if not each[2].is_inference()]
