@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_ranks import farthest
-from world_runs import STEPS, divided, guests, kept, kfac, net, networks, several
+from test_ranks import alike, farthest
+from world_runs import STEPS, divided, guests, kept, kfac, net, networks
 from worlds import world
 
 from kfacore import KFAC
@@ -36,14 +36,8 @@ MORE: list[dict[str, Any]] = [
 
 
 def agree(sizes: tuple[int, ...], variants: list[dict[str, Any]]) -> None:
-    found = world(len(sizes), several, sizes, variants)
-    alone = several(None, sizes, variants)
-    for i, options in enumerate(variants):
-        here = [result[i] for result in found.results]
-        for other in here[1:]:
-            assert farthest(here[0]["parameters"], other["parameters"]) == 0.0, options
-            assert here[0]["reports"] == other["reports"], options
-        assert farthest(here[0]["parameters"], alone[i]["parameters"]) < 1e-12, options
+    for options, here, alone in alike(sizes, variants):
+        assert farthest(here["parameters"], alone["parameters"]) < 1e-12, options
 
 
 def test_owners_compute_what_one_process_does() -> None:

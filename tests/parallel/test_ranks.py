@@ -43,6 +43,21 @@ def farthest(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
 
 
+Result = dict[str, Any]
+
+
+def alike(sizes: tuple[int, ...], variants: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Result, Result]]:
+    """Each variant with what several processes computed, the same bits on all, and what one process alone does."""
+    found = world(len(sizes), several, sizes, variants)
+    alone = several(None, sizes, variants)
+    for i, options in enumerate(variants):
+        here = [result[i] for result in found.results]
+        for other in here[1:]:
+            assert farthest(here[0]["parameters"], other["parameters"]) == 0.0, options
+            assert here[0]["reports"] == other["reports"], options
+    return list(zip(variants, found.results[0], alone, strict=True))
+
+
 @pytest.mark.parametrize(
     ("sizes", "variants"),
     [
@@ -56,16 +71,10 @@ def farthest(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
 def test_processes_agree_to_the_bit_and_with_one_process_to_rounding(
     sizes: tuple[int, ...], variants: list[dict[str, Any]]
 ) -> None:
-    found = world(len(sizes), several, sizes, variants)
-    alone = several(None, sizes, variants)
-    for i, options in enumerate(variants):
-        here = [result[i] for result in found.results]
-        for other in here[1:]:
-            assert farthest(here[0]["parameters"], other["parameters"]) == 0.0, options
-            assert here[0]["reports"] == other["reports"], options
+    for options, here, alone in alike(sizes, variants):
         slack = 1e-5 if "dtype" in options else 1e-12
-        assert farthest(here[0]["parameters"], alone[i]["parameters"]) < slack, options
-        for mine, one in zip(here[0]["reports"], alone[i]["reports"], strict=True):
+        assert farthest(here["parameters"], alone["parameters"]) < slack, options
+        for mine, one in zip(here["reports"], alone["reports"], strict=True):
             assert mine == pytest.approx(one, rel=1e-4 if "dtype" in options else 1e-9), options
 
 

@@ -60,32 +60,29 @@ class SgdConfig(OptimizerConfig):
     """Torch's form of Nesterov momentum (needs momentum above 0)."""
 
 
-class AdamConfig(OptimizerConfig):
+class _Averages(OptimizerConfig):
+    """What Adam and AdamW have in common."""
+
+    lr: Rate = 0.001
+    """Learning rate."""
+    beta1: Below1 = 0.9
+    """Decay of the average of gradients."""
+    beta2: Below1 = 0.999
+    """Decay of the average of squared gradients."""
+    eps: Rate = 1e-8
+    """Added to the denominator."""
+
+
+class AdamConfig(_Averages):
     """Options of torch's Adam."""
 
     kind: Literal["adam"] = "adam"
-    lr: Rate = 0.001
-    """Learning rate."""
-    beta1: Below1 = 0.9
-    """Decay of the average of gradients."""
-    beta2: Below1 = 0.999
-    """Decay of the average of squared gradients."""
-    eps: Rate = 1e-8
-    """Added to the denominator."""
 
 
-class AdamWConfig(OptimizerConfig):
+class AdamWConfig(_Averages):
     """Options of torch's AdamW."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: Rate = 0.001
-    """Learning rate."""
-    beta1: Below1 = 0.9
-    """Decay of the average of gradients."""
-    beta2: Below1 = 0.999
-    """Decay of the average of squared gradients."""
-    eps: Rate = 1e-8
-    """Added to the denominator."""
     decay: NotNegative = 0.01
     """Decoupled decay: lr times this share of a weight goes in a step, beside weight_decay, which the objective has."""
 
