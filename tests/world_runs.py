@@ -58,7 +58,7 @@ def kfac(
 ) -> dict[str, Any]:
     """Train with `KFAC`; where a state is given, from there on."""
     options = dict(options)
-    lists = options.pop("lists", False)
+    lists, unit = options.pop("lists", False), options.pop("unit", 1.0)
     dtype, masked, wrap = options.pop("dtype", torch.float64), options.pop("masked", False), options.pop("wrap", False)
     model = net(dtype)
     given = nn.parallel.DistributedDataParallel(model) if wrap and rank is not None else model
@@ -69,7 +69,7 @@ def kfac(
     reports = []
     for k in range(first, first + steps):
         x, y = data(sum(sizes), k, dtype)
-        x, y, valid = own(rank, sizes, x, y, mask(sizes))
+        x, y, valid = own(rank, sizes, unit * x, y, mask(sizes))
         if lists:
             n = len(x) // (2 if rank is None else 3 - rank)  # lists of different lengths
             masks = valid.split(n) if masked else [None] * len(x)

@@ -6,6 +6,7 @@ Fresh memory is dear to touch, so each is taken once, when the first forward pas
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from kfacore.optim.local import LocalModel
 from kfacore.optim.loss import BoundLoss
 from kfacore.optim.parts import Parts, require_alike
 from kfacore.optim.phases import At
+from kfacore.optim.units import Units
 from kfacore.roles.inverse import Inverse, Notice
 
 __all__ = ["Directions"]
@@ -39,6 +41,7 @@ class Directions:
         size: Number of parameters.
         fill_grad: As given.
         spare: Four vectors for steps of several iterations, once there was one.
+        units: What the weights of each block are measured in.
     """
 
     def __init__(self, parts: Parts, *, fill_grad: bool = False) -> None:
@@ -48,6 +51,7 @@ class Directions:
         self.grad: BlockVector | None = None
         self.delta: BlockVector | None = None
         self.spare: list[BlockVector] = []
+        self.units = Units()
         self.size = 0
         self._proposals: list[BlockVector] = []
         self._views: list[Tensor] | None = None
@@ -129,7 +133,7 @@ class Directions:
         self._proposals += [self._vector() for _ in inverses[len(self._proposals) :]]
         proposals = self._proposals[: len(inverses)]
         for inverse, proposal in zip(inverses, proposals, strict=True):
-            preconditioner.solve_into(inverse, grad.blocks, proposal.blocks)
+            self.units.solve(partial(preconditioner.solve_into, inverse), grad, proposal)
             proposal.flat.neg_()
         return proposals
 
@@ -139,7 +143,8 @@ class Directions:
         cases = momentum.cases(whole)
         n = batch.model_cases(at.whole.first(cases))
         own = self.parameters() if momentum.config.slope == "model" and batch.cut and cases < whole else None
-        return LocalModel(batch, at.curved, grad, self._parts.damping.lam, at.eta, n, own, self._parts.ranks)
+        lam = self._parts.damping.lam
+        return LocalModel(batch, at.curved, grad, lam, at.eta, n, own, self._parts.ranks, self.units)
 
     def planes(self, local: LocalModel, proposals: list[BlockVector], *, moving: bool) -> tuple[Tensor, Tensor]:
         """M and b on (Delta, delta_prev) for each candidate, or on Delta alone where there is no step before."""

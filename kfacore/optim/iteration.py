@@ -3,7 +3,7 @@ r"""One iteration, phase by phase: begin, look back, try, judge, undo (method.md
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,6 @@ from kfacore.curvature.preconditioner import Preconditioner
 from kfacore.errors import NumericalError
 from kfacore.network import Accumulated, BlockVector, MicroBatches
 from kfacore.optim.directions import Directions
-from kfacore.optim.drawing import Share
 from kfacore.optim.guards import require_finite
 from kfacore.optim.keeper import Keeper
 from kfacore.optim.local import LocalModel, combine
@@ -23,10 +22,10 @@ from kfacore.optim.objective import penalty
 from kfacore.optim.parts import Parts
 from kfacore.optim.phases import At, Trial
 from kfacore.optim.quadratic import model_value
-from kfacore.optim.statistics import mean_curvature, seen, shared, traces_of
+from kfacore.optim.statistics import Statistics
+from kfacore.optim.whole_loss import shared
 from kfacore.roles.inverse import Notice
 from kfacore.roles.optimizer import StepReport
-from kfacore.roles.samples import Samples, mean_diagonal
 
 __all__ = ["Iteration"]
 
@@ -49,6 +48,7 @@ class Iteration:
 
     def __init__(self, parts: Parts, directions: Directions) -> None:
         self._parts, self._directions = parts, directions
+        self._statistics = Statistics(parts, directions.units)
         self.keeper = Keeper()
         self.rate = 1.0
         parameters = parts.linearizer.parameters
@@ -72,18 +72,19 @@ class Iteration:
         directions.begin()
         at = self._look_back(self._begin(inputs, targets, valid, step, eta, lr, low), low)
         preconditioner = directions.prepare()
+        self._statistics.measure_inputs(at, preconditioner)
         at.waits = at.adapts or at.asks or preconditioner.waits(step, parts.damping.candidates(step))
         try:
             with parts.ranks.together("backward passes"):
                 if at.waits or host.is_free(at.objective):
                     self._require_finite("objective", at.objective, at)
-                own = self._statistics(at, preconditioner)
+                own = self._statistics.take(at, preconditioner)
                 directions.backward(at.batch, at.bound, retain=at.iterations > 1)
         except BaseException:  # here or elsewhere: micro-batches that were added are of no step
             preconditioner.forget()
             raise
         if own is not None:
-            self._sum_statistics(at, preconditioner, *own)
+            self._statistics.add_up(at, preconditioner, *own)
         work = _OPERATIONS * at.whole.cases / parts.ranks.size * directions.size * preconditioner.rows
         preconditioner.spent(work)
         grad = directions.gradient(eta)
@@ -348,53 +349,6 @@ class Iteration:
         damping, deferred = self._parts.damping, self._parts.loss.deferred
         found = damping.lam, damping.gamma
         require_finite(what, value, at.inputs, at.targets, step=at.step, damping=found, deferred=deferred)
-
-    def _statistics(self, at: At, preconditioner: Preconditioner) -> tuple[Samples | None, Tensor | None] | None:
-        """Average in what the estimator's backward passes show of each block; the first step tells lambda of it.
-
-        Of several processes each returns what it saw, for `_sum_statistics`: samples, unless it has added up those of
-        micro-batches, and in the first step their traces.
-        """
-        estimator, generator, ranks = self._parts.estimator, self._parts.generator, self._parts.ranks
-        part = None if ranks.alone else Share(at.whole, estimator.cases(at.whole.cases), ranks)
-        vectors = at.sampled.statistics(at.batch.statistics_outputs(), estimator, generator, part)
-        found = seen(at.batch, at.sampled, vectors, generator, drawn=estimator.draws, part=part)
-        if not ranks.alone:
-            return self._own_statistics(at, preconditioner, found)
-        diagonal: Tensor | float = 0.0
-        for share, samples in found:
-            preconditioner.add(samples)
-            if at.step == 1:
-                diagonal = diagonal + share * mean_diagonal(samples, preconditioner.layers)
-        preconditioner.commit()
-        if isinstance(diagonal, Tensor):
-            self._parts.damping.observe(diagonal)
-        return None
-
-    def _own_statistics(
-        self, at: At, preconditioner: Preconditioner, found: Iterator[tuple[float, Samples]]
-    ) -> tuple[Samples | None, Tensor | None]:
-        """What this process saw: not averaged in before all know that nothing failed."""
-        sums: Tensor | None = None
-        own: Samples | None = None
-        for _, own in found:
-            preconditioner.check(own)
-            if at.several:
-                preconditioner.add(own)
-            if at.step == 1:
-                these = traces_of(own, preconditioner.layers, at.loss.device)
-                sums = these if sums is None else sums + these
-        return None if at.several else own, sums
-
-    def _sum_statistics(self, at: At, preconditioner: Preconditioner, own: Samples | None, sums: Tensor | None) -> None:
-        """The same of several processes together, in which they wait for each other."""
-        if at.several:
-            preconditioner.commit()
-        else:
-            assert own is not None
-            preconditioner.update(own)
-        if at.step == 1:
-            self._parts.damping.observe(mean_curvature(sums, self._parts.ranks, preconditioner.layers, at.loss.device))
 
     def _agree_on_buffers(self) -> None:
         """Buffers that a forward pass moves, as running statistics, become the mean over processes."""

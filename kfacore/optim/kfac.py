@@ -310,6 +310,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             "following": self.linearizer.following,
             "predicted": self._iteration.predicted,
             "rate": self._iteration.rate,
+            "units": self._directions.units.values,
             "trust": self.trust.state_dict(),
             "before": self._iteration.keeper.state(),
         }
@@ -352,6 +353,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         again.rate = float(own.get("rate", 1.0))
         self.trust.load_state_dict(own.get("trust", self.trust.state_dict()))
         directions.clear()
+        directions.units.set(own.get("units"), self.linearizer.layers)
         again.keeper.load(own.get("before"), directions.parameters())
         if own["preconditioner"] is not None:
             like = self.linearizer.layers[0].parameters[0]

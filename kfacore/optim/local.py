@@ -1,8 +1,9 @@
 r"""The objective's exact quadratic model around the parameters, and steps that are taken on it.
 
-    model(delta) = 1/2 delta^T A delta + grad^T delta,      A = F + (lambda + eta) I,
+    model(delta) = 1/2 delta^T A delta + grad^T delta,      A = F + lambda D + eta I,
 
-F the exact Fisher on the first cases of a mini-batch (method, section 4; paper, sections 6.4 and 7).
+D is I, or what `kfacore.optim.units` measures parameters with, F the exact Fisher on the first cases of a mini-batch
+(method, section 4; paper, sections 6.4 and 7).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from kfacore.network import Accumulated, BlockVector, Linearization
 from kfacore.optim.joint import BoundJoint
 from kfacore.optim.loss import BoundLoss
 from kfacore.optim.quadratic import model_value, on_planes, symmetric_gram
+from kfacore.optim.units import Units
 from kfacore.parallel.ranks import ALONE, Ranks
 from kfacore.roles.likelihood import Likelihood
 from kfacore.roles.momentum import Momentum
@@ -46,6 +48,7 @@ class LocalModel:
         own: theta, if the slope along the directions is to be that of these cases too, mean of r^T J v + eta theta^T v
             with the residual r; left out, it is that of the gradient.
         ranks: The processes that share the mini-batch: the loss gives this one's share, which they add up.
+        units: D, and the coordinates of F-hat; those of the parameters if left out.
 
     Attributes:
         grad: The gradient.
@@ -62,13 +65,15 @@ class LocalModel:
         cases: int,
         own: Sequence[Tensor] | None = None,
         ranks: Ranks = ALONE,
+        units: Units | None = None,
     ) -> None:
         self._ranks = ranks
+        self._units = units or Units()
         self.grad = grad
         self.J = lam.new_empty(0)
         self._batch = batch
         self._given = loss
-        self._damping, self._eta = lam + eta, eta
+        self._lam, self._eta = lam, eta
         self._cases, self._own = cases, own
         self._before = lam.new_full((2,), torch.nan)
 
@@ -108,7 +113,7 @@ class LocalModel:
             gram = self._loss.fisher_gram(self._z, self.J)
         (gram,) = self._ranks.sum("quadratic model", [gram])
         inner = symmetric_gram(lambda i, j: torch.dot(directions[i].flat, directions[j].flat), len(directions))
-        M = gram + self._damping * inner
+        M = gram + self._damped(directions, inner)
         b = self._slopes(directions, self.grad if grad is None else grad, beginning=grad is None)
         if last and grad is None:
             self._before = torch.stack([b[-1], gram[-1, -1] + self._eta * inner[-1, -1]])
@@ -116,6 +121,14 @@ class LocalModel:
             M = nn.functional.pad(M, (0, 1, 0, 1))
             b = nn.functional.pad(b, (0, 1))
         return on_planes(M, b)
+
+    def _damped(self, directions: Sequence[BlockVector], inner: Tensor) -> Tensor:  # (k, k)
+        """v_i^T (lambda D + eta I) v_j, from v_i^T v_j."""
+        if self._units.metric is None:
+            return (self._lam + self._eta) * inner
+        scaled = [v.flat * self._units.metric for v in directions]
+        measured = symmetric_gram(lambda i, j: torch.dot(directions[i].flat, scaled[j]), len(directions))
+        return self._lam * measured + self._eta * inner
 
     def _slopes(self, directions: Sequence[BlockVector], grad: BlockVector, *, beginning: bool) -> Tensor:  # (k,)
         """Derivative of h along each direction."""
@@ -151,7 +164,10 @@ class LocalModel:
     ) -> BlockVector:
         """A delta + grad, written into ``out``: one backward pass."""
         self.fisher_product(Jdelta, out)
-        out.flat.add_(self.grad.flat).addcmul_(delta.flat, self._damping.to(delta.flat.dtype))
+        damping, metric = (self._lam + self._eta).to(delta.flat.dtype), self._units.metric
+        if metric is not None:
+            damping = self._lam.to(metric) * metric + self._eta
+        out.flat.add_(self.grad.flat).addcmul_(delta.flat, damping)
         return out
 
     def go_on(
@@ -184,12 +200,12 @@ class LocalModel:
         residual, proposal, last = buffers
         last.flat.copy_(delta.flat)
         Jlast = Jdelta
-        change = self._damping.new_zeros((), dtype=torch.float64)
+        change = self._lam.new_zeros((), dtype=torch.float64)
         for _ in range(times):
             self.gradient_at(delta, Jdelta, residual)
             if enough is not None and enough(residual):
                 break
-            inverse.solve_into(residual.blocks, proposal.blocks)
+            self._units.solve(inverse.solve_into, residual, proposal)
             proposal.flat.neg_()
             J = torch.cat([self.push([proposal]), Jlast.unsqueeze(0)])  # J is linear: that of the last step is known
             moving = momentum.uses_previous

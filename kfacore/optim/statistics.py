@@ -1,4 +1,4 @@
-"""From what an estimator sends back to what every block sees of it."""
+"""From what an estimator sends back to what every block sees of it, and to the averages."""
 
 from __future__ import annotations
 
@@ -7,18 +7,95 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kfacore.errors import DataError
+from kfacore.curvature.preconditioner import Preconditioner
 from kfacore.network import Accumulated, Linearization
 from kfacore.optim.drawing import Share
 from kfacore.optim.joint import BoundJoint
-from kfacore.optim.loss import BoundLoss, Total
+from kfacore.optim.loss import BoundLoss
+from kfacore.optim.parts import Parts
+from kfacore.optim.phases import At
+from kfacore.optim.units import Units, sizes_of, units_of
 from kfacore.parallel.ranks import Ranks
-from kfacore.parallel.whole import Whole
 from kfacore.roles.block import Block
 from kfacore.roles.moment import divisor_of
-from kfacore.roles.samples import Samples, traces
+from kfacore.roles.samples import Samples, mean_diagonal, traces
 
-__all__ = ["mean_curvature", "seen", "shared", "traces_of"]
+__all__ = ["Statistics", "mean_curvature", "seen", "traces_of"]
+
+
+class Statistics:
+    """What one mini-batch adds to the averages of each block, and in the first step to lambda and to the units.
+
+    Args:
+        parts: The optimizer's parts.
+        units: What the weights of each block are measured in.
+    """
+
+    def __init__(self, parts: Parts, units: Units) -> None:
+        self._parts, self._units = parts, units
+
+    def measure_inputs(self, at: At, preconditioner: Preconditioner) -> None:
+        """Choose the units in the first step, by a pass of its own that draws nothing: the next one draws it again."""
+        parts, ranks = self._parts, self._parts.ranks
+        if at.step != 1 or parts.damping.config.units == "parameters":
+            return
+        drawn = parts.generator.get_state()
+        with ranks.together("units of inputs"):
+            found = (samples for _, samples in self._seen(at))
+            sizes = sizes_of(found, preconditioner.layers, at.loss.device)
+        parts.generator.set_state(drawn)
+        (sizes,) = ranks.sum("units of inputs", [sizes])
+        self._units.set(units_of(sizes), parts.linearizer.layers)
+
+    def take(self, at: At, preconditioner: Preconditioner) -> tuple[Samples | None, Tensor | None] | None:
+        """Average in what the estimator's backward passes show of each block; the first step tells lambda of it.
+
+        Of several processes each returns what it saw, for `add_up`: samples, unless it has added up those of
+        micro-batches, and in the first step their traces.
+        """
+        found = ((share, self._units.of(samples)) for share, samples in self._seen(at))
+        if not self._parts.ranks.alone:
+            return self._own(at, preconditioner, found)
+        diagonal: Tensor | float = 0.0
+        for share, samples in found:
+            preconditioner.add(samples)
+            if at.step == 1:
+                diagonal = diagonal + share * mean_diagonal(samples, preconditioner.layers)
+        preconditioner.commit()
+        if isinstance(diagonal, Tensor):
+            self._parts.damping.observe(diagonal)
+        return None
+
+    def add_up(self, at: At, preconditioner: Preconditioner, own: Samples | None, sums: Tensor | None) -> None:
+        """The same of several processes together, in which they wait for each other."""
+        if at.several:
+            preconditioner.commit()
+        else:
+            assert own is not None
+            preconditioner.update(own)
+        if at.step == 1:
+            self._parts.damping.observe(mean_curvature(sums, self._parts.ranks, preconditioner.layers, at.loss.device))
+
+    def _seen(self, at: At) -> Iterator[tuple[float, Samples]]:
+        estimator, generator, ranks = self._parts.estimator, self._parts.generator, self._parts.ranks
+        part = None if ranks.alone else Share(at.whole, estimator.cases(at.whole.cases), ranks)
+        vectors = at.sampled.statistics(at.batch.statistics_outputs(), estimator, generator, part)
+        return seen(at.batch, at.sampled, vectors, generator, drawn=estimator.draws, part=part)
+
+    def _own(
+        self, at: At, preconditioner: Preconditioner, found: Iterator[tuple[float, Samples]]
+    ) -> tuple[Samples | None, Tensor | None]:
+        """What this process saw: not averaged in before all know that nothing failed."""
+        sums: Tensor | None = None
+        own: Samples | None = None
+        for _, own in found:
+            preconditioner.check(own)
+            if at.several:
+                preconditioner.add(own)
+            if at.step == 1:
+                these = traces_of(own, preconditioner.layers, at.loss.device)
+                sums = these if sums is None else sums + these
+        return None if at.several else own, sums
 
 
 def seen(
@@ -58,46 +135,6 @@ def seen(
         vectors = vectors * batch.signs(z, generator, None if part is None else part.rows(positions))
     valid = None if bound.valid is None else bound.valid[:n]
     yield from batch.seen(vectors, valid=valid, total=total)
-
-
-def shared(
-    bound: BoundLoss | BoundJoint, ranks: Ranks, whole: Whole, cases: Sequence[int], step: int
-) -> list[BoundLoss | BoundJoint]:
-    """The loss of one part, divided by the S of the whole mini-batch.
-
-    Args:
-        bound: The loss of the part.
-        ranks: The processes.
-        whole: The mini-batch that they share.
-        cases: Numbers of first cases of the part; all of them first.
-        step: Number of the step, for a refusal that comes later.
-
-    Returns:
-        For each of these numbers the loss whose S is that of the first cases of all processes.
-
-    Raises:
-        DataError: Nothing counts in the whole mini-batch.
-    """
-    if ranks.alone:
-        return [bound for _ in cases]
-    part = bound.part_of(whole.cases)
-    each = [part.numbers(n) for n in cases]
-    flat = [number for numbers in each for number in numbers]
-    device = next((number.device for number in flat if isinstance(number, Tensor)), None)
-    total: Sequence[Total]
-    if device is None or device.type == "cpu":
-        total = ranks.count("S", [float(number) for number in flat])
-        if not total[0]:
-            raise DataError(
-                "targets: no position of the mini-batch counts on any process (all are masked or ignored), so its loss "
-                "is 0 / 0; leave such mini-batches out"
-            )
-    else:  # only the device knows
-        numbers = torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in flat])
-        total = list(ranks.sum("S", [numbers])[0].unbind())
-        bound.loss.deferred.note(torch.as_tensor(total[0] == 0), step)
-    size = len(each[0])
-    return [part.with_numbers(total[i * size : (i + 1) * size]) for i in range(len(cases))]
 
 
 def traces_of(samples: Samples, layers: Sequence[Block], device: torch.device) -> Tensor:  # (2 blocks + 1,) float64

@@ -40,6 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "confirmed": True,
             "gamma_rule": "tied",
             "pi": "net",
+            "units": "inputs",
         },
         "momentum": {
             "kind": "quadratic-model",
@@ -65,6 +66,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "confirmed": False,
             "gamma_rule": "compared",
             "pi": "layer",
+            "units": "parameters",
         },
         "momentum": {
             "kind": "quadratic-model",

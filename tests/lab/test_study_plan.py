@@ -150,7 +150,8 @@ class TestHash:
         # A preset is a name for values; the values count, the name does not.
         same = ["preset=default", "approx=tridiag", "damping.lambda0=0.1", "damping.gamma_rule=tied",
                 "damping.rate=0.95",
-                "damping.pi=net", "momentum.tau2=0.125", "momentum.min_cases=250", "approx.tolerance=0.02",
+                "damping.pi=net", "damping.units=inputs",
+                "momentum.tau2=0.125", "momentum.min_cases=250", "approx.tolerance=0.02",
                 "approx.refresh_growth=0.4", "approx.power=0.85", "batch.start=500", "batch.sampling=epochs",
                 "averaging.start=20", "averaging.decay=0.9", "estimator.min_cases=250", "damping.confirmed=true",
                 "momentum.slope=model", "momentum.mu_min=0", "momentum.mu_max=1", "trust=undo",

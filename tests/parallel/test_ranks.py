@@ -25,6 +25,7 @@ EXACT: list[dict[str, Any]] = [
 ]
 MORE: list[dict[str, Any]] = [
     {"masked": True},
+    {"unit": 1000.0},
     {"wrap": True, "approx": {"kind": "tridiag", "power": 0.5}},
     {"approx": {"kind": "blockdiag", "refresh": "background", "refresh_every": 4, "refresh_delay": 2}},
     {"momentum": {"kind": "quadratic-model", "tau2": 0.5, "slope": "model", "iterations": 3}},
