@@ -44,8 +44,7 @@ class Statistics:
             found = (samples for _, samples in self._seen(at))
             sizes = sizes_of(found, preconditioner.layers, at.loss.device)
         parts.generator.set_state(drawn)
-        (sizes,) = ranks.sum("units of inputs", [sizes])
-        self._units.set(units_of(sizes), parts.linearizer.layers)
+        self._units.set(units_of(ranks.sum("units of inputs", sizes)), parts.linearizer.layers)
 
     def take(self, at: At, preconditioner: Preconditioner) -> tuple[Samples | None, Tensor | None] | None:
         """Average in what the estimator's backward passes show of each block; the first step tells lambda of it.

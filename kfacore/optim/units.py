@@ -7,9 +7,8 @@ theta' = D^1/2 theta, with D = u_i^2 on the weights of block i and 1 on its bias
     abar' = (a / u, 1),                             g' = D^-1/2 g,
     F-hat^-1 g = D^-1/2 F-hat'^-1 g',               theta'^T theta' = theta^T D theta.
 
-Inputs with a root mean square between 0.03 and 3 in the first step are left alone, to the bit: in that range lambda's
-own adaptation does what there is to do. For others u_i is a power of ten, so that what is left does not depend on
-chance.
+Inputs of a size between 0.03 and 3 in the first step are left alone, to the bit: in that range lambda's own adaptation
+does what there is to do. For others u_i is a power of ten, so that what is left does not depend on chance.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from kfacore.roles.samples import LayerSamples, Samples
 __all__ = ["Units", "sizes_of", "units_of"]
 
 _SMALL, _LARGE = 0.03, 3.0
-"""Root mean squares between which inputs are in the usual unit, 1."""
+"""Sizes between which inputs are in the usual unit, 1."""
 
 _USUAL = 0.55
 """Between those of pixels, about 0.3, and of standardised columns, 1: both are in this unit times a power of ten."""
@@ -83,28 +82,34 @@ class Units:
         out.flat.mul_(self._inverse)
 
 
-def sizes_of(parts: Iterable[Samples], blocks: Sequence[Block], device: torch.device) -> Tensor:  # (2, blocks) float64
-    """Sum of squares of each block's inputs, and their number: what several processes add up.
+def sizes_of(parts: Iterable[Samples], blocks: Sequence[Block], device: torch.device) -> list[Tensor]:
+    """Sum of squares of each input of each block, and last the rows: (inputs + 1,) float64, for processes to add up.
 
-    Only inputs of Kronecker products count, the homogeneous 1 left out: token numbers and the parameters of norms have
-    no unit that data could change.
+    Of inputs of Kronecker products, without the homogeneous 1: token numbers and the parameters of norms have no unit
+    that data could change.
     """
-    sums = torch.zeros(2, len(blocks), dtype=torch.float64, device=device)
+    sums = [torch.zeros(block.d_in - block.bias + 1, dtype=torch.float64, device=device) for block in blocks]
     for samples in parts:
-        for i, (s, block) in enumerate(zip(samples, blocks, strict=True)):
+        for s, block, own in zip(samples, blocks, sums, strict=True):
             if s is None or block.kind != "kron" or not s.inputs.is_floating_point() or not s.inputs.numel():
                 continue
             inputs = s.inputs[..., : block.d_in - block.bias].double()
-            sums[0, i] += inputs.square().sum()
-            sums[1, i] += s.rows * (inputs.numel() // len(inputs))
+            own[:-1] += inputs.square().flatten(0, -2).sum(0)
+            own[-1] += s.rows * block.groups
     return sums
 
 
-def units_of(sizes: Tensor) -> list[float]:
-    """u of each block from `sizes_of`; 1 where there was nothing, or nothing finite."""
+def units_of(sizes: Sequence[Tensor]) -> list[float]:
+    """u of each block from `sizes_of`; 1 where there was nothing, or something that is not finite.
+
+    A block's size is the geometric mean of the root mean squares of its inputs, those that are always 0 left out: where
+    columns come in many units, the largest do not decide for all.
+    """
     found = []
-    for square, count in zip(*sizes.tolist(), strict=True):
-        size = math.sqrt(square / count) if count > 0 and 0.0 < square < math.inf else _USUAL
+    for own in sizes:
+        squares = own[:-1] / own[-1]
+        logs = squares[squares != 0].log() / math.log(100.0)
+        size = 10.0 ** float(logs.mean()) if len(logs) and bool(logs.isfinite().all()) else _USUAL
         usual = _SMALL <= size <= _LARGE
         found.append(1.0 if usual else 10.0 ** round(math.log10(size / _USUAL)))
     return found

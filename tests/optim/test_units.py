@@ -166,10 +166,15 @@ def test_a_resumed_run_goes_on_bit_for_bit() -> None:
 
 
 def test_what_units_are_made_of() -> None:
-    sizes = torch.tensor([[s * s * 7.0 for s in (1.0, 0.03, 2.9, 100.0, 30.0, 3.1, 0.0, 0.005)], [7.0] * 8]).double()
-    assert units_of(sizes) == [1.0, 1.0, 1.0, 100.0, 100.0, 10.0, 1.0, 0.01]
-    nothing = torch.tensor([[0.0, math.nan, math.inf, 3.0], [5.0, 5.0, 5.0, 0.0]]).double()
-    assert units_of(nothing) == [1.0] * 4
+    def of(*squares: float, rows: float = 7.0) -> float:
+        (found,) = units_of([torch.tensor([*(x * rows for x in squares), rows], dtype=torch.float64)])
+        return found
+
+    alike = (1.0, 0.031, 2.9, 100.0, 30.0, 3.1, 0.005)
+    assert [of(s * s, s * s) for s in alike] == [1.0, 1.0, 1.0, 100.0, 100.0, 10.0, 0.01]
+    assert of(1e-6, 1e6) == 1.0, "columns of many units"
+    assert of(1e4, 1e4, 0.0, 0.0) == 100.0, "inputs that are always 0"
+    assert [of(0.0, 0.0), of(math.nan, 1e4), of(math.inf, 1e4), of(0.0, rows=0.0)] == [1.0] * 4
 
 
 def test_what_has_no_unit_is_not_measured() -> None:
@@ -184,7 +189,9 @@ def test_what_has_no_unit_is_not_measured() -> None:
     ]
     parts = [[tokens, LayerSamples(torch.empty(0), g), LayerSamples(rows, g, count=2), None]]
     sums = sizes_of(parts, blocks, torch.device("cpu"))
-    assert sums.tolist() == [[0.0, 0.0, 25.0, 0.0], [0.0, 0.0, 2.0, 0.0]]
+    assert [float(own[:-1].sum()) for own in sums] == [0.0, 0.0, 25.0, 0.0]
+    assert [float(own[-1]) for own in sums] == [0.0, 0.0, 2.0, 0.0]
+    assert units_of(sums) == [1.0, 1.0, 10.0, 1.0]
 
 
 def test_units_of_one_are_none() -> None:
