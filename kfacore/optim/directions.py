@@ -140,7 +140,7 @@ class Directions:
     def local(self, at: At, grad: BlockVector) -> LocalModel:
         """The quadratic model on the mini-batch's first cases."""
         momentum, whole, batch = self._parts.momentum, at.whole.cases, at.batch
-        cases = momentum.cases(whole)
+        cases = momentum.cases(whole, at.positions)
         n = batch.model_cases(at.whole.first(cases))
         own = self.parameters() if momentum.config.slope == "model" and batch.cut and cases < whole else None
         lam = self._parts.damping.lam

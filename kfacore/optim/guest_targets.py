@@ -89,8 +89,9 @@ def vectors_of(
     """
     whole = z.detach().to(dtype)
     bound = loss.bind([whole], targets, valid, where="observe: targets")
-    part = part_of(len(z), estimator.cases(len(z) * ranks.size), ranks)
-    n = estimator.cases(len(z)) if part is None else part.whole.first(part.cases)
+    R = bound.positions
+    part = part_of(len(z), estimator.cases(len(z) * ranks.size, R), ranks)
+    n = estimator.cases(len(z), R) if part is None else part.whole.first(part.cases)
     first = whole[:n]
     if part is not None:
         bound = bound.part_of(part.whole.cases)

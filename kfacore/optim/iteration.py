@@ -44,6 +44,8 @@ class Iteration:
         keeper: The parameters before the last step, where the rule of trust looks back.
         predicted: Change of h that the model predicted of the last step, () float64.
         rate: What that step was multiplied by.
+        positions: Fewest positions that cases of a mini-batch had so far, on any process; None before the first one.
+            ``min_cases`` counts them, and the number of cases is wanted before a mini-batch's outputs are there.
     """
 
     def __init__(self, parts: Parts, directions: Directions) -> None:
@@ -51,6 +53,7 @@ class Iteration:
         self._statistics = Statistics(parts, directions.units)
         self.keeper = Keeper()
         self.rate = 1.0
+        self.positions: int | None = None
         parameters = parts.linearizer.parameters
         self.predicted = torch.full((), torch.nan, dtype=torch.float64, device=parameters[0].device)
 
@@ -115,7 +118,8 @@ class Iteration:
         )
         m = whole.cases
         adapts, asks, iterations = parts.damping.adapts(k), parts.trust.asks(k), parts.momentum.iterations(m)
-        sampled, curved = whole.first(parts.estimator.cases(m)), whole.first(parts.momentum.cases(m))
+        R = self.positions or 1
+        sampled, curved = whole.first(parts.estimator.cases(m, R)), whole.first(parts.momentum.cases(m, R))
         linearizer = parts.linearizer
         make = partial(partial(Accumulated, linearizer) if several else linearizer, look=look and not ranks.alone)
         with ranks.together("forward pass"):
@@ -124,6 +128,8 @@ class Iteration:
             if batch.bare and isinstance(targets, Tensor) and targets.dim() == 1:
                 targets = targets.unsqueeze(1)  # one number a case, as the model's outputs
             bound = parts.loss.bind(batch.outputs(), targets, valid, step=k)
+        here = ranks.least("positions", bound.positions)
+        self.positions = min(here, self.positions or here)
         counts = batch.cases, sampled, batch.model_cases(curved)
         own, of_samples, of_model = shared(bound, ranks, whole, counts, k)
         loss, error = ranks.sum("objective", own.value(batch.outputs()))
@@ -147,6 +153,7 @@ class Iteration:
             whole=whole,
             sampled=of_samples,
             curved=of_model,
+            positions=R,
         )
 
     def _look_back(self, at: At, low: torch.dtype | None) -> At:

@@ -152,6 +152,11 @@ class BoundJoint:
     given: Total | None = None
     """S of the mini-batch that several processes share, see `BoundLoss.given`."""
 
+    @property
+    def positions(self) -> int:
+        """Positions of a case in the head that has the fewest."""
+        return min(bound.positions for bound in self.heads.values())
+
     def total(self, cases: int | None = None) -> Total:
         """S, the number of cases."""
         return self.weight(cases) if self.given is None else self.given

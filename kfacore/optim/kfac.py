@@ -311,6 +311,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             "predicted": self._iteration.predicted,
             "rate": self._iteration.rate,
             "units": self._directions.units.values,
+            "positions": self._iteration.positions,
             "trust": self.trust.state_dict(),
             "before": self._iteration.keeper.state(),
         }
@@ -351,6 +352,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         again, directions = self._iteration, self._directions
         again.predicted = own.get("predicted", torch.full((), torch.nan)).to(again.predicted)
         again.rate = float(own.get("rate", 1.0))
+        again.positions = own.get("positions")
         self.trust.load_state_dict(own.get("trust", self.trust.state_dict()))
         directions.clear()
         directions.units.set(own.get("units"), self.linearizer.layers)

@@ -199,6 +199,11 @@ class BoundLoss:
         """The likelihood of the rows."""
         return self.loss.likelihood
 
+    @property
+    def positions(self) -> int:
+        """Positions of a case, R; masked ones too."""
+        return self.layout.rows
+
     @cached_property
     def valid(self) -> Tensor | None:
         """Positions that count, (n, *positions), or None where all do."""

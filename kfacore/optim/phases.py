@@ -41,6 +41,7 @@ class At:
         whole: The mini-batch of all processes, of which inputs and targets are this one's part.
         sampled: The loss, divided by the S of the estimator's cases.
         curved: The loss, divided by the S of the quadratic model's cases.
+        positions: Positions of a case that numbers of cases are counted by, see `Iteration.positions`.
         waits: Whether this step waits for the device anyway.
         undone: What is to be said about the step before.
     """
@@ -63,6 +64,7 @@ class At:
     whole: Whole
     sampled: BoundLoss | BoundJoint
     curved: BoundLoss | BoundJoint
+    positions: int = 1
     waits: bool = False
     undone: tuple[str, ...] = ()
 

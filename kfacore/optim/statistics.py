@@ -77,7 +77,7 @@ class Statistics:
 
     def _seen(self, at: At) -> Iterator[tuple[float, Samples]]:
         estimator, generator, ranks = self._parts.estimator, self._parts.generator, self._parts.ranks
-        part = None if ranks.alone else Share(at.whole, estimator.cases(at.whole.cases), ranks)
+        part = None if ranks.alone else Share(at.whole, estimator.cases(at.whole.cases, at.positions), ranks)
         vectors = at.sampled.statistics(at.batch.statistics_outputs(), estimator, generator, part)
         return seen(at.batch, at.sampled, vectors, generator, drawn=estimator.draws, part=part)
 

@@ -94,6 +94,10 @@ class Ranks:
         """The largest of their numbers, which are at least 0."""
         return number
 
+    def least(self, what: str, number: int) -> int:
+        """The smallest of their numbers, which are at least 0."""
+        return number
+
     def alike(self, what: str, number: int) -> bool:
         """Whether all have the same number, at least 0."""
         return True
@@ -253,6 +257,10 @@ class Processes(Ranks):
     def most(self, what: str, number: int) -> int:
         """See `Ranks.most`."""
         return self.exchange(what, number)[0]
+
+    def least(self, what: str, number: int) -> int:
+        """See `Ranks.least`."""
+        return min(self.exchange(what, own=number)[1])
 
     def alike(self, what: str, number: int) -> bool:
         """See `Ranks.alike`."""

@@ -69,15 +69,23 @@ class Block:
         return self.kind == "kron" and self.groups == 1 and whole
 
 
-def share_of(cases: int, share: float, least: int = 1) -> int:
+_ALIKE, _FEWEST = 2, 4
+"""Positions that count as one case, and cases that are enough at the earliest: positions of a case resemble each other.
+With fewer, more steps were undone on text: docs/notes/2026-11-real.md."""
+
+
+def share_of(cases: int, share: float, least: int = 1, positions: int = 1) -> int:
     """The first ceil(share * cases) cases, at least one; immune to rounding of the product.
 
     Args:
         cases: Size of the mini-batch.
         share: tau_1 or tau_2, in (0, 1].
-        least: No fewer than this, as far as there are so many.
+        least: No fewer than this, as far as there are so many. Two positions of outputs count as one, but four cases
+            are the fewest.
+        positions: Positions that a case has at least, R: 1 for outputs (n, o).
 
     Returns:
         A number of cases in 1..cases.
     """
-    return min(cases, max(least, math.ceil(share * cases - 1e-9)))
+    enough = min(least, max(_FEWEST, math.ceil(_ALIKE * least / positions)))
+    return min(cases, max(enough, math.ceil(share * cases - 1e-9)))

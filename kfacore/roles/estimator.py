@@ -34,9 +34,14 @@ class Estimator(Part):
     shares_passes: ClassVar[bool] = False
     draws: ClassVar[bool] = False
 
-    def cases(self, batch_size: int) -> int:
-        """Number of cases used, ceil(tau_1 m), or ``min_cases`` if that is more."""
-        return share_of(batch_size, self.config.tau1, self.config.min_cases)
+    def cases(self, batch_size: int, positions: int = 1) -> int:
+        """Number of cases used, ceil(tau_1 m), or ``min_cases`` if that is more: see `share_of`.
+
+        Args:
+            batch_size: Cases of the mini-batch.
+            positions: Positions that a case has at least.
+        """
+        return share_of(batch_size, self.config.tau1, self.config.min_cases, positions)
 
     @abstractmethod
     def output_vectors(

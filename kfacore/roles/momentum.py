@@ -26,9 +26,14 @@ class Momentum(Part):
     uses_model: ClassVar[bool] = True
     uses_previous: ClassVar[bool] = True
 
-    def cases(self, batch_size: int) -> int:
-        """Cases of the quadratic model, ceil(tau_2 m), or ``min_cases`` if that is more."""
-        return share_of(batch_size, self.config.tau2, self.config.min_cases)
+    def cases(self, batch_size: int, positions: int = 1) -> int:
+        """Cases of the quadratic model, ceil(tau_2 m), or ``min_cases`` if that is more: see `share_of`.
+
+        Args:
+            batch_size: Cases of the mini-batch.
+            positions: Positions that a case has at least.
+        """
+        return share_of(batch_size, self.config.tau2, self.config.min_cases, positions)
 
     def iterations(self, batch_size: int) -> int:
         """Steps on the quadratic model of a mini-batch of this size."""

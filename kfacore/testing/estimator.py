@@ -73,6 +73,8 @@ class EstimatorSuite(ComponentSuite):
             for a, b in zip(first, again, strict=True):
                 assert a.cases == n, f"saw {a.cases} cases, not {n}"
                 assert same([a.inputs, a.gradients], [b.inputs, b.gradients]), "cases beyond its share play a part"
+        n = self.build(tau1=0.1, min_cases=15).cases(20, 3)
+        assert n == 10, f"min_cases = 15 of cases with 3 positions each: {n}, not 10"
 
     def test_samples_of_each_layer(self) -> None:
         """Abar with its 1 and g of every pass, for each layer; also for a batch of one."""

@@ -105,6 +105,7 @@ class MomentumSuite(ComponentSuite):
             assert rule.cases(21) == share_of(21, tau2), f"tau2 = {tau2}: {rule.cases(21)} of 21 cases"
         rule = self.build(tau2=0.25, min_cases=15)
         assert (rule.cases(21), rule.cases(8)) == (15, 8), "min_cases = 15 of 21 and of 8 cases: not 15 and all"
+        assert rule.cases(21, 3) == 10, f"min_cases = 15 of cases with 3 positions each: {rule.cases(21, 3)}, not 10"
 
     def _sees_no_model(self, rule: Momentum) -> None:
         """A rule that says uses_model = False is given zeros where nothing else needs the model."""

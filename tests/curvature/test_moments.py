@@ -166,3 +166,13 @@ def test_state_of_other_moments_is_refused() -> None:
 )
 def test_share_of_cases(cases: int, share: float, wanted: int) -> None:
     assert share_of(cases, share) == wanted
+
+
+@pytest.mark.parametrize(
+    ("cases", "positions", "wanted"),
+    [(8, 128, 4), (8, 1, 8), (300, 1, 250), (32, 50, 10), (64, 2, 64), (64, 128, 8), (8, 10**6, 4), (3, 128, 3)],
+)
+def test_least_cases_are_counted_in_positions(cases: int, positions: int, wanted: int) -> None:
+    """And are four at least, unless fewer were wanted in the first place."""
+    assert share_of(cases, 0.125, 250, positions) == wanted
+    assert share_of(cases, 0.125, 1, positions) == share_of(cases, 0.125)

@@ -191,6 +191,7 @@ def test_one_process_alone_sends_nothing() -> None:
     assert find_ranks() is ALONE
     assert find_ranks(False) is ALONE
     assert ALONE.whole("step 1", lambda: 5)[0].cases == 5
+    assert ALONE.least("positions", 7) == 7
     assert not ALONE.sent
     with pytest.raises(ConfigError, match="not initialised"):
         find_ranks("a group")

@@ -164,7 +164,7 @@ def _step_memory(
     """What the largest mini-batch of the run takes; None where steps on so few examples are not finite."""
     batch = config.batch
     examples = BatchSchedule(batch.schedule, cases, batch.start, batch.target_step, batch.hold).size(config.steps)
-    trial, share = _in_proportion(config, examples)
+    trial, share = _in_proportion(config, examples, batch.start, _positions(config, registry, model, likelihood, few))
 
     def build() -> KFAC:
         optimizer = build_optimizer(trial, registry, deepcopy(model), likelihood)
@@ -178,13 +178,32 @@ def _step_memory(
         return None
 
 
-def _in_proportion(config: RunConfig, examples: int) -> tuple[RunConfig, float]:
-    """The configuration for trials on few examples, with the run's shares of a mini-batch; and the smallest of them."""
+def _positions(config: RunConfig, registry: Registry, model: nn.Module, likelihood: Likelihood, few: Split) -> int:
+    """Positions of an example's outputs."""
+    optimizer = build_optimizer(config, registry, deepcopy(model), likelihood)
+    assert isinstance(optimizer, KFAC)
+    with torch.random.fork_rng():
+        z = optimizer.linearizer(few.inputs).outputs()
+    return 1 if z[0].dim() == 2 else optimizer.loss.bind(z, few.targets).positions
+
+
+def _in_proportion(config: RunConfig, examples: int, first: int, positions: int) -> tuple[RunConfig, float]:
+    """The configuration for trials on few examples, with the run's shares of a mini-batch; and the smallest of them.
+
+    The first mini-batch has to count examples where later ones count their positions: the larger share is that of the
+    step that takes the most.
+    """
     assert config.estimator is not None
     assert config.momentum is not None
     assert config.approx is not None
-    tau1 = share_of(examples, config.estimator.tau1, config.estimator.min_cases) / examples
-    tau2 = share_of(examples, config.momentum.tau2, config.momentum.min_cases) / examples
+    taken = [(min(first, examples), 1), (examples, positions)]
+    tau1, tau2 = (
+        max(share_of(cases, tau, least, R) for cases, R in taken) / examples
+        for tau, least in (
+            (config.estimator.tau1, config.estimator.min_cases),
+            (config.momentum.tau2, config.momentum.min_cases),
+        )
+    )
     further = config.momentum.iterations if examples >= config.momentum.iterations_from else 1
     parts = {
         "estimator": config.estimator.model_copy(update={"tau1": tau1, "min_cases": 1}),
