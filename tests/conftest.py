@@ -109,6 +109,15 @@ def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 @pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw nothing at their end, which takes most of the time of a small one.
+
+    `test_training_plots`, `test_cli_train` and the executors' tests look at what they draw.
+    """
+    monkeypatch.setattr("kfacore.lab.training.loop.draw_run", lambda *_: ())
+
+
+@pytest.fixture
 def kfac(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Callable[..., tuple[int, str, str]]:

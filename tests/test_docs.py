@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,39 +188,35 @@ def installed(example: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     reset_registry()
 
 
-def call(example: Path, *command: str, cwd: Path) -> str:
-    """The stdout of a Python module run with the plug-in installed."""
-    environ = {**os.environ, "PYTHONPATH": str(example / "site"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=environ, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-KFAC = ("-c", "from kfac_cli.main import main; main()")
-
-
-def test_the_example_plugin_is_found(example: Path, tmp_path: Path) -> None:
-    assert "kron-diagonal" in call(example, *KFAC, "list", "approx", cwd=tmp_path)
-    plugins = {item["name"]: item for item in json.loads(call(example, *KFAC, "plugins", "--json", cwd=tmp_path))}
+@pytest.mark.usefixtures("installed")
+def test_the_example_plugin_is_found(kfac: Callable[..., tuple[int, str, str]]) -> None:
+    assert "kron-diagonal" in kfac("list", "approx")[1]
+    plugins = {item["name"]: item for item in json.loads(kfac("plugins", "--json")[1])}
     assert plugins["kron-diagonal"]["state"] == "ok", plugins["kron-diagonal"]["reason"]
 
 
-def test_the_example_plugin_trains(example: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("installed", "no_pictures")
+def test_the_example_plugin_trains(kfac: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "data.npz", x_train=rng.random((200, 6), dtype=np.float32))
     options = ["problem.kind=npz", "problem.file=data.npz", "problem.sizes=[4]", "batch.start=100"]
     sets = [word for option in options for word in ("--set", option)]
-    flags = ["--approx", "kron-diagonal", "--steps", "4", "--json"]
-    lines = call(example, *KFAC, "train", *sets, *flags, cwd=tmp_path).splitlines()
+    code, out, err = kfac("train", *sets, "--approx", "kron-diagonal", "--steps", "4", "--json")
+    assert code == 0, err
+    lines = out.splitlines()
     start, done = json.loads(lines[0]), json.loads(lines[-1])
     assert (start["approx"], done["event"], done["step"]) == ("kron-diagonal", "done", 4)
 
 
 def test_the_example_plugin_passes_its_suite(example: Path) -> None:
-    answer = call(example, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=example / "source")
-    assert re.search(r"\b[1-9]\d+ passed", answer), answer
+    """In a process of its own, which finds the plug-in as it is installed."""
+    environ = {**os.environ, "PYTHONPATH": str(example / "site"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests"]
+    done = subprocess.run(
+        command, cwd=example / "source", env=environ, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\b[1-9]\d+ passed", done.stdout), done.stdout
 
 
 # --- Python ----------------------------------------------------------------------------------------------------------
@@ -402,6 +398,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_events_have_the_documented_keys(finished: Path) -> None:
     rows = rows_of("howto/command.md", under="### Events")
     documented = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in rows}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfacore.compiler import uncompiled_mode
 from kfacore.errors import KfacError, UnsupportedModelError
 from kfacore.nest import map_nest, repeat_cases, slice_cases, tensors_of
 from kfacore.network.blocks import ModelBlock
@@ -137,7 +138,7 @@ class Study:
 
     def _first_pass(self) -> tuple[Chunk, list[str], bool, list[str]]:
         """With everything recorded: the chunk, generators that moved, whether the model's state did, foreign ops."""
-        watch = Watch(self._draws)
+        watch = uncompiled_mode(Watch(self._draws))
         with self._again():
             try:
                 with watch:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfacore.compiler import uncompiled
 from kfacore.curvature.faults import blaming
 from kfacore.curvature.joined import Joined
 from kfacore.curvature.preconditioner import Preconditioner
@@ -198,7 +199,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         """
         if self.param_groups:
             raise ConfigError("KFAC trains the layers of its model; build it again after changing the model")
-        super().add_param_group(param_group)
+        uncompiled(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def step(  # type: ignore[override]  # a step needs its batch
         self, inputs: Any = None, targets: Any = None, valid: Any = None, *, closure: Any = None
@@ -291,7 +292,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         parameters = self.linearizer.parameters
         mark(self.state, parameters, self.steps)
         first = [layer.parameters[0] for layer in self.linearizer.layers] or parameters[:1]
-        return joined_state(super().state_dict(), parameters, first, self._own_state())
+        return joined_state(uncompiled(torch.optim.Optimizer.state_dict)(self), parameters, first, self._own_state())
 
     def _own_state(self) -> dict[str, Any]:
         """What torch's part of the state does not have; all processes together."""
@@ -331,7 +332,8 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         self.linearizer.set_order(own["layers"], final=own["preconditioner"] is not None)
         self._follow_model()
         torchs, _ = split_state(state_dict)
-        super().load_state_dict({key: value for key, value in torchs.items() if key != "kfac"})
+        torchs = {key: value for key, value in torchs.items() if key != "kfac"}
+        uncompiled(torch.optim.Optimizer.load_state_dict)(self, torchs)
         for group in self.param_groups:
             group.setdefault("lr", self.defaults["lr"])  # a state of 0.2 has none
         self._take_up(own)

@@ -59,12 +59,14 @@ def test_a_run_for_programs(kfac, small, tmp_path):
     assert events[3]["alpha"] == 0.001
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_default_folder(kfac, small, tmp_path):
     assert kfac("train", *small, "--optimizer", "adam", "--steps", "1")[0] == 0
     (folder,) = os.listdir(tmp_path / "runs")
     assert folder.startswith("npz-adam-")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_resume_goes_on_with_more_steps(kfac, small, tmp_path):
     assert kfac("train", *small, "--optimizer", "adam", "--out", "run", "--steps", "6")[0] == 0
     code, _, err = kfac("train", "--resume", "run", "--steps", "9", "--set", "eval.every=2")
@@ -74,6 +76,7 @@ def test_resume_goes_on_with_more_steps(kfac, small, tmp_path):
     assert events_of(tmp_path / "run", "eval")[-2]["step"] == 8
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_dry_run(kfac, small, tmp_path):
     code, out, _ = kfac("train", *small, "--approx", "tridiag", "--dry-run")
     assert code == 0
@@ -90,6 +93,7 @@ def test_dry_run(kfac, small, tmp_path):
     assert table["layers"][0] == {"name": "0", "d_in": 17, "d_out": 8, "parameters": 136, "factors": {}}
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_damping_and_momentum_have_flags_and_a_byte_order_mark_is_skipped(kfac, small, tmp_path):
     file = tmp_path / "small.toml"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
@@ -161,6 +165,7 @@ def test_mistakes_are_answered_in_a_line_or_two(kfac, small, tmp_path, more, whe
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_that_got_worse_exits_3_and_names_a_value(kfac, small):
     more = ["--optimizer", "adam", "--set", "optimizer.lr=3.0", "--steps", "5", "--out", "run"]
     code, out, err = kfac("train", *small, *more)
@@ -202,7 +207,10 @@ def test_a_folder_below_a_file_exits_2(kfac, small, tmp_path):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+# `test_training_signals` has both in this process.
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_signals_save_and_say_how_to_go_on(tmp_path, number, code):
     write_data(tmp_path)
     script = "from kfac_cli.main import main; main()"

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 Kfac = Callable[..., tuple[int, str, str]]
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 5)).astype("float32")

@@ -90,9 +90,7 @@ class Weak(Optimizer):
 '''
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("kfacore.lab.training.loop.draw_run", lambda *_: ())
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture

@@ -11,10 +11,7 @@ from kfacore.lab.training.loop import train
 from kfacore.lab.training.resume import resume_config
 from kfacore.registry import get_registry
 
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("kfacore.lab.training.loop.draw_run", lambda *_: ())
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def test_cases_end_a_run_with_an_evaluation_and_a_checkpoint(tmp_path) -> None:

@@ -62,10 +62,7 @@ def raising(number, step, times=1):
     return listener
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Drawing takes most of the time of a small run; `test_training_plots` and `test_cli_train` look at it."""
-    monkeypatch.setattr("kfacore.lab.training.loop.draw_run", lambda *_: ())
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")

@@ -93,9 +93,8 @@ def test_remedy_names_a_value(options, lambdas, gamma, expected):
 
 
 @pytest.fixture
-def scripted(monkeypatch):
+def scripted(monkeypatch, no_pictures):
     """Evaluations that find the losses of a list, by step; a run evaluates every 5 steps."""
-    monkeypatch.setattr("kfacore.lab.training.loop.draw_run", lambda *_: ())
 
     def script(*losses):
         values = dict(enumerate(losses))

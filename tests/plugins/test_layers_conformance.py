@@ -424,6 +424,10 @@ class TestRecurrent(NetSuite):
 class TestRecurrentFromAState(TestRecurrent):
     start = True
 
+    @pytest.mark.slow  # each parameter in turn, as in `TestRecurrent`: a start has none
+    def test_frozen_parameters_belong_to_no_block(self) -> None:
+        super().test_frozen_parameters_belong_to_no_block()
+
 
 class TestRecurrentWithStepsFirst(TestRecurrent):
     @pytest.fixture(autouse=True, params=[nn.LSTM, nn.GRU, nn.RNN])
@@ -474,6 +478,10 @@ class TestRecurrentOnPackedSequences(TestRecurrent):
 
 class TestRecurrentOnPackedSequencesFromAState(TestRecurrentOnPackedSequences):
     start = True
+
+    @pytest.mark.slow  # likewise
+    def test_frozen_parameters_belong_to_no_block(self) -> None:
+        super().test_frozen_parameters_belong_to_no_block()
 
 
 CELLS = {

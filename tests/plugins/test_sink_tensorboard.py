@@ -14,9 +14,7 @@ from kfacore.registry import get_registry
 SINKS = 'sink=["jsonl", {kind="tensorboard", folder="tb"}]'
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("kfacore.lab.training.loop.draw_run", lambda *_: ())
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def scalars_of(folder: Path) -> dict[str, dict[int, float]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kfacore.compiler import uncompiled_mode
 from kfacore.optim.loss import Loss
 from kfacore.parallel.ranks import ALONE, Ranks
 from kfacore.roles.likelihood import Likelihood
@@ -151,7 +152,7 @@ def chunk_size(model: nn.Module, inputs: Tensor) -> int:
     """
     if len(inputs) <= 1:
         return 1
-    with _Largest() as largest:
+    with uncompiled_mode(_Largest()) as largest:
         model(inputs[:1])
     fits: int = NUMBERS // max(1, largest.numbers)
     return max(1, min(CHUNK, fits))

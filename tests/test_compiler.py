@@ -1,0 +1,66 @@
+"""Making and stepping an optimizer loads no compiler, unless somebody has loaded it."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from patience import PATIENCE
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kfacore.compiler import uncompiled, uncompiled_mode
+
+SCRIPT = """
+import sys
+import torch
+from torch import nn
+from kfacore import KFAC
+
+model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+optimizer = KFAC(model, likelihood="categorical")
+x, y = torch.randn(8, 4), torch.arange(8) % 2
+optimizer.step(x, y)
+optimizer.load_state_dict(optimizer.state_dict())
+optimizer.step(x, y)
+print("torch._dynamo" in sys.modules, len(optimizer.param_groups))
+"""
+
+
+def test_an_optimizer_loads_no_compiler() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.stdout.split() == ["False", "1"], done.stderr
+
+
+def bare() -> str:
+    return "bare"
+
+
+@functools.wraps(bare)
+def wrapped() -> str:
+    return "wrapped"
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_the_wrapper_is_left_out_only_where_nothing_can_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, loaded: bool
+) -> None:
+    if loaded:
+        monkeypatch.setitem(sys.modules, "torch._dynamo", sys)
+    else:
+        monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    assert uncompiled(wrapped)() == ("wrapped" if loaded else "bare")
+    assert uncompiled(bare) is bare
+    mode = uncompiled_mode(Mode())
+    assert isinstance(mode, Mode)
+    assert (type(mode) is Mode) == loaded
+    own = Mode.__torch_dispatch__
+    wanted = own if loaded else getattr(own, "__wrapped__", own)
+    assert type(mode).__torch_dispatch__ is wanted
