@@ -1,9 +1,10 @@
-"""The statistics of a study against scipy and against cases computed by hand."""
+"""The statistics of a study against scipy, closed forms and cases computed by hand."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -30,6 +31,8 @@ def test_t_quantile(freedom, probability):
 
 
 def test_t_quantile_by_hand():
+    for p in (0.01, 0.6, 0.975, 1 - 1e-6):  # two degrees of freedom have a closed form
+        assert t_quantile(p, 2) == pytest.approx((2 * p - 1) / math.sqrt(2 * p * (1 - p)), rel=1e-9)
     assert t_quantile(0.75, 1) == pytest.approx(1.0)  # the Cauchy distribution's quartile
     assert t_quantile(0.25, 1) == pytest.approx(-1.0)
     for probability, freedom in [(0.0, 3), (1.0, 3), (0.5, 0)]:
@@ -175,16 +178,17 @@ def test_censored_runs_by_hand(costs, reached, median, largest):
     assert found.largest == largest
 
 
-def test_survival_is_that_of_scipy():
+def test_survival_is_the_product_over_events():
     rng = np.random.default_rng(4)
-    for _ in range(20):
+    for _ in range(40):
         costs, reached = rng.integers(1, 12, size=9).astype(float), rng.random(9) < 0.7
-        wanted = stats.ecdf(stats.CensoredData(costs[reached], right=costs[~reached])).sf
-        below = [t for t, s in zip(wanted.quantiles, wanted.probabilities, strict=True) if s < 0.5 - 1e-12]
-        equal = [t for t, s in zip(wanted.quantiles, wanted.probabilities, strict=True) if abs(s - 0.5) <= 1e-12]
-        # a censored time is a quantile of its own in scipy, with the survival of the event before it
-        events = set(costs[reached])
-        below, equal = [t for t in below if t in events], [t for t in equal if t in events]
+        costs[~reached & (rng.random(9) < 0.3)] = math.inf
+        survival, left = {}, Fraction(1)
+        for time in np.unique(costs[reached]):
+            left *= 1 - Fraction(int((costs[reached] == time).sum()), int((costs >= time).sum()))
+            survival[time] = left
+        below = [t for t, s in survival.items() if 2 * s < 1]
+        equal = [t for t, s in survival.items() if 2 * s == 1]
         expected = None if not below else (min(equal) + below[0]) / 2 if equal else below[0]
         assert to_target(costs.tolist(), reached.tolist()).median == expected
 
