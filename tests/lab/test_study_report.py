@@ -116,14 +116,21 @@ def test_a_run_that_came_to_its_end_far_above_its_best_has_diverged(tmp_path):
     assert bad.final("train_error") is None
     assert bad.latest("train_error") > 1000 * bad.smallest("train_error")
     assert cell(results, "bad").verdict == "broken"
-    text = write_report(study.folder).html.read_text(encoding="utf-8")
-    lost = text[text.index('id="lost"') : text.index('id="curves"')]
+    text = page_of(loaded)
+    lost = text[text.index('id="lost"') :]
     assert "it got worse: training loss first" in lost
     assert amount(bad.latest(results.headline)) in lost
     assert amount(bad.smallest(results.headline)) in lost
     assert "1 of 1 diverged" in text
 
 
+@pytest.fixture
+def no_png(monkeypatch):
+    """Every picture is drawn as SVG too, and a second time takes as long."""
+    monkeypatch.setattr("kfacore.lab.studies.report.save_figure", lambda figure, path: path)
+
+
+@pytest.mark.usefixtures("no_png")
 @pytest.mark.parametrize("zeros", ["some", "all"])
 def test_errors_of_zero_draw_without_a_warning(tmp_path, monkeypatch, zeros):
     """Warnings are errors here."""
@@ -148,6 +155,7 @@ def test_latex_is_balanced_and_escaped(report):
         assert not re.search(r"[^\x00-\x7f]", text)
 
 
+@pytest.mark.usefixtures("no_png")
 def test_several_problems_stand_under_their_names(tmp_path):
     study = write_study(
         tmp_path,
