@@ -57,10 +57,11 @@ def _fresh(*modules: str) -> subprocess.CompletedProcess[str]:
 def _torch_after_importing(module: str) -> bool:
     """Whether torch is loaded once a fresh interpreter has imported the module.
 
-    One process for all that are registered, which most suites run on; what is wrong with one is found in its own.
+    One process for all that are registered of its package; what is wrong with one is found in its own.
     """
-    registry = get_registry()
+    registry, package = get_registry(), module.partition(".")[0]
     modules = {component.config.__module__ for slot in SLOTS for component in registry.components(slot)}
+    modules = {each for each in modules if each.partition(".")[0] == package}
     together = _fresh(*sorted(modules | {module}))
     if together.returncode == 0 and together.stdout.split()[-1] == "False":
         return False
