@@ -76,10 +76,8 @@ def _own(slot: str) -> list[Component]:
 def _slot(slot: str) -> Iterator[str]:
     own = _own(slot)
     yield f"### {slot}\n"
-    names = f"Components: {', '.join(f'`{component.name}`' for component in own)}."
-    yield f"{textwrap.fill(names, 120, break_long_words=False, break_on_hyphens=False)}\n"
-    if slot in NOTES:
-        yield f"{NOTES[slot]}\n"
+    said = f"Components: {', '.join(f'`{component.name}`' for component in own)}. {NOTES.get(slot, '')}".rstrip()
+    yield f"{textwrap.fill(said, 120, break_long_words=False, break_on_hyphens=False)}\n"
     rows = list(_rows(slot, own))
     if rows:
         yield _table(["key", "of", "type", "default", "meaning"], rows)

@@ -26,6 +26,9 @@ __all__ = ["CYCLE", "Crew", "Step"]
 CYCLE = 20
 """Steps from one refresh to the next."""
 
+_WIDTH = 1000
+"""Of matrices that are multiplied to see what the machine gives."""
+
 _PATIENCE = 3600.0
 """Seconds that a turn may take."""
 
@@ -84,9 +87,16 @@ class Crew:
         Raises:
             RuntimeError: A process failed; its message is above.
         """
+        return self._ask(steps)
+
+    def multiply(self, times: int) -> None:
+        """Multiply matrices in place of a turn, all processes at once: what the machine's cores give."""
+        self._ask(-times)
+
+    def _ask(self, what: int) -> list[list[Step]]:
         try:
             for pipe in self._pipes:
-                pipe.send(steps)
+                pipe.send(what)
             found = []
             for pipe in self._pipes:
                 if not pipe.poll(_PATIENCE):
@@ -127,7 +137,10 @@ def _live(
     approx = {"kind": "blockdiag", "memory": memory}
     optimizer = kfac(build_chain(widths, torch.device("cpu")), approx, refresh_every=cycle)
     x = torch.rand(batch, widths[0], generator=torch.Generator().manual_seed(0)).tensor_split(ranks)[rank]
+    matrix = torch.rand(_WIDTH, _WIDTH, generator=torch.Generator().manual_seed(0))
     while steps := pipe.recv():
+        for _ in range(-steps):
+            torch.mm(matrix, matrix)
         found = []
         for _ in range(steps):
             before, used, start = Counter(optimizer.ranks.sent), time.process_time(), time.perf_counter()

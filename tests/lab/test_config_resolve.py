@@ -145,7 +145,13 @@ def test_bad_suggestion_names_the_problem(registry, monkeypatch) -> None:
 def test_new_kind_keeps_the_keys_it_has_and_drops_the_others(registry, write) -> None:
     file = write('[damping]\nkind = "levenberg-marquardt"\nlambda0 = 3.0\nlambda_every = 7\npi = "none"\n')
     damping = resolve(registry, files=[file], flags={"damping": "fixed"}).damping
-    assert damping.model_dump() == {"kind": "fixed", "lambda0": 3.0, "pi": None, "gamma": None}
+    assert damping.model_dump() == {
+        "kind": "fixed",
+        "lambda0": 3.0,
+        "pi": None,
+        "units": "parameters",
+        "gamma": None,
+    }
     # A key may come before the kind that has it.
     early = write("[damping]\ngamma = 0.5\n", "early.toml")
     assert resolve(registry, files=[early], sets=["damping=fixed"]).damping.gamma == 0.5
