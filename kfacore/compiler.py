@@ -29,7 +29,7 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
         The function in the wrapper while no compiler is loaded, else what was given.
     """
-    return function if _COMPILER in sys.modules else getattr(function, "__wrapped__", function)
+    return function if _COMPILER in sys.modules else _inner(function)
 
 
 def uncompiled_mode(mode: Mode) -> Mode:
@@ -52,5 +52,11 @@ def _bare(mode: Any) -> Any:
     """A subclass with the function in the wrapper: torch wraps what a class body has, and takes what is set later."""
     bare = type(mode.__name__, (mode,), {"__module__": mode.__module__, "__doc__": mode.__doc__})
     function = mode.__torch_dispatch__
-    bare.__torch_dispatch__ = getattr(function, "__wrapped__", function)  # type: ignore[attr-defined]
+    bare.__torch_dispatch__ = _inner(function)  # type: ignore[attr-defined]
     return bare
+
+
+def _inner(function: Any) -> Any:
+    """What is in torch's wrapper, and only in that one: others have put theirs on for a reason."""
+    own = getattr(function, "__globals__", {}).get("__name__") == "torch._compile"
+    return getattr(function, "__wrapped__", function) if own else function

@@ -87,13 +87,13 @@ class Crew:
         Raises:
             RuntimeError: A process failed; its message is above.
         """
-        return self._ask(steps)
+        return self._ask("steps", steps)
 
     def multiply(self, times: int) -> None:
         """Multiply matrices in place of a turn, all processes at once: what the machine's cores give."""
-        self._ask(-times)
+        self._ask("products", times)
 
-    def _ask(self, what: int) -> list[list[Step]]:
+    def _ask(self, *what: str | int) -> list[list[Step]]:
         try:
             for pipe in self._pipes:
                 pipe.send(what)
@@ -114,7 +114,7 @@ class Crew:
     ) -> None:
         for pipe in self._pipes:
             try:
-                pipe.send(0)
+                pipe.send(None)
             except OSError:  # it has gone already
                 continue
         for process in self._live:
@@ -138,11 +138,13 @@ def _live(
     optimizer = kfac(build_chain(widths, torch.device("cpu")), approx, refresh_every=cycle)
     x = torch.rand(batch, widths[0], generator=torch.Generator().manual_seed(0)).tensor_split(ranks)[rank]
     matrix = torch.rand(_WIDTH, _WIDTH, generator=torch.Generator().manual_seed(0))
-    while steps := pipe.recv():
-        for _ in range(-steps):
-            torch.mm(matrix, matrix)
+    while asked := pipe.recv():
+        what, times = asked
         found = []
-        for _ in range(steps):
+        for _ in range(times):
+            if what == "products":
+                torch.mm(matrix, matrix)
+                continue
             before, used, start = Counter(optimizer.ranks.sent), time.process_time(), time.perf_counter()
             report = optimizer.step(x, x)
             adapted = optimizer.damping.adapts(optimizer.steps)

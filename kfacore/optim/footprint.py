@@ -126,8 +126,11 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _vectors(optimizer: KFAC) -> int:
-    """Vectors as long as the parameters: gradient, last step, a proposal a candidate, a copy of the parameters."""
+    """Vectors as long as the parameters: gradient, last step, a proposal a candidate, a copy of the parameters.
+
+    Where inputs have an unusual unit D^1/2, its inverse and a vector in it are known after the first step only.
+    """
     every = getattr(optimizer.damping.config, "gamma_every", 1)
     proposals = max(len(optimizer.damping.candidates(step)) for step in (1, every))
     spare = 4 if optimizer.momentum.config.iterations > 1 else 0
-    return 2 + proposals + spare + optimizer.trust.looks_back
+    return 2 + proposals + spare + optimizer.trust.looks_back + optimizer.units.vectors

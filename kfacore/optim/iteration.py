@@ -101,6 +101,7 @@ class Iteration:
                 break
             undone += 1
         self._agree_on_buffers()
+        self.positions = at.fewest
         return trial.report(at, undone)
 
     def _begin(
@@ -128,8 +129,8 @@ class Iteration:
             if batch.bare and isinstance(targets, Tensor) and targets.dim() == 1:
                 targets = targets.unsqueeze(1)  # one number a case, as the model's outputs
             bound = parts.loss.bind(batch.outputs(), targets, valid, step=k)
-        here = ranks.least("positions", bound.positions)
-        self.positions = min(here, self.positions or here)
+        # Nothing is less than 1: nets without positions ask no other process.
+        here = 1 if self.positions == 1 else ranks.least("positions", bound.positions)
         counts = batch.cases, sampled, batch.model_cases(curved)
         own, of_samples, of_model = shared(bound, ranks, whole, counts, k)
         loss, error = ranks.sum("objective", own.value(batch.outputs()))
@@ -154,6 +155,7 @@ class Iteration:
             sampled=of_samples,
             curved=of_model,
             positions=R,
+            fewest=min(here, self.positions or here),
         )
 
     def _look_back(self, at: At, low: torch.dtype | None) -> At:

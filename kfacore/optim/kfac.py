@@ -27,6 +27,7 @@ from kfacore.optim.joint import Joint
 from kfacore.optim.loss import Loss
 from kfacore.optim.options import KFACConfig, complete
 from kfacore.optim.parts import Part, compose
+from kfacore.optim.units import Units
 from kfacore.parallel.ranks import Ranks, find_ranks
 from kfacore.registry import get_registry
 from kfacore.roles.approx import Approximation
@@ -278,6 +279,11 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         """
         return explain(self)
 
+    @property
+    def units(self) -> Units:
+        """What the weights of each block are measured in, see `kfacore.optim.units`."""
+        return self._directions.units
+
     def curvature(self) -> Joined | None:
         """Who serves which blocks; None while the model's parameters are not initialised."""
         return self._directions.curvature()
@@ -311,7 +317,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
             "following": self.linearizer.following,
             "predicted": self._iteration.predicted,
             "rate": self._iteration.rate,
-            "units": self._directions.units.values,
+            "units": self.units.values or [1.0] * len(self.linearizer.layers),
             "positions": self._iteration.positions,
             "trust": self.trust.state_dict(),
             "before": self._iteration.keeper.state(),
@@ -357,7 +363,7 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         again.positions = own.get("positions")
         self.trust.load_state_dict(own.get("trust", self.trust.state_dict()))
         directions.clear()
-        directions.units.set(own.get("units"), self.linearizer.layers)
+        self.units.set(own.get("units"), self.linearizer.layers)
         again.keeper.load(own.get("before"), directions.parameters())
         if own["preconditioner"] is not None:
             like = self.linearizer.layers[0].parameters[0]

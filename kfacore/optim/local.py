@@ -126,8 +126,11 @@ class LocalModel:
         """v_i^T (lambda D + eta I) v_j, from v_i^T v_j."""
         if self._units.metric is None:
             return (self._lam + self._eta) * inner
-        scaled = [v.flat * self._units.metric for v in directions]
-        measured = symmetric_gram(lambda i, j: torch.dot(directions[i].flat, scaled[j]), len(directions))
+        products = {}
+        for j, v in enumerate(directions):
+            scaled = v.flat * self._units.metric
+            products.update({(i, j): torch.dot(directions[i].flat, scaled) for i in range(j + 1)})
+        measured = symmetric_gram(lambda i, j: products[min(i, j), max(i, j)], len(directions))
         return self._lam * measured + self._eta * inner
 
     def _slopes(self, directions: Sequence[BlockVector], grad: BlockVector, *, beginning: bool) -> Tensor:  # (k,)

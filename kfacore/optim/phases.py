@@ -42,6 +42,7 @@ class At:
         sampled: The loss, divided by the S of the estimator's cases.
         curved: The loss, divided by the S of the quadratic model's cases.
         positions: Positions of a case that numbers of cases are counted by, see `Iteration.positions`.
+        fewest: The same for the next mini-batch.
         waits: Whether this step waits for the device anyway.
         undone: What is to be said about the step before.
     """
@@ -64,7 +65,8 @@ class At:
     whole: Whole
     sampled: BoundLoss | BoundJoint
     curved: BoundLoss | BoundJoint
-    positions: int = 1
+    positions: int
+    fewest: int
     waits: bool = False
     undone: tuple[str, ...] = ()
 

@@ -35,15 +35,14 @@ class Statistics:
         self._parts, self._units = parts, units
 
     def measure_inputs(self, at: At, preconditioner: Preconditioner) -> None:
-        """Choose the units in the first step, by a pass of its own that draws nothing: the next one draws it again."""
+        """Choose the units before anything is averaged in, by a pass that sends zeros back and draws nothing."""
         parts, ranks = self._parts, self._parts.ranks
-        if at.step != 1 or parts.damping.config.units == "parameters":
+        if preconditioner.moments.updates or parts.damping.config.units == "parameters":
             return
-        drawn = parts.generator.get_state()
         with ranks.together("units of inputs"):
-            found = (samples for _, samples in self._seen(at))
-            sizes = sizes_of(found, preconditioner.layers, at.loss.device)
-        parts.generator.set_state(drawn)
+            nothing = torch.zeros_like(at.batch.statistics_outputs()).unsqueeze(0)
+            found = seen(at.batch, at.sampled, nothing, parts.generator, drawn=True, part=self._part(at))
+            sizes = sizes_of((samples for _, samples in found), preconditioner.layers, at.loss.device)
         self._units.set(units_of(ranks.sum("units of inputs", sizes)), parts.linearizer.layers)
 
     def take(self, at: At, preconditioner: Preconditioner) -> tuple[Samples | None, Tensor | None] | None:
@@ -52,7 +51,10 @@ class Statistics:
         Of several processes each returns what it saw, for `add_up`: samples, unless it has added up those of
         micro-batches, and in the first step their traces.
         """
-        found = ((share, self._units.of(samples)) for share, samples in self._seen(at))
+        estimator, generator, part = self._parts.estimator, self._parts.generator, self._part(at)
+        vectors = at.sampled.statistics(at.batch.statistics_outputs(), estimator, generator, part)
+        shares = seen(at.batch, at.sampled, vectors, generator, drawn=estimator.draws, part=part)
+        found = ((share, self._units.of(samples)) for share, samples in shares)
         if not self._parts.ranks.alone:
             return self._own(at, preconditioner, found)
         diagonal: Tensor | float = 0.0
@@ -75,11 +77,11 @@ class Statistics:
         if at.step == 1:
             self._parts.damping.observe(mean_curvature(sums, self._parts.ranks, preconditioner.layers, at.loss.device))
 
-    def _seen(self, at: At) -> Iterator[tuple[float, Samples]]:
-        estimator, generator, ranks = self._parts.estimator, self._parts.generator, self._parts.ranks
-        part = None if ranks.alone else Share(at.whole, estimator.cases(at.whole.cases, at.positions), ranks)
-        vectors = at.sampled.statistics(at.batch.statistics_outputs(), estimator, generator, part)
-        return seen(at.batch, at.sampled, vectors, generator, drawn=estimator.draws, part=part)
+    def _part(self, at: At) -> Share | None:
+        """Which cases are this process's."""
+        ranks = self._parts.ranks
+        cases = self._parts.estimator.cases(at.whole.cases, at.positions)
+        return None if ranks.alone else Share(at.whole, cases, ranks)
 
     def _own(
         self, at: At, preconditioner: Preconditioner, found: Iterator[tuple[float, Samples]]

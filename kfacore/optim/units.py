@@ -7,8 +7,12 @@ theta' = D^1/2 theta, with D = u_i^2 on the weights of block i and 1 on its bias
     abar' = (a / u, 1),                             g' = D^-1/2 g,
     F-hat^-1 g = D^-1/2 F-hat'^-1 g',               theta'^T theta' = theta^T D theta.
 
-Inputs of a size between 0.03 and 3 in the first step are left alone, to the bit: in that range lambda's own adaptation
-does what there is to do. For others u_i is a power of ten, so that what is left does not depend on chance.
+The size of inputs is that of the numbers that are not 0, a mean of logarithms over the block's inputs, in the first
+step. Between 0.03 and 3 they are left alone, to the bit: in that range lambda's own adaptation does what there is to
+do. For others u_i is a power of ten, so that what is left does not depend on chance: of sizes between 0.2 and 1.7 times
+a power of ten, where most data is, exactly that power.
+
+Weight decay is of theta. In gamma = sqrt(lambda + eta) eta is measured as lambda is.
 """
 
 from __future__ import annotations
@@ -50,6 +54,11 @@ class Units:
         self._inverse: Tensor | None = None
         self._spare: BlockVector | None = None
 
+    @property
+    def vectors(self) -> int:
+        """Vectors as long as the parameters that are kept."""
+        return 0 if self.values is None else 3
+
     def set(self, values: Sequence[float] | None, layers: Sequence[ModelBlock]) -> None:
         """Take up one unit a block; ``None`` or nothing but 1 is the parameters' own unit."""
         self.values = self.metric = self._inverse = self._spare = None
@@ -83,32 +92,29 @@ class Units:
 
 
 def sizes_of(parts: Iterable[Samples], blocks: Sequence[Block], device: torch.device) -> list[Tensor]:
-    """Sum of squares of each input of each block, and last the rows: (inputs + 1,) float64, for processes to add up.
+    """Sum of squares and number of what is not 0, by input of each block, (2, inputs) float64: processes add them up.
 
     Of inputs of Kronecker products, without the homogeneous 1: token numbers and the parameters of norms have no unit
     that data could change.
     """
-    sums = [torch.zeros(block.d_in - block.bias + 1, dtype=torch.float64, device=device) for block in blocks]
+    sums = [torch.zeros(2, block.d_in - block.bias, dtype=torch.float64, device=device) for block in blocks]
     for samples in parts:
         for s, block, own in zip(samples, blocks, sums, strict=True):
             if s is None or block.kind != "kron" or not s.inputs.is_floating_point() or not s.inputs.numel():
                 continue
-            inputs = s.inputs[..., : block.d_in - block.bias].double()
-            own[:-1] += inputs.square().flatten(0, -2).sum(0)
-            own[-1] += s.rows * block.groups
+            inputs = s.inputs[..., : block.d_in - block.bias].double().flatten(0, -2)
+            own += torch.stack([inputs.square().sum(0), (inputs != 0).sum(0)])
     return sums
 
 
 def units_of(sizes: Sequence[Tensor]) -> list[float]:
     """u of each block from `sizes_of`; 1 where there was nothing, or something that is not finite.
 
-    A block's size is the geometric mean of the root mean squares of its inputs, those that are always 0 left out: where
-    columns come in many units, the largest do not decide for all.
+    Where columns come in many units, the largest do not decide for all: sizes are averaged as logarithms.
     """
     found = []
-    for own in sizes:
-        squares = own[:-1] / own[-1]
-        logs = squares[squares != 0].log() / math.log(100.0)
+    for squares, counts in sizes:
+        logs = (squares / counts)[counts > 0].log() / math.log(100.0)
         size = 10.0 ** float(logs.mean()) if len(logs) and bool(logs.isfinite().all()) else _USUAL
         usual = _SMALL <= size <= _LARGE
         found.append(1.0 if usual else 10.0 ** round(math.log10(size / _USUAL)))

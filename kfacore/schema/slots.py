@@ -144,8 +144,8 @@ class DampingConfig(SlotConfig):
     """How gamma is split between A and G by their mean traces: "layer" with a pi of each layer (pi_i), "net" with the
     geometric mean of all of these for every layer; none adds gamma to both as it is."""
     units: Literal["parameters", "inputs"] = "parameters"
-    """What lambda and gamma measure weights in: as they are, or in a power of a hundred near the size of their inputs
-    in the first step, so that data in another unit trains alike."""
+    """What lambda and gamma measure weights in: as they are, or, where inputs are below 0.03 or above 3 in size in the
+    first step, in the power of ten near that, so that data in another unit trains alike."""
 
 
 class MomentumConfig(SlotConfig):

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from kfacore import KFAC
+from kfacore.errors import DataError
+from kfacore.network import BlockVector
+from kfacore.optim.local import LocalModel
 from kfacore.optim.units import Units, sizes_of, units_of
 from kfacore.roles.block import Block
 from kfacore.roles.samples import LayerSamples
@@ -58,6 +61,11 @@ def trained(model: nn.Module, u: float, shape: tuple[int, ...], opt: KFAC | None
     return opt
 
 
+def grouped(seed: int = 3) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(2, 4, 2, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)).double()
+
+
 def divide(layer: nn.Module, u: float) -> None:
     with torch.no_grad():
         layer.weight /= u  # type: ignore[operator]
@@ -65,7 +73,7 @@ def divide(layer: nn.Module, u: float) -> None:
 
 @pytest.mark.parametrize("u", [100.0, 0.01, 1e4, 1e-6])
 @pytest.mark.parametrize("approx", ["blockdiag", "tridiag"])
-@pytest.mark.parametrize(("make", "shape"), [(chain, (5,)), (images, (1, 3, 3))])
+@pytest.mark.parametrize(("make", "shape"), [(chain, (5,)), (images, (1, 3, 3)), (grouped, (2, 3, 3))])
 def test_data_in_another_unit_trains_alike(make: Any, shape: tuple[int, ...], approx: str, u: float) -> None:
     """With nothing set; the first layer's weights are divided, so that the function is what it was."""
     usual, other = make(), make()
@@ -82,6 +90,7 @@ def test_data_in_another_unit_trains_alike(make: Any, shape: tuple[int, ...], ap
     [
         {},
         {"approx": "diagonal"},
+        {"approx": {"kind": "blockdiag", "max_dim": 4}},
         {"approx": {"kind": "tridiag", "power": 0.7}},
         {"momentum": {"kind": "quadratic-model", "tau2": 0.5, "slope": "model", "iterations": 3}},
         {"weight_decay": 0.0, "momentum": "none", "damping": {**INPUTS, "pi": "net", "gamma_rule": "tied"}},
@@ -105,7 +114,7 @@ def test_usual_inputs_are_left_alone_to_the_bit() -> None:
     trained(one, 1.0, (5,), damping=INPUTS)
     opt = trained(other, 1.0, (5,), damping=PARAMETERS)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    assert opt._directions.units.values is None
+    assert opt.units.values is None
 
 
 def test_weight_decay_stays_in_the_parameters_own_unit() -> None:
@@ -113,22 +122,24 @@ def test_weight_decay_stays_in_the_parameters_own_unit() -> None:
     model, u, eta = chain(), 100.0, 0.3
     divide(model[0], u)
     opt = trained(model, u, (5,), damping=INPUTS, weight_decay=eta)
-    metric = opt._directions.units.metric
+    metric = opt.units.metric
     assert metric is not None
     assert sorted(set(metric.tolist())) == [1.0, u**2]
     v, w = (dense.randn(len(metric), seed=s) for s in (1, 2))
-    at = [copy.copy(opt._directions.delta) for _ in range(2)]
-    for found, value in zip(at, (v, w), strict=True):
-        assert found is not None
-        found.flat = value
+    at = [BlockVector.zeros(opt.linearizer.layers) for _ in range(3)]
+    for vector, value in zip(at, (v, w), strict=False):
+        vector.flat.copy_(value)
     x, _ = data(1, (5,))
     batch = opt.linearizer(u * x, len(x))
-    from kfacore.optim.local import LocalModel
-
-    local = LocalModel(batch, opt.loss.likelihood, at[0], torch.tensor(0.7), eta, len(x), units=opt._directions.units)
-    damped = local._damped([f for f in at if f is not None], torch.tensor([[v @ v, v @ w], [v @ w, w @ w]]))
+    local = LocalModel(batch, opt.loss.likelihood, at[0], torch.tensor(0.7).double(), eta, len(x), units=opt.units)
+    damped = local._damped(at[:2], torch.tensor([[v @ v, v @ w], [v @ w, w @ w]]))
     lengths = [[(a * (0.7 * metric + eta) * b).sum() for b in (v, w)] for a in (v, w)]
     torch.testing.assert_close(damped, torch.tensor(lengths), check_dtype=False)
+
+    J, out = dense.randn(len(x), 3, seed=3), at[2]
+    found = local.gradient_at(at[1], J, out).flat.clone()
+    without = local.fisher_product(J, out).flat + v
+    torch.testing.assert_close(found - without, (float(torch.tensor(0.7)) * metric + eta) * w, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("sizes", [(24,), (7, 17), (1, 2, 21)])
@@ -166,15 +177,16 @@ def test_a_resumed_run_goes_on_bit_for_bit() -> None:
 
 
 def test_what_units_are_made_of() -> None:
-    def of(*squares: float, rows: float = 7.0) -> float:
-        (found,) = units_of([torch.tensor([*(x * rows for x in squares), rows], dtype=torch.float64)])
+    def of(*squares: float) -> float:
+        counts = torch.tensor([7.0 * (x != 0.0) for x in squares], dtype=torch.float64)
+        (found,) = units_of([torch.stack([torch.tensor(squares, dtype=torch.float64) * 7.0, counts])])
         return found
 
     alike = (1.0, 0.031, 2.9, 100.0, 30.0, 3.1, 0.005)
     assert [of(s * s, s * s) for s in alike] == [1.0, 1.0, 1.0, 100.0, 100.0, 10.0, 0.01]
     assert of(1e-6, 1e6) == 1.0, "columns of many units"
     assert of(1e4, 1e4, 0.0, 0.0) == 100.0, "inputs that are always 0"
-    assert [of(0.0, 0.0), of(math.nan, 1e4), of(math.inf, 1e4), of(0.0, rows=0.0)] == [1.0] * 4
+    assert [of(0.0, 0.0), of(math.nan, 1e4), of(math.inf, 1e4), of()] == [1.0] * 4
 
 
 def test_what_has_no_unit_is_not_measured() -> None:
@@ -189,8 +201,7 @@ def test_what_has_no_unit_is_not_measured() -> None:
     ]
     parts = [[tokens, LayerSamples(torch.empty(0), g), LayerSamples(rows, g, count=2), None]]
     sums = sizes_of(parts, blocks, torch.device("cpu"))
-    assert [float(own[:-1].sum()) for own in sums] == [0.0, 0.0, 25.0, 0.0]
-    assert [float(own[-1]) for own in sums] == [0.0, 0.0, 2.0, 0.0]
+    assert [own.sum(1).tolist() for own in sums] == [[0.0, 0.0], [0.0, 0.0], [25.0, 2.0], [0.0, 0.0]]
     assert units_of(sums) == [1.0, 1.0, 10.0, 1.0]
 
 
@@ -199,3 +210,35 @@ def test_units_of_one_are_none() -> None:
     units.set([1.0, 1.0], [])
     assert units.values is None
     assert units.metric is None
+
+
+def test_a_first_step_that_failed_leaves_the_units_of_its_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was averaged in was in them; before that, as here with other data, they are measured anew."""
+    opt = KFAC(chain(), likelihood="gaussian")
+    x, y = data(0, (5,))
+    with pytest.raises(DataError):
+        opt.step(math.nan * x, y)
+    broken = RuntimeError("no inverse")
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise broken
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kfacore.curvature.preconditioner.Preconditioner.candidates", fails)
+        with pytest.raises(RuntimeError, match="no inverse"):
+            opt.step(100.0 * x, y)
+    opt.step(x, y)
+    assert opt.units.values == [100.0, 1.0]
+
+
+def test_copies_and_moved_models_keep_them() -> None:
+    model = chain()
+    opt = trained(model, 100.0, (5,))
+    copied = copy.deepcopy(opt)
+    assert copied.units.values == opt.units.values == [100.0, 1.0]
+    model.float()
+    x, y = data(50, (5,))
+    opt.step(100.0 * x.float(), y.float())
+    assert opt.units.values == [100.0, 1.0]
+    assert opt.units.metric is not None
+    assert opt.units.metric.dtype == torch.float32

@@ -154,6 +154,12 @@ def inspect_subject(
     gradient = exact.gradient()
     natural = _natural(subject, registry, gradient, samples, large=large)
     result = Inspection(subject, statistics, natural, seconds=clock.laps)
+    if subject.measured:
+        names = ", ".join(subject.measured)
+        result.skipped["units of inputs"] = (
+            f"training measures the weights of {names} in the unit of their inputs (damping.units); here lambda and "
+            "gamma act on the weights as they are"
+        )
     clock.lap("natural gradient")
     if "quality" in parts:
         grid = list(gammas) if gammas is not None else gamma_grid(subject.gamma, *((2, 2) if large else (3, 2)))

@@ -16,6 +16,7 @@ from kfacore.lab.training.checkpoint import Checkpoint, load_checkpoint
 from kfacore.lab.training.run import RunFolder
 from kfacore.lab.training.setup import build_model
 from kfacore.optim.guest_state import own_state
+from kfacore.optim.units import sizes_of, units_of
 from kfacore.roles import Problem
 from kfacore.roles.samples import mean_diagonal
 from kfacore.schema.slots import PiRule
@@ -40,6 +41,7 @@ class Subject:
         gamma: gamma of the approximations.
         pi: How gamma is split, see `kfacore.curvature.linalg.pi_of`.
         seed: Seed of the choice of cases and of every draw.
+        measured: Blocks whose weights training measures in the unit of their inputs (`kfacore.optim.units`).
     """
 
     name: str
@@ -49,6 +51,7 @@ class Subject:
     gamma: float
     pi: PiRule
     seed: int
+    measured: tuple[str, ...] = ()
 
     def generator(self, purpose: str) -> torch.Generator:
         """A CPU generator for one purpose."""
@@ -140,7 +143,7 @@ def _subject(
     with torch.random.fork_rng():  # one draw of what the model draws, the same in every inspection
         torch.manual_seed(derive_seed(config.seed, "inspect draws"))
         exact = ExactModel(model, likelihood, inputs, targets, weight_decay=config.weight_decay, max_dim=max_dim)
-    found_lam, found_gamma = _damping(config, registry, checkpoint, exact)
+    found_lam, found_gamma, measured = _damping(config, registry, checkpoint, exact)
     gamma = found_gamma if gamma is None else gamma
     if not gamma > 0:
         raise ConfigError(f"gamma is {gamma:g}; inspecting needs one > 0 to start from, give --gamma")
@@ -152,21 +155,26 @@ def _subject(
         gamma=gamma,
         pi=config.damping.pi if config.damping is not None else "layer",
         seed=config.seed,
+        measured=measured,
     )
 
 
 def _damping(
     config: RunConfig, registry: Registry, checkpoint: Checkpoint | None, exact: ExactModel
-) -> tuple[float, float]:
-    """Lambda and gamma of the checkpoint, or the first ones of the configured damping."""
+) -> tuple[float, float, tuple[str, ...]]:
+    """Lambda and gamma of the checkpoint, or the first ones of the configured damping; and the blocks `measured`."""
     # Optimizers without curvature have no damping of their own: the default one's first values serve.
     damping = registry.build("damping", config.damping or SLOT_DEFAULTS["damping"])
     damping.start(config.weight_decay, torch.device("cpu"))
     saved = None if checkpoint is None else own_state(checkpoint.optimizer)
     if saved is not None:
         damping.load_state_dict(saved["damping"])
+        units = saved.get("units") or [1.0] * len(exact.layers)
     else:
         estimator = registry.build("estimator", config.estimator or SLOT_DEFAULTS["estimator"])
         samples = exact.samples(estimator, torch.Generator().manual_seed(config.seed))
         damping.observe(mean_diagonal(samples, exact.layers))
-    return float(damping.lam), float(damping.gamma)
+        own = damping.config.units == "inputs"
+        units = units_of(sizes_of([samples], exact.layers, torch.device("cpu"))) if own else [1.0] * len(exact.layers)
+    names = tuple(block.name for block, u in zip(exact.layers, units, strict=False) if u != 1.0)
+    return float(damping.lam), float(damping.gamma), names
