@@ -98,8 +98,8 @@ class EstimatorConfig(SlotConfig):
     tau1: Fraction = 0.125
     """Share of the mini-batch, its first cases, used for the statistics (tau_1)."""
     min_cases: Annotated[int, Field(strict=True, ge=1)] = 1
-    """No fewer cases than this for the statistics, whatever tau1 says; all of a mini-batch that has fewer. Where a case
-    has positions, as text, two of them count as one, but four cases are the fewest."""
+    """At least this many examples for the statistics, even if tau1 is a smaller share. With R > 1 positions an example,
+    as in text: 2 min_cases / R examples, at least 4."""
     decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     """Largest weight of the past in the running averages: f = min(1 - 1/k, decay)."""
 
@@ -154,8 +154,8 @@ class MomentumConfig(SlotConfig):
     tau2: Fraction = 1.0
     """Share of the mini-batch, its first cases, used for the quadratic model (tau_2)."""
     min_cases: Annotated[int, Field(strict=True, ge=1)] = 1
-    """No fewer cases than this for the quadratic model, whatever tau2 says; all of a mini-batch that has fewer. Where a
-    case has positions, as text, two of them count as one, but four cases are the fewest."""
+    """At least this many examples for the quadratic model, even if tau2 is a smaller share. With R > 1 positions an
+    example, as in text: 2 min_cases / R examples, at least 4."""
     slope: Literal["batch", "model"] = "batch"
     """Whose gradient the quadratic model has: the whole mini-batch's, or that of the cases which its curvature is of.
     With tau2 = 1 they are the same."""

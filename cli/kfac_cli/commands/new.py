@@ -62,6 +62,7 @@ def register(app: typer.Typer) -> None:
         for file in made.files:
             typer.echo(f"  {file}")
         typer.echo("next:")
+        typer.echo("  pip install hatchling editables")  # what builds it, where it is not isolated
         typer.echo(f"  pip install --no-build-isolation -e {made.folder}")
         typer.echo(f"  pytest {made.folder}")
         typer.echo(f"  {made.command}")
