@@ -131,7 +131,9 @@ def test_weight_decay_stays_in_the_parameters_own_unit() -> None:
         vector.flat.copy_(value)
     x, _ = data(1, (5,))
     batch = opt.linearizer(u * x, len(x))
-    local = LocalModel(batch, opt.loss.likelihood, at[0], torch.tensor(0.7).double(), eta, len(x), units=opt.units)
+    local = LocalModel(
+        batch, opt.loss.likelihood, at[0], torch.tensor(0.7, dtype=torch.float64), eta, len(x), units=opt.units
+    )
     damped = local._damped(at[:2], torch.tensor([[v @ v, v @ w], [v @ w, w @ w]]))
     lengths = [[(a * (0.7 * metric + eta) * b).sum() for b in (v, w)] for a in (v, w)]
     torch.testing.assert_close(damped, torch.tensor(lengths), check_dtype=False)
@@ -139,7 +141,7 @@ def test_weight_decay_stays_in_the_parameters_own_unit() -> None:
     J, out = dense.randn(len(x), 3, seed=3), at[2]
     found = local.gradient_at(at[1], J, out).flat.clone()
     without = local.fisher_product(J, out).flat + v
-    torch.testing.assert_close(found - without, (float(torch.tensor(0.7)) * metric + eta) * w, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found - without, (0.7 * metric + eta) * w, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("sizes", [(24,), (7, 17), (1, 2, 21)])
