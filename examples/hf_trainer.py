@@ -23,8 +23,7 @@ class GuestTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **given: Any) -> Any:
         with self.guest.watch():
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **given)
-            # The last position has no label. These pieces have no padding; with some, say which positions count,
-            # valid=inputs["labels"][:, 1:] != -100. A classifier has one row of logits an example: outputs.logits.
+            # The last position has no label; padding: valid=inputs["labels"][:, 1:] != -100; a classifier: all logits
             self.guest.observe(outputs.logits[:, :-1])
         return (loss, outputs) if return_outputs else loss
 
