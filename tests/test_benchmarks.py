@@ -152,6 +152,14 @@ def test_an_ordinary_step_is_within_its_launches(monkeypatch: pytest.MonkeyPatch
         assert rows[f"{name}, ordinary"]["waits"] == 0
 
 
+def test_equal_blocks_share_the_operations_of_a_refresh() -> None:
+    """Six blocks more are 1.5 to 3 times the operations: those of one shape are factorised as one batch."""
+    report = Report("launches")
+    times = launches.measure_transformers(report, (2, 8), CPU)
+    assert times["blockdiag, refresh alone"] < 0.75 * times["model, forward and backward"]
+    assert times["blockdiag, ordinary"] <= 1.05 * times["model, forward and backward"]
+
+
 def test_a_peak_is_the_process_own() -> None:
     """A child must not begin with the peak of a parent that has run other benchmarks before."""
     large = bytearray(b"x") * 2**29
