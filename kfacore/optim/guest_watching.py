@@ -23,6 +23,7 @@ from kfacore.optim.guest_options import GuestOptions
 from kfacore.optim.guest_targets import sampled_targets, vectors_of
 from kfacore.optim.joint import Joint
 from kfacore.optim.loss import Loss
+from kfacore.optim.parts import widest_side
 from kfacore.optim.sharded import ShardedGrafting
 from kfacore.optim.sharing import Sharing
 from kfacore.parallel.ranks import checksum, find_ranks
@@ -66,7 +67,7 @@ class Watching(Sharing):
             model,
             registry.layers(),
             options.rest,
-            max_dim=self.approx.config.max_dim,
+            max_dim=widest_side(model, self.approx.config.max_dim),
             reduce=options.reduce,
             listens=self.loss is None,
         )

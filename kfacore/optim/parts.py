@@ -26,7 +26,7 @@ from kfacore.roles.estimator import Estimator
 from kfacore.roles.momentum import Momentum
 from kfacore.roles.trust import Trust
 
-__all__ = ["Part", "Parts", "compose", "fingerprint", "require_alike"]
+__all__ = ["Part", "Parts", "compose", "fingerprint", "require_alike", "widest_side"]
 
 P = TypeVar("P")
 
@@ -112,7 +112,7 @@ def compose(registry: Registry, model: nn.Module, chosen: Mapping[str, Any], ran
         model,
         approx.structure,
         layers=registry.layers(),
-        max_dim=_widest(model, approx.config.max_dim),
+        max_dim=widest_side(model, approx.config.max_dim),
         unsupported=chosen["unsupported"],
         output=loss.pack if isinstance(loss, Joint) else chosen["output"],
         reduce=chosen["reduce"],
@@ -169,7 +169,7 @@ def fingerprint(tensor: torch.Tensor) -> str:
     return hashlib.blake2b(bits.tobytes(), digest_size=8).hexdigest()
 
 
-def _widest(model: nn.Module, limit: int) -> int:
+def widest_side(model: nn.Module, limit: int) -> int:
     """Widest side of which a whole factor is kept: `approx.max_dim`, and what the rest of the net is worth.
 
     A net 4-1500-3 would otherwise spend a hundred times as long on the factors of its wide layer as on its steps.

@@ -10,7 +10,7 @@ import torch
 from guests import EXACT, backward, data, guest, mlp, run
 from torch import Tensor, nn
 
-from kfacore import Preconditioner
+from kfacore import KFAC, Preconditioned, Preconditioner
 from kfacore.network import BlockVector, Linearizer
 from kfacore.optim.loss import Loss
 from kfacore.registry import get_registry
@@ -165,3 +165,15 @@ def test_a_share_of_refreshes_is_measured_against_the_steps(monkeypatch: pytest.
             inverses.append(opt.curvature.preconditioner.inverse)
         made.append(len({id(inverse) for inverse in inverses}))
     assert made[0] > made[1]
+
+
+def test_sides_that_cost_far_more_than_the_net_are_diagonal_as_in_kfac() -> None:
+    model = nn.Sequential(nn.Linear(4, 1500), nn.ReLU(), nn.Linear(1500, 3))
+    opt = Preconditioned(model, torch.optim.SGD(model.parameters(), lr=0.1), likelihood="categorical")
+    host = KFAC(model, likelihood="categorical")
+    sides, own = (
+        [side for block in layers for side in (block.info.input_side, block.info.output_side)]
+        for layers in (opt.network.layers, host.linearizer.layers)
+    )
+    assert sides == own
+    assert len(set(sides)) == 2
