@@ -82,6 +82,40 @@ def real(file: Path = REAL) -> str:
     return table([*head, "share of AdamW's steps", "of its seconds"], lines)
 
 
+STUDIES = {
+    "figure4-curves": "CURVES",
+    "figure4-mnist": "MNIST",
+    "figure4-faces": "FACES",
+    "figure9-curves": "CURVES",
+    "figure9-mnist": "MNIST",
+    "figure9-faces": "FACES",
+    "networks-gpt": "GPT",
+    "networks-cnn": "CNN",
+}
+"""Ready studies and the heads of their columns; a budget is added. The ablation is in a note."""
+
+
+def studies(file: Path = HERE / "studies.json") -> str:
+    """Every variant of the ready studies at the end, smallest mean of each in bold."""
+    found: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    shown = {name: found[name] for name in STUDIES if name in found}
+    head = [f"{STUDIES[name]}, {_budget(study['budget'])}" for name, study in shown.items()]
+    best = {name: min(row["mean"] for row in study["rows"].values() if row["mean"]) for name, study in shown.items()}
+    lines = []
+    for variant in dict.fromkeys(variant for study in shown.values() for variant in study["rows"]):
+        rows = [(name, study["rows"].get(variant)) for name, study in shown.items()]
+        cells = [
+            "" if row is None else f"**{row['end']}**" if row["mean"] == best[name] else row["end"]
+            for name, row in rows
+        ]
+        lines.append([variant, *cells])
+    return table(["", *head], lines)
+
+
+def _budget(budget: dict[str, float]) -> str:
+    return ", ".join(f"{value:g} {'s' if key == 'seconds' else key}" for key, value in budget.items())
+
+
 def _names(records: list[dict[str, Any]], key: str) -> list[str]:
     return list(dict.fromkeys(record[key] for record in records))
 
@@ -90,7 +124,7 @@ def _short(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-MADE: dict[str, Callable[[], str]] = {"preset": preset, "robust": robust, "real": real}
+MADE: dict[str, Callable[[], str]] = {"preset": preset, "robust": robust, "real": real, "studies": studies}
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:

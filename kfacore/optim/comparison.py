@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kfacore.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kfacore.optim.loss import BoundLoss
+    from kfacore.optim.bound_loss import BoundLoss
 
 __all__ = ["compare"]
 

@@ -16,9 +16,9 @@ from kfacore.curvature.joined import Joined
 from kfacore.curvature.owned import preconditioner
 from kfacore.curvature.preconditioner import Preconditioner
 from kfacore.network import Accumulated, BlockVector, Linearization
+from kfacore.optim.bound_loss import BoundLoss
 from kfacore.optim.joint import BoundJoint
 from kfacore.optim.local import LocalModel
-from kfacore.optim.loss import BoundLoss
 from kfacore.optim.parts import Parts, require_alike
 from kfacore.optim.phases import At
 from kfacore.optim.units import Units

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from kfacore.errors import ConfigError
+from kfacore.optim.bound_loss import Total
 from kfacore.optim.drawing import Share
 from kfacore.optim.joint import Joint
 from kfacore.optim.layout import Layout
-from kfacore.optim.loss import Loss, Total
+from kfacore.optim.loss import Loss
 from kfacore.parallel.ranks import ALONE, Ranks
 from kfacore.parallel.whole import Whole
 from kfacore.roles.estimator import Estimator

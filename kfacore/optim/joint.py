@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from kfacore.errors import ConfigError, DataError
+from kfacore.optim.bound_loss import BoundLoss, Total
 from kfacore.optim.drawing import Share
-from kfacore.optim.loss import BoundLoss, Loss, Total
+from kfacore.optim.loss import Loss
 from kfacore.optim.targets import DeferredRefusal
 from kfacore.roles.estimator import Estimator
 from kfacore.roles.likelihood import Likelihood

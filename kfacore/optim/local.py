@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from kfacore.network import Accumulated, BlockVector, Linearization
+from kfacore.optim.bound_loss import BoundLoss
 from kfacore.optim.joint import BoundJoint
-from kfacore.optim.loss import BoundLoss
+from kfacore.optim.loss import Loss
 from kfacore.optim.quadratic import model_value, on_planes, symmetric_gram
 from kfacore.optim.units import Units
 from kfacore.parallel.ranks import ALONE, Ranks
@@ -88,7 +89,7 @@ class LocalModel:
     def _loss(self) -> BoundLoss | BoundJoint:
         given = self._given
         if isinstance(given, Likelihood):
-            return BoundLoss.untargeted(given, len(self._z), self._z.shape[-1])
+            return Loss.untargeted(given, len(self._z), self._z.shape[-1])
         return given
 
     def push(self, directions: Sequence[BlockVector]) -> Tensor:  # (k, n, o)

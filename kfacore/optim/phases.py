@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kfacore.network import Accumulated, BlockVector, Linearization
+from kfacore.optim.bound_loss import BoundLoss
 from kfacore.optim.joint import BoundJoint
-from kfacore.optim.loss import BoundLoss
 from kfacore.parallel.whole import Whole
 from kfacore.roles.inverse import Inverse, Notice
 from kfacore.roles.optimizer import StepReport

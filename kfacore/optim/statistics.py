@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kfacore.curvature.preconditioner import Preconditioner
 from kfacore.network import Accumulated, Linearization
+from kfacore.optim.bound_loss import BoundLoss
 from kfacore.optim.drawing import Share
 from kfacore.optim.joint import BoundJoint
-from kfacore.optim.loss import BoundLoss
 from kfacore.optim.parts import Parts
 from kfacore.optim.phases import At
 from kfacore.optim.units import Units, sizes_of, units_of

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kfacore.errors import DataError
+from kfacore.optim.bound_loss import BoundLoss, Total
 from kfacore.optim.joint import BoundJoint
-from kfacore.optim.loss import BoundLoss, Total
 from kfacore.parallel.ranks import Ranks
 from kfacore.parallel.whole import Whole
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from kfac_plugins.estimators.exact import Exact
 from kfac_plugins.estimators.monte_carlo import MonteCarlo
 from kfacore.errors import ConfigError, DataError
+from kfacore.optim.bound_loss import BoundLoss
 from kfacore.optim.drawing import Share
-from kfacore.optim.loss import BoundLoss, Loss
+from kfacore.optim.loss import Loss
 from kfacore.parallel.ranks import ALONE
 from kfacore.parallel.whole import Whole, interleaved
 from kfacore.roles import Likelihood

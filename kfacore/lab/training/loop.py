@@ -26,7 +26,7 @@ from kfacore.lab.training.progress import Progress
 from kfacore.lab.training.results import RunResult, read_scalars
 from kfacore.lab.training.resume import warn_of_changes
 from kfacore.lab.training.run import RunFolder, default_folder
-from kfacore.lab.training.setup import Parts, build_parts, manifest, method_of
+from kfacore.lab.training.setup import Parts, build_together, load_states, manifest, method_of
 from kfacore.lab.training.signals import StopSignals, resume_command
 from kfacore.parallel.cores import torch_threads
 from kfacore.parallel.ranks import ALONE, Ranks
@@ -88,7 +88,7 @@ def train(
                 if first and resume is not None:
                     folder.lock()
                 checkpoint = load_checkpoint(folder.checkpoint_file) if resume is not None else None
-            parts = _built(config, registry, init, ranks)
+            parts = build_together(config, registry, init, ranks)
             run = _Run(config, registry, folder, parts, listeners, ranks)
             with ranks.together("run folder"):
                 if checkpoint is not None:
@@ -99,42 +99,6 @@ def train(
                 return run.go(stop)
         finally:
             folder.unlock()
-
-
-def _built(config: RunConfig, registry: Registry, init: Path | None, ranks: Ranks) -> Parts:
-    """The parts of the run; the first process builds its own before the others, so that data is fetched once."""
-    parts: Parts | None = None
-    for turn in range(min(2, ranks.size)):
-        with ranks.together("build"):
-            if turn == min(ranks.rank, 1):
-                parts = build_parts(config, registry, init)
-                _require_processes(config, parts, ranks)
-    assert parts is not None
-    return parts
-
-
-def _require_processes(config: RunConfig, parts: Parts, ranks: Ranks) -> None:
-    """Refuse what cannot run on several processes.
-
-    Raises:
-        ConfigError: The optimizer works alone, or a mini-batch is too small to be shared.
-    """
-    if config.processes not in (1, ranks.size):
-        raise ConfigError(
-            f"processes = {config.processes}, and this run has {ranks.size}: start it with torchrun --nproc-per-node "
-            f"{config.processes} -m kfac_cli train ..."
-        )
-    if ranks.alone:
-        return
-    if not isinstance(getattr(parts.optimizer, "ranks", None), Ranks):
-        raise ConfigError(
-            f"optimizer '{config.optimizer.kind}' runs in one process: start it without torchrun, or use 'kfac'"
-        )
-    if min(config.batch.start, len(parts.train)) < ranks.size:
-        raise ConfigError(
-            f"batch.start = {config.batch.start} is less than one example for each of {ranks.size} processes; start "
-            "fewer, or raise batch.start"
-        )
 
 
 def _now() -> str:
@@ -187,19 +151,7 @@ class _Run:
                 f"{checkpoint.data[:12]}); restore the old data or start a new run"
             )
         record = folder.read_manifest()
-        try:
-            parts.model.load_state_dict(dict(checkpoint.model))
-            parts.optimizer.load_state_dict(dict(checkpoint.optimizer))
-            if parts.average is not None and checkpoint.averaged is not None:
-                parts.average.load_state_dict(dict(checkpoint.averaged))
-        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            if isinstance(error, KeyError):
-                reason = f"it has no entry {reason}"
-            raise DataError(
-                f"{folder.checkpoint_file} does not fit the run's configuration: {reason}; start a new run, or use "
-                "the versions in manifest.json"
-            ) from error
+        load_states(parts, checkpoint, folder.checkpoint_file)
         self.step, self.seconds = checkpoint.step, checkpoint.seconds
         self.cases = sum(map(self.sampler.schedule.size, range(1, self.step + 1)))
         self.evaluated, self.saved = checkpoint.evaluated, checkpoint.step

@@ -20,11 +20,13 @@ from kfacore.lab.training.batches import derive_seed
 from kfacore.lab.training.init import load_parameters
 from kfacore.lab.training.processes import device_of
 from kfacore.optim.layout import find_layout
+from kfacore.parallel.ranks import Ranks
 from kfacore.roles import Likelihood, Optimizer, Problem, ProblemData, Split
 from kfacore.schema.table import RUN_SLOTS, SLOTS
 
 if TYPE_CHECKING:
     from kfacore.lab.config.run import RunConfig
+    from kfacore.lab.training.checkpoint import Checkpoint
     from kfacore.registry import Registry
 
 __all__ = [
@@ -32,7 +34,9 @@ __all__ = [
     "build_model",
     "build_optimizer",
     "build_parts",
+    "build_together",
     "check_data",
+    "load_states",
     "manifest",
     "method_of",
     "place",
@@ -142,6 +146,78 @@ def build_parts(config: RunConfig, registry: Registry, init: Path | None = None)
         device=device,
         init=recorded,
     )
+
+
+def build_together(config: RunConfig, registry: Registry, init: Path | None, ranks: Ranks) -> Parts:
+    """`build_parts` on every process; the first builds its own before the others, so that data is fetched once.
+
+    Args:
+        config: The resolved configuration.
+        registry: Where the components are.
+        init: A file of parameters to start from.
+        ranks: The processes of the run.
+
+    Raises:
+        KfacError: As `build_parts`, or the run cannot be divided among several processes.
+    """
+    parts: Parts | None = None
+    for turn in range(min(2, ranks.size)):
+        with ranks.together("build"):
+            if turn == min(ranks.rank, 1):
+                parts = build_parts(config, registry, init)
+                _require_processes(config, parts, ranks)
+    assert parts is not None
+    return parts
+
+
+def _require_processes(config: RunConfig, parts: Parts, ranks: Ranks) -> None:
+    """Refuse what cannot run on several processes.
+
+    Raises:
+        ConfigError: The optimizer works alone, or a mini-batch is too small to be shared.
+    """
+    if config.processes not in (1, ranks.size):
+        raise ConfigError(
+            f"processes = {config.processes}, and this run has {ranks.size}: start it with torchrun --nproc-per-node "
+            f"{config.processes} -m kfac_cli train ..."
+        )
+    if ranks.alone:
+        return
+    if not isinstance(getattr(parts.optimizer, "ranks", None), Ranks):
+        raise ConfigError(
+            f"optimizer '{config.optimizer.kind}' runs in one process: start it without torchrun, or use 'kfac'"
+        )
+    if min(config.batch.start, len(parts.train)) < ranks.size:
+        raise ConfigError(
+            f"batch.start = {config.batch.start} is less than one example for each of {ranks.size} processes; start "
+            "fewer, or raise batch.start"
+        )
+
+
+def load_states(parts: Parts, checkpoint: Checkpoint, file: Path) -> None:
+    """Parameters, the optimizer's state and the average as they were.
+
+    Args:
+        parts: Where they go.
+        checkpoint: As read.
+        file: Where from, for the message.
+
+    Raises:
+        DataError: They do not fit.
+    """
+    try:
+        parts.model.load_state_dict(dict(checkpoint.model))
+        parts.optimizer.load_state_dict(dict(checkpoint.optimizer))
+        if parts.average is not None and checkpoint.averaged is not None:
+            parts.average.load_state_dict(dict(checkpoint.averaged))
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, KeyError):
+            reason = f"it has no entry {reason}"
+        raise DataError(
+            f"{file} does not fit the run's configuration: {reason}; start a new run, or use the versions in "
+            "manifest.json"
+        ) from error
 
 
 def manifest(config: RunConfig, registry: Registry, parts: Parts, started: str, processes: int = 1) -> dict[str, Any]:
