@@ -213,8 +213,7 @@ def test_lambda_falls_only_while_new_mini_batches_see_no_overshoot() -> None:
     assert told(0.0, 40) < 1e-3  # steps end at the minimum
     assert told(-1.0, 40) == pytest.approx(told(0.0, 40))  # before it
     assert told(2.0, 40) > 10.0  # twice as far
-    late = [told(0.9, times) for times in (40, 50)]  # between 0.4 and 0.5 of the curvature
-    assert late[0] == late[1]
+    assert told(0.9, 50) < told(0.9, 40) < 0.1  # nearly so: nothing keeps lambda where it is
 
 
 def test_a_slope_that_may_be_noise_raises_nothing() -> None:

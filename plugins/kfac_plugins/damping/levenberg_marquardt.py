@@ -13,7 +13,7 @@ that it follows the scale of the objective: h and F times c need lambda times c.
 Small mini-batches flatter a step: it fits their own noise, rho is near 1 whatever lambda is, and lambda would fall for
 ever. A new mini-batch tells whether a step v went too far: the slope along it that is left where it ended, b_v, is 0
 after a step to the minimum, and half of v^T F v after one that changed nothing. With ``confirmed`` lambda falls only
-while the running mean of slopes is below 0.4 of that of curvatures, and rises where it is above half of it by more than
+while the running mean of slopes is below half of that of curvatures, and rises where it is above that by more than
 twice its standard error. Both are free: they are in the new mini-batch's quadratic model.
 
 That is evidence about the length of a step only while the curvature decides it. Of the step to the minimum the model
@@ -48,9 +48,9 @@ _LEAST = 1e-3
 _MEMORY = 0.9
 """Decay of the running means of what new mini-batches see."""
 
-_LEFT, _LOST = 0.4, 0.5
-"""Slope left, in units of the curvature, up to which lambda may fall, and above which it rises: at one half a step has
-changed nothing."""
+_LOST = 0.5
+"""Slope left, in units of the curvature, below which lambda may fall, and above which it rises: at one half a step has
+changed nothing. A gap between the two would keep lambda where a few bad steps had put it (docs/notes, noise)."""
 
 _SURE = 2.0
 """Standard errors by which the slope must be above that before lambda rises."""
@@ -117,7 +117,7 @@ class LevenbergMarquardt(Damping):
             error = ((square - slope * slope).clamp(min=0.0) * ((1.0 - _MEMORY) / (1.0 + _MEMORY))).sqrt()
             decisive = curvature >= _DECISIVE
             bad = bad | (decisive & (slope > _LOST * curvature + _SURE * error))
-            good = good & (~decisive | (slope < _LEFT * curvature))
+            good = good & (~decisive | (slope < _LOST * curvature))
         # Chosen among tensors of lambda's dtype: between plain numbers torch.where answers in its default dtype.
         lower = torch.maximum(self.lam * w1, torch.minimum(self.lam, self._least))
         self.lam = torch.where(bad, self.lam / w1, torch.where(good, lower, self.lam))
