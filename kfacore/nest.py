@@ -45,12 +45,14 @@ def cases_of(nest: Any) -> int:
         DataError: There is no tensor, no first dimension, no case, or the tensors disagree.
     """
     sizes = {tuple(tensor.shape[:1]) for tensor in tensors_of(nest)}
+    if not sizes:
+        raise DataError(f"inputs: found no tensor in a {type(nest).__name__}; of an array give torch.as_tensor(x)")
     if len(sizes) != 1 or () in sizes:
-        found = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(nest)) or "no tensor"
-        raise DataError(f"inputs: every tensor's first dimension must be the case; found shapes {found}")
+        found = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(nest))
+        raise DataError(f"inputs: every tensor's first dimension must be the example; found shapes {found}")
     (count,) = sizes.pop()
     if count == 0:
-        raise DataError("inputs: the mini-batch has no cases")
+        raise DataError("inputs: the mini-batch has no examples")
     return count
 
 

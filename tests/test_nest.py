@@ -44,12 +44,12 @@ def test_cases() -> None:
 @pytest.mark.parametrize(
     ("nest", "message"),
     [
-        (None, "found shapes no tensor"),
-        ([], "found shapes no tensor"),
+        (None, "found no tensor in a NoneType"),
+        ([], "found no tensor in a list"),
         (torch.tensor(1.0), r"found shapes \(\)"),
         ([A, torch.ones(2, 2)], r"found shapes \(3, 2\), \(2, 2\)"),
         ([A, torch.tensor(1.0)], r"found shapes \(3, 2\), \(\)"),
-        (A[:0], "has no cases"),
+        (A[:0], "has no examples"),
     ],
 )
 def test_what_has_no_cases_is_refused(nest: Any, message: str) -> None:

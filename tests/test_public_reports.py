@@ -114,7 +114,7 @@ def test_labels_out_of_range_first_in_a_later_mini_batch(label: int) -> None:
     optimizer.step(X, Y)
     wrong = Y.clone()
     wrong[5] = label
-    with pytest.raises(DataError, match=f"found {label} at case 5"):
+    with pytest.raises(DataError, match=f"found {label} at example 5"):
         optimizer.step(X, wrong)
 
 

@@ -117,7 +117,7 @@ def _adam(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
 def _muon(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for matrices, AdamW for biases; Muon's steps scaled to the size of AdamW's, so that one rate does for both.
 
-    Nobody's weights decay but K-FAC's own by default: losses are compared without that term.
+    Nobody's weights decay.
     """
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     rest = [parameter for parameter in model.parameters() if parameter.ndim != 2]

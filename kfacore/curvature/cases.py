@@ -41,7 +41,7 @@ def case_gradients(
         found = _sums(s, block.d_in, block.d_out, block.name).mT  # the embedding's rows are one-hot in d_out
         return found if s.head is None else found + _sums(s.head, block.d_out, block.d_in, block.name)
     if block.kind == "diagonal":
-        raise UnsupportedModelError(f"{block.name}: a block without a layer has no gradients of single cases")
+        raise UnsupportedModelError(f"{block.name}: a block without a layer has no gradients of single examples")
     return _sums(s, block.d_out, block.d_in, block.name)
 
 
@@ -50,8 +50,8 @@ def _sums(s: LayerSamples, d_out: int, d_in: int, name: str) -> Tensor:
     R = s.positions
     if R is None:
         raise UnsupportedModelError(
-            f"{name}: its rows do not belong to cases in equal numbers, so that a case has no gradient by it; use "
-            "approx = 'blockdiag' or 'tridiag', which need none"
+            f"{name}: its rows do not belong to examples in equal numbers, so that an example has no gradient by it; "
+            "use approx = 'blockdiag' or 'tridiag', which need none"
         )
     x = s.inputs if s.inputs.is_floating_point() else one_hot_rows(s.inputs, d_in, s.gradients)
     if R == 1:

@@ -199,7 +199,7 @@ def check_cases(model: nn.Module, inputs: Any) -> bool:
         return bool(torch.isfinite(both).all())
     name = _first_difference(model, inputs, count)
     raise UnsupportedModelError(
-        f"{name} mixes cases or draws random numbers in training mode (as batch norm and dropout do), which makes "
+        f"{name} mixes examples or draws random numbers in training mode (as batch norm and dropout do), which makes "
         "the quadratic model and rho wrong. Put it in eval() mode or remove it"
     )
 

@@ -68,7 +68,7 @@ def check_rows(name: str, x: Any) -> None:
     if not isinstance(x, Tensor) or x.dim() != 2:
         found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise UnsupportedModelError(
-            f"{name}: Linear must get inputs of shape (cases, features), found {found}; layers that share "
+            f"{name}: Linear must get inputs of shape (examples, features), found {found}; layers that share "
             "weights over positions are not supported"
         )
 

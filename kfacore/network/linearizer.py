@@ -216,7 +216,7 @@ class Linearizer:
             DataError: There are no cases, or the inputs do not fit the model.
         """
         if any(tensor.dim() and tensor.shape[0] == 0 for tensor in tensors_of(inputs)) and common_cases(inputs) == 0:
-            raise DataError("inputs: the mini-batch has no cases")
+            raise DataError("inputs: the mini-batch has no examples")
         if look:
             self._modes = None
         try:

@@ -46,8 +46,8 @@ def find_output(found: Any, output: Output = None) -> Tensor:
         )
     if z.dim() == 0:
         raise UnsupportedModelError(
-            "the model returned a single number; it must return its outputs, one row a case: the likelihood makes the "
-            "loss of them"
+            "the model returned a single number; it must return its outputs, one row an example: the likelihood makes "
+            "the loss of them"
         )
     if not z.is_floating_point():
         raise UnsupportedModelError(f"the model's outputs must be floating-point numbers, found {z.dtype}")

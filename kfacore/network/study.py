@@ -213,18 +213,18 @@ class Study:
         """Whether cases are mixed, and why a mini-batch is not cut."""
         n = common_cases(self._inputs)
         if n is None:
-            return True, "the inputs hold more than tensors whose first dimension is the case"
+            return True, "the inputs hold more than tensors whose first dimension is the example"
         if n != z.shape[0]:
-            return True, f"the outputs have {z.shape[0]} rows for {n} cases of inputs"
+            return True, f"the outputs have {z.shape[0]} rows for {n} examples of inputs"
         try:
             if self._mixed(self._inputs, n):
-                return True, "the outputs of a case depend on other cases"
+                return True, "the outputs of an example depend on other examples"
             if drawn:
                 return False, f"the forward pass draws from {', '.join(drawn)}"
             if not stays:
                 return False, "the forward pass moves buffers or attributes of modules"
             if n > 1 and not self._same_in_parts(z, n):
-                return False, "the outputs of a case depend on its place in the mini-batch"
+                return False, "the outputs of an example depend on its place in the mini-batch"
         except KfacError:
             raise
         except Exception as error:  # the model's own: it does not take a part of a mini-batch

@@ -31,7 +31,14 @@ class Watched:
         self.named = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self.names: dict[nn.Parameter, str] = {each: name for name, each in self.named.items()}
         self._parameters = [
-            (f"{name}.{key}" if name else key, module, key, each, each.requires_grad)
+            (
+                f"{name}.{key}" if name else key,
+                module,
+                key,
+                each,
+                each.requires_grad,
+                None if is_lazy(each) else each.shape,
+            )
             for name, module in model.named_modules()
             for key, each in module._parameters.items()
             if each is not None
@@ -44,12 +51,14 @@ class Watched:
         ]
 
     def changed(self) -> list[str]:
-        """Trainable parameters that were frozen, unfrozen or replaced since then, and modules, one line each."""
+        """Parameters that were frozen, unfrozen, reshaped or replaced since then, and modules, one line each."""
         found = []
-        for name, module, key, parameter, trainable in self._parameters:
+        for name, module, key, parameter, trainable, shape in self._parameters:
             now = module._parameters.get(key)
             if now is not parameter:
                 found.append(f"{name} was replaced by another parameter")
+            elif shape is not None and parameter.shape != shape:
+                found.append(f"{name} got the shape {tuple(parameter.shape)} in place of {tuple(shape)}")
             elif parameter.requires_grad != trainable:
                 done = "frozen" if trainable else "unfrozen"
                 found.append(f"{name} was {done} (requires_grad = {parameter.requires_grad})")

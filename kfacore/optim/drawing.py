@@ -43,7 +43,7 @@ class Share:
             positions: Rows a case here.
         """
         places = self.whole.places[: self.whole.first(self.cases)]
-        most = self.ranks.most("positions of a case", positions)
+        most = self.ranks.most("positions of an example", positions)
         own = places.unsqueeze(1) * most + torch.arange(positions)
         return own.reshape(-1), self.cases * most
 

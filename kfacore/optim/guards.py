@@ -27,9 +27,9 @@ def check_form(targets: Any, cases: int, device: torch.device) -> None:
     require_dense("targets", targets)
     if not isinstance(targets, Tensor) or targets.dim() == 0:
         found = "a number" if isinstance(targets, Tensor) else f"a {type(targets).__name__}"
-        raise DataError(f"targets: a tensor with one target a case is needed, found {found}")
+        raise DataError(f"targets: a tensor with one target an example is needed, found {found}")
     if len(targets) != cases:
-        raise DataError(f"targets: found {len(targets)} targets for {cases} cases of inputs")
+        raise DataError(f"targets: found {len(targets)} targets for {cases} examples of inputs")
     if targets.device != device:
         raise DataError(f"targets: they are on {targets.device}, the model's outputs on {device}; move them there")
 
@@ -50,6 +50,7 @@ def require_finite(
     step: int,
     damping: tuple[Tensor, Tensor],
     deferred: DeferredRefusal | None = None,
+    named: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Refuse to go on from NaN or infinity, and say where it came from. Waits for the device.
 
@@ -61,10 +62,11 @@ def require_finite(
         step: Number of the step.
         damping: lambda and gamma, for the message.
         deferred: Wrong targets that only the device knows of.
+        named: The parameters before the step, for the message.
 
     Raises:
         DataError: The mini-batch has NaN or infinity, or an earlier one had wrong targets.
-        NumericalError: It has not, so the parameters have diverged.
+        NumericalError: It has not, so the parameters have diverged, or the forward pass makes it of finite numbers.
     """
     # The inputs as well: an infinite one may saturate its units and leave every loss finite.
     finite = [torch.isfinite(value), *(_all_finite(x) for x in tensors_of(inputs))]
@@ -78,10 +80,19 @@ def require_finite(
         bad = ~torch.isfinite(tensor).reshape(len(tensor), -1).all(1)
         if bool(bad.any()):
             raise DataError(
-                f"{name}: {int(bad.sum())} of {len(bad)} cases of the mini-batch of step {step} hold NaN "
-                f"or infinity, the first is case {int(bad.nonzero()[0, 0])}; remove or repair them"
+                f"{name}: {int(bad.sum())} of {len(bad)} examples of the mini-batch of step {step} hold NaN "
+                f"or infinity, the first is example {int(bad.nonzero()[0, 0])}; remove or repair them"
             )
     lam, gamma = float(damping[0]), float(damping[1])
+    if step == 1 and named is not None:
+        bad = next((name for name, parameter in named.items() if not bool(torch.isfinite(parameter).all())), None)
+        cause = (
+            "inputs, targets and parameters are: the forward pass makes NaN or infinity of them (0 / 0, the logarithm "
+            "of a negative number, an overflow)"
+            if bad is None
+            else f"the data is: the parameter {bad} holds NaN or infinity; initialise or load it anew"
+        )
+        raise NumericalError(f"step 1: the {what} is not finite, though {cause}")
     # Ten times what it fell apart with; a lambda of 0 (constant damping by gamma alone) has no multiple.
     larger = f"damping.lambda0={10.0 * lam:.2g}" if 0.0 < lam < math.inf else f"damping.gamma={10.0 * gamma:.2g}"
     raise NumericalError(

@@ -47,7 +47,8 @@ class GuestOptions:
         """
         chosen = cls(**options)
         if not isinstance(model, nn.Module):
-            raise ConfigError(f"model: a torch.nn.Module is needed, found a {type(model).__name__}")
+            first = "; the model comes first: Preconditioned(model, base)" if isinstance(base, nn.Module) else ""
+            raise ConfigError(f"model: a torch.nn.Module is needed, found a {type(model).__name__}{first}")
         _check_base(model, base)
         for name, known in (("scale", ("graft", "kl", "none")), ("rest", ("base", "diagonal"))):
             value = getattr(chosen, name)

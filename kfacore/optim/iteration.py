@@ -357,7 +357,8 @@ class Iteration:
     def _require_finite(self, what: str, value: Tensor, at: At) -> None:
         damping, deferred = self._parts.damping, self._parts.loss.deferred
         found = damping.lam, damping.gamma
-        require_finite(what, value, at.inputs, at.targets, step=at.step, damping=found, deferred=deferred)
+        named = self._parts.linearizer.named if what == "objective" else None
+        require_finite(what, value, at.inputs, at.targets, step=at.step, damping=found, deferred=deferred, named=named)
 
     def _agree_on_buffers(self) -> None:
         """Buffers that a forward pass moves, as running statistics, become the mean over processes."""

@@ -72,8 +72,9 @@ class KFAC(torch.optim.Optimizer, Optimizer):
         preset: Where slots that are left out come from.
         seed: Seed of the sampled targets.
         autocast: ``"bfloat16"`` for mixed precision: forward and backward passes run under torch's autocast, factors,
-            solves and the quadratic model keep the parameters' dtype. Steps that adapt lambda run wholly in it,
-            because rho is a small difference of two objectives. An autocast around `step` means the same.
+            solves and the quadratic model keep the parameters' dtype. Steps that adapt lambda, or that trust asks
+            about, run wholly in it, because rho is a small difference of two objectives. An autocast around `step`
+            means the same.
         unsupported: ``"serve"`` takes any model; ``"error"`` refuses what is not a Linear layer that is called once on
             one row an example, and what draws random numbers or mixes examples.
         output: Where z is in what the model returns, a name or a function; ``"logits"`` and the first tensor are found.

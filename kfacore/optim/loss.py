@@ -126,7 +126,7 @@ class Loss:
         form = y.shape[1:], y.dtype, layout
         if counts is not None and len(y) == len(counts):
             y = fill_invalid(y if y.is_floating_point() else y.long(), counts)
-        said = where if layout.rows == 1 else f"{where} (as rows, {layout.rows} positions a case)"
+        said = where if layout.rows == 1 else f"{where} (as rows, {layout.rows} positions an example)"
         new = form != self._form
         if new:
             self.likelihood.check_targets(y, outputs, said)

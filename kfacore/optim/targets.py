@@ -25,7 +25,7 @@ def as_mask(valid: Any, cases: int, device: torch.device) -> Tensor:
         name = str(valid.dtype).removeprefix("torch.")
         raise DataError(f"valid: true and false (or 1 and 0) say which positions count, found {name}; weights are not")
     if len(valid) != cases:
-        raise DataError(f"valid: found {len(valid)} rows of the mask for {cases} cases of inputs")
+        raise DataError(f"valid: found {len(valid)} rows of the mask for {cases} examples of inputs")
     if valid.device != device:
         raise DataError(f"valid: it is on {valid.device}, the model's outputs on {device}; move it there")
     return valid.bool()

@@ -96,7 +96,7 @@ class EstimatorConfig(SlotConfig):
     """Options of a statistics estimator."""
 
     tau1: Fraction = 0.125
-    """Share of the mini-batch, its first cases, used for the statistics (tau_1)."""
+    """Share of the mini-batch, its first examples, used for the statistics (tau_1)."""
     min_cases: Annotated[int, Field(strict=True, ge=1)] = 1
     """At least this many examples for the statistics, even if tau1 is a smaller share. With R > 1 positions an example,
     as in text: 2 min_cases / R examples, at least 4."""
@@ -125,7 +125,8 @@ class ApproxConfig(SlotConfig):
     those of its own blocks, which then sends directions in every step. One process alone has all in either case."""
 
     max_dim: Annotated[int, Field(strict=True, ge=1)] = 8192
-    """Widest side of which a whole factor is kept; of wider ones the diagonal is."""
+    """Widest side of which a whole factor is kept; of wider ones the diagonal is. In small nets it is lower: 1280, or
+    the cube root of 50,000 times the number of parameters if that is more."""
 
     @model_validator(mode="after")
     def _delay_within_period(self) -> Self:
@@ -152,17 +153,18 @@ class MomentumConfig(SlotConfig):
     """Options of a momentum rule."""
 
     tau2: Fraction = 1.0
-    """Share of the mini-batch, its first cases, used for the quadratic model (tau_2)."""
+    """Share of the mini-batch, its first examples, used for the quadratic model (tau_2)."""
     min_cases: Annotated[int, Field(strict=True, ge=1)] = 1
     """At least this many examples for the quadratic model, even if tau2 is a smaller share. With R > 1 positions an
     example, as in text: 2 min_cases / R examples, at least 4."""
     slope: Literal["batch", "model"] = "batch"
-    """Whose gradient the quadratic model has: the whole mini-batch's, or that of the cases which its curvature is of.
+    """Whose gradient the quadratic model has: the whole mini-batch's, or that of the examples which its curvature is
+    of.
     With tau2 = 1 they are the same."""
     iterations: Annotated[int, Field(strict=True, ge=1)] = 1
     """Steps taken on the quadratic model before the parameters move, all with its one gradient; 1 is the paper's."""
     iterations_from: Annotated[int, Field(strict=True, ge=1)] = 1
-    """Mini-batches with fewer cases than this take one such step, whatever iterations says."""
+    """Mini-batches with fewer examples than this take one such step, whatever iterations says."""
 
 
 class LayerConfig(SlotConfig):

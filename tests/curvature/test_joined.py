@@ -135,7 +135,7 @@ def test_exact_serves_what_has_gradients_of_cases() -> None:
 
 def test_exact_says_which_rows_belong_to_no_case() -> None:
     moments = Joined(Exact(), PLAIN).start(LIKE)
-    with pytest.raises(UnsupportedModelError, match=r"^a: its rows do not belong to cases"):
+    with pytest.raises(UnsupportedModelError, match=r"^a: its rows do not belong to examples"):
         moments.update([replace(samples(block), positions=None, total=5) for block in PLAIN], 0.9)
 
 

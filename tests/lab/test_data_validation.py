@@ -35,15 +35,15 @@ def test_sound_data_pass() -> None:
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        (Split(with_entry(NAN), LABELS), None, r"training inputs \(toy.npz\): 1 of 4 cases.*case 2"),
+        (Split(with_entry(NAN), LABELS), None, r"training inputs \(toy.npz\): 1 of 4 examples.*example 2"),
         (Split(with_entry(-torch.inf), LABELS), None, "hold NaN or infinity"),
-        (Split(X[:0], LABELS[:0]), None, "no cases"),
-        (Split(X, LABELS[:3]), None, "4 cases, but 3 targets"),
-        (Split(X, LABELS), Split(X[:0], LABELS[:0]), r"test inputs \(toy.npz\): no cases"),
+        (Split(X[:0], LABELS[:0]), None, "no examples"),
+        (Split(X, LABELS[:3]), None, "4 examples, but 3 targets"),
+        (Split(X, LABELS), Split(X[:0], LABELS[:0]), r"test inputs \(toy.npz\): no examples"),
         (Split(X, LABELS), Split(with_entry(NAN), LABELS), "test inputs"),
         (Split(X, LABELS), Split(X[:, :2], LABELS), r"shape \(2,\).*\(3,\)"),
-        (Split(X, LABELS + 1), None, "training targets.*found 2 at case 1"),
-        (Split(X, LABELS), Split(X, LABELS - 1), "test targets.*found -1 at case 0"),
+        (Split(X, LABELS + 1), None, "training targets.*found 2 at example 1"),
+        (Split(X, LABELS), Split(X, LABELS - 1), "test targets.*found -1 at example 0"),
     ],
 )
 def test_unsound_data_are_refused(train: Split, test: Split | None, message: str) -> None:

@@ -121,7 +121,7 @@ def test_samples_of_the_other_estimators():
 
 def test_mistakes_are_named():
     model, x = net(SIZES), randn(6, SIZES[0])
-    with pytest.raises(DataError, match="5 targets for 6 cases"):
+    with pytest.raises(DataError, match="5 targets for 6 examples"):
         ExactModel(model, likelihood_of("gaussian"), x, randn(5, SIZES[-1]))
     with pytest.raises(NumericalError, match="not finite"):
         ExactModel(model, likelihood_of("gaussian"), x * torch.inf, randn(6, SIZES[-1]))

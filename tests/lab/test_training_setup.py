@@ -93,7 +93,7 @@ class Odd(nn.Module):
     ("model", "message"),
     [
         (nn.Linear(3, 2), r"the model does not take inputs of shape \(4,\)"),
-        (Odd(torch.ones(2, 3)), r"must return natural parameters .* found shape \(2, 3\) for one case"),
+        (Odd(torch.ones(2, 3)), r"must return natural parameters .* found shape \(2, 3\) for one example"),
         (Odd((torch.ones(1, 2),)), "must return natural parameters .* found tuple"),
     ],
 )
@@ -125,7 +125,7 @@ def test_targets_of_positions_are_checked_and_the_model_stays_as_it_was() -> Non
     assert int(model.norm.num_batches_tracked) == 0
     bad = good.clone()
     bad[3, 1] = 3
-    with pytest.raises(DataError, match=r"training targets \(the test, as rows, 2 positions a case\): .*case 7"):
+    with pytest.raises(DataError, match=r"training targets \(the test, as rows, 2 positions an example\): .*example 7"):
         check_data(model, Categorical(), ProblemData(Split(x, bad), None, "", "the test"))
     with pytest.raises(DataError, match=r"outputs of shape \(1, 2, 3\) need class numbers of shape \(1, 2\)"):
         check_data(model, Categorical(), ProblemData(Split(x, good[:, :1]), None, "", "the test"))

@@ -109,7 +109,7 @@ SILENT: dict[str, tuple[Any, Any, str]] = {
             b=lambda: nn.Linear(4, 3)), X, "torch's generator"
     ),
     "division by the batch's largest entry": (
-        net(lambda m, x: m.b((lambda h: h / h.abs().max())(m.a(x).tanh())), **ab()), X, "depend on other cases"
+        net(lambda m, x: m.b((lambda h: h / h.abs().max())(m.a(x).tanh())), **ab()), X, "depend on other examples"
     ),
     "custom operation without tangent": (net(lambda m, x: m.b(double_op(m.a(x)).tanh()), **ab()), X, ""),
     "noise from a generator of the module": (
@@ -117,11 +117,11 @@ SILENT: dict[str, tuple[Any, Any, str]] = {
             **ab(noise=lambda: torch.Generator().manual_seed(3))), X, "noise"
     ),
     "slopes drawn for negative entries alone": (
-        net(lambda m, x: m.b(m.act(m.a(x))), **ab(act=nn.RReLU)), X, "depend on other cases"
+        net(lambda m, x: m.b(m.act(m.a(x))), **ab(act=nn.RReLU)), X, "depend on other examples"
     ),
-    "centred cases": (net(lambda m, x: m.b((lambda h: h - h.mean(0))(m.a(x).tanh())), **ab()), X, "other cases"),
+    "centred cases": (net(lambda m, x: m.b((lambda h: h - h.mean(0))(m.a(x).tanh())), **ab()), X, "other examples"),
     "batch norm": (
-        net(lambda m, x: m.b(m.norm(m.a(x)).tanh()), **ab(norm=lambda: nn.BatchNorm1d(5))), X, "depend on other cases"
+        net(lambda m, x: m.b(m.norm(m.a(x)).tanh()), **ab(norm=lambda: nn.BatchNorm1d(5))), X, "other examples"
     ),
     "spectral norm": (
         net(lambda m, x: m.b(m.a(x).tanh()),
@@ -314,7 +314,7 @@ def test_one_case_shows_mixing_too() -> None:
 
 
 def test_an_empty_mini_batch_is_refused() -> None:
-    with pytest.raises(DataError, match="no cases"):
+    with pytest.raises(DataError, match="no examples"):
         linearizer(net(lambda m, x: m.b(m.a(x)), **ab())())(X[:0])
 
 

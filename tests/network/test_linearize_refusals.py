@@ -146,14 +146,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "only its weight": (OnlyItsWeight, r"^head: not called in the forward pass"),
     "dead end": (DeadEnd, r"^side: the model's output does not depend on it"),
     "detached": (Detached, r"^body: the model's output does not depend on it"),
-    "positions": (Positions, r"^mix: Linear must get inputs of shape \(cases, features\), found \(3, 2, 2\)"),
-    "dropout": (sequential(nn.Dropout(0.5)), r"^1 \(Dropout\) mixes cases or draws random numbers"),
+    "positions": (Positions, r"^mix: Linear must get inputs of shape \(examples, features\), found \(3, 2, 2\)"),
+    "dropout": (sequential(nn.Dropout(0.5)), r"^1 \(Dropout\) mixes examples or draws random numbers"),
     "frozen batch norm in train mode": (
         sequential(nn.Tanh(), nn.BatchNorm1d(6).requires_grad_(False)),
-        r"^2 \(BatchNorm1d\) mixes cases or draws random numbers",
+        r"^2 \(BatchNorm1d\) mixes examples or draws random numbers",
     ),
     "batch norm": (sequential(nn.BatchNorm1d(6)), r"^1: BatchNorm1d has trainable parameters \(weight, bias\)"),
-    "centred cases": (CentredCases, r"^CentredCases mixes cases or draws random numbers"),
+    "centred cases": (CentredCases, r"^CentredCases mixes examples or draws random numbers"),
     "flat output": (FlatOutput, r"^the model must return outputs of shape \(3, outputs\), found \(3,\)"),
     "own forward": (lambda: nn.Sequential(OwnLinear(4, 2)), r"^0: OwnLinear has trainable parameters"),
     "loose parameter": (LooseParameter, r"^\(the model itself\): LooseParameter has trainable parameters \(scale\)"),
@@ -203,7 +203,7 @@ def test_a_batch_of_one_does_not_end_the_search_for_mixed_cases() -> None:
     """One case cannot show that cases are mixed; the first larger batch does."""
     linearizer = Linearizer(CentredCases().double())
     linearizer(dense.randn(1, 4))
-    with pytest.raises(UnsupportedModelError, match="CentredCases mixes cases"):
+    with pytest.raises(UnsupportedModelError, match="CentredCases mixes examples"):
         linearizer(dense.randn(8, 4))
 
 
@@ -212,7 +212,7 @@ def test_dropout_that_is_switched_on_later_is_found() -> None:
     linearizer = Linearizer(model)
     linearizer(dense.randn(8, 4))
     model.train()
-    with pytest.raises(UnsupportedModelError, match=r"^1 \(Dropout\) mixes cases or draws random numbers"):
+    with pytest.raises(UnsupportedModelError, match=r"^1 \(Dropout\) mixes examples or draws random numbers"):
         linearizer(dense.randn(8, 4))
 
 
@@ -226,7 +226,7 @@ def test_an_output_layer_that_starts_at_zero_hides_nothing_for_good(model: nn.Mo
     linearizer(dense.randn(8, 4))
     with torch.no_grad():
         head.weight.copy_(dense.randn(2, 6))
-    with pytest.raises(UnsupportedModelError, match="mixes cases" if model is not None else "used outside its own"):
+    with pytest.raises(UnsupportedModelError, match="mixes examples" if model is not None else "used outside its own"):
         linearizer(dense.randn(8, 4))
 
 
@@ -357,7 +357,7 @@ def test_chains_that_are_chains() -> None:
 @pytest.mark.parametrize(
     ("inputs", "found"),
     [
-        (torch.zeros(0, 4), "no cases"),
+        (torch.zeros(0, 4), "no examples"),
         ((torch.zeros(3, 4), torch.zeros(2, 4)), r"\(3, 4\), \(2, 4\)"),
         ({"x": "text"}, "no tensor"),
         (torch.tensor(1.0), r"\(\)"),

@@ -131,10 +131,10 @@ def test_what_does_not_fit_the_outputs() -> None:
     opt = guest(model)
     z = watched(opt, model)
     for given, message in (
-        ({"targets": data(11)[1]}, "found 11 targets for 12 cases"),
+        ({"targets": data(11)[1]}, "found 11 targets for 12 examples"),
         ({"targets": torch.full((12,), 3)}, "observe: targets"),
         ({"valid": torch.zeros(12, dtype=torch.bool)}, "no position of the mini-batch counts"),
-        ({"valid": torch.ones(11, dtype=torch.bool)}, "found 11 rows of the mask for 12 cases"),
+        ({"valid": torch.ones(11, dtype=torch.bool)}, "found 11 rows of the mask for 12 examples"),
     ):
         with pytest.raises(DataError, match=message):
             opt.observe(z, **given)

@@ -191,7 +191,7 @@ def test_a_mask_of_examples_and_wrong_masks() -> None:
     loss = Loss.of("categorical")
     for mask, message in (
         (torch.ones(4, 2, 1), "found float32"),
-        (torch.ones(3, 2).bool(), "3 rows of the mask for 4 cases"),
+        (torch.ones(3, 2).bool(), "3 rows of the mask for 4 examples"),
         ([1, 1], "found a list"),
         (torch.ones(4, 5).bool(), r"a mask of shape \(4, 5\)"),
     ):

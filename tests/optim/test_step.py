@@ -17,7 +17,7 @@ from kfac_plugins.estimators import ExactConfig
 from kfac_plugins.likelihoods.categorical import Categorical
 from kfac_plugins.momentum.none import NoMomentum
 from kfacore import KFAC, KFACConfig, host
-from kfacore.errors import ConfigError, DataError, NumericalError
+from kfacore.errors import ConfigError, DataError, NumericalError, UnsupportedModelError
 from kfacore.roles import StepReport
 from kfacore.schema.presets import PRESETS
 
@@ -432,10 +432,10 @@ def x_and_y(x: Any, y: Any) -> tuple[Any, Any]:
     [
         (dense.randn(40, 4), dense.randn(40, 2), r"targets: .*\(N, 3\).*found \(40, 2\)"),
         (dense.randn(40, 4), dense.randn(40), r"targets: .*found \(40,\)"),
-        (dense.randn(40, 4), dense.randn(39, 3), r"targets: found 39 targets for 40 cases"),
+        (dense.randn(40, 4), dense.randn(39, 3), r"targets: found 39 targets for 40 examples"),
         (dense.randn(40, 4), dense.randn(40, 3).tolist(), r"targets: .*found a list"),
         (dense.randn(40, 4), labels(), r"targets: .*found \(40,\)"),
-        (torch.zeros(0, 4), torch.zeros(0, 3), r"no cases"),
+        (torch.zeros(0, 4), torch.zeros(0, 3), r"no examples"),
         ([], torch.zeros(3, 3), r"no tensor"),
         (
             dense.randn(40, 4).float(),
@@ -487,15 +487,42 @@ def test_no_other_parameters_can_be_added() -> None:
 def test_targets_that_are_not_finite(value: float) -> None:
     x, y = data()
     y[3, 1] = value
-    with pytest.raises(DataError, match="targets: 1 of 40 cases hold NaN or infinity, the first is case 3"):
+    with pytest.raises(DataError, match="targets: 1 of 40 examples hold NaN or infinity, the first is example 3"):
         KFAC(dense.net(SIZES), likelihood="gaussian").step(x, y)
+
+
+def test_the_first_forward_pass_is_not_finite() -> None:
+    """No damping mends what was so before the first step."""
+    x, y = data()
+    model = dense.net(SIZES)
+    with torch.no_grad():
+        model[2].bias[0] = math.nan
+    with pytest.raises(NumericalError, match=r"though the data is: the parameter 2\.bias holds NaN or infinity"):
+        KFAC(model, likelihood="gaussian").step(x, y)
+
+    class Root(nn.Module):
+        def forward(self, s: torch.Tensor) -> torch.Tensor:
+            return s.sqrt()
+
+    model = nn.Sequential(nn.Linear(SIZES[0], 4), Root(), nn.Linear(4, SIZES[-1])).to(x.dtype)
+    with pytest.raises(NumericalError, match=r"parameters are: the forward pass makes NaN or infinity of them"):
+        KFAC(model, likelihood="gaussian").step(x, y)
+
+
+def test_a_parameter_that_got_another_shape() -> None:
+    model = dense.net(SIZES)
+    optimizer = KFAC(model, likelihood="gaussian")
+    train(optimizer, 2)
+    model[0].weight.data = torch.zeros(3, 3, dtype=Float)
+    with pytest.raises(UnsupportedModelError, match=r"^0\.weight got the shape \(3, 3\) in place of \("):
+        train(optimizer, 1)
 
 
 def test_labels_out_of_range() -> None:
     x, _ = data()
     y = labels()
     y[7] = 3
-    with pytest.raises(DataError, match=r"must lie in 0\.\.2 .*found 3 at case 7"):
+    with pytest.raises(DataError, match=r"must lie in 0\.\.2 .*found 3 at example 7"):
         KFAC(dense.net(SIZES), likelihood="categorical").step(x, y)
 
 
@@ -511,7 +538,7 @@ def test_data_that_is_not_finite_in_steps_that_look(value: float, case: int, ste
     train(other, step - 1)
     x, y = data(seed=99)
     (x if which == "inputs" else y)[case, 2] = value
-    with pytest.raises(DataError, match=rf"^{which}: 1 of 40 cases .*the first is case {case}"):
+    with pytest.raises(DataError, match=rf"^{which}: 1 of 40 examples .*the first is example {case}"):
         optimizer.step(x, y)
     for each in (optimizer, other):
         train(each, 2, start=50)

@@ -43,7 +43,7 @@ def test_labels_of_every_integer_dtype(dtype: torch.dtype, outputs: int) -> None
 def test_small_integers_out_of_range(dtype: torch.dtype) -> None:
     y = torch.zeros(64).to(dtype)
     y[9] = 100
-    with pytest.raises(DataError, match="found 100 at case 9"):
+    with pytest.raises(DataError, match="found 100 at example 9"):
         KFAC(net(), likelihood="categorical").step(inputs(), y)
 
 
@@ -53,8 +53,8 @@ def good(likelihood: str) -> Tensor:
 
 
 WRONG: list[tuple[str, Any, str]] = [
-    ("categorical", -100, r"found -100 at case 5 .*ignore_index=-100"),
-    ("categorical", 3, "found 3 at case 5"),
+    ("categorical", -100, r"found -100 at example 5 .*ignore_index=-100"),
+    ("categorical", 3, "found 3 at example 5"),
     ("bernoulli", 255.0, r"\[0, 1\], found 0 to 255"),
     ("bernoulli", -0.1, "found -0.1 to 1"),
     ("bernoulli", math.nan, "hold NaN"),

@@ -161,8 +161,8 @@ def test_gradients_that_are_left_behind_rates_and_a_model_that_moves() -> None:
 
 def test_a_problem_on_one_process_is_told_on_all() -> None:
     first, second = world(2, failures).results
-    assert second["nan"].startswith("DataError: inputs: 1 of 10 cases")
-    assert first["nan"].startswith("DataError: rank 1: inputs: 1 of 10 cases")
+    assert second["nan"].startswith("DataError: inputs: 1 of 10 examples")
+    assert first["nan"].startswith("DataError: rank 1: inputs: 1 of 10 examples")
     assert first["model"] == second["model"]
     assert "the parameter 0.weight" in first["model"]
     assert second["memory"].startswith("OutOfMemoryError")

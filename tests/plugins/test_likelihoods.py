@@ -181,17 +181,17 @@ WRONG: list[tuple[Callable[[], Likelihood], Tensor, str]] = [
     (Bernoulli, torch.full((3, 5), 0.5), r"\(N, 4\).*found \(3, 5\)"),
     (Bernoulli, torch.tensor([0, 1, 2]), r"found \(3,\).*categorical"),
     (Bernoulli, MATRIX.int(), "floating-point targets, found int32"),
-    (Bernoulli, MATRIX * torch.tensor([1, 1, float("nan"), 1]), "3 of 3 cases hold NaN.*case 0"),
+    (Bernoulli, MATRIX * torch.tensor([1, 1, float("nan"), 1]), "3 of 3 examples hold NaN.*example 0"),
     (Bernoulli, MATRIX + torch.tensor([[0.0], [0.0], [0.6]]), r"\[0, 1\], found 0.5 to 1.1.*255"),
     (Bernoulli, -MATRIX, "found -0.5 to -0.5"),
     (Gaussian, torch.full((3, 5), 0.5), r"\(N, 4\).*found \(3, 5\)"),
     (Gaussian, MATRIX.long(), "found int64"),
-    (Gaussian, torch.cat([MATRIX[:2], torch.full((1, 4), torch.inf)]), "1 of 3 cases.*case 2"),
+    (Gaussian, torch.cat([MATRIX[:2], torch.full((1, 4), torch.inf)]), "1 of 3 examples.*example 2"),
     (Categorical, MATRIX, r"shape \(N,\).*found \(3, 4\).*argmax"),
     (Categorical, torch.tensor([0.0, 1.0]), "integer class numbers, found float32.*long"),
     (Categorical, torch.tensor([True, False]), "found bool"),
-    (Categorical, torch.tensor([0, 4, 4]), r"0\.\.3 .*found 4 at case 1 and 2 such cases"),
-    (Categorical, torch.tensor([0, 1, -1]), "found -1 at case 2"),
+    (Categorical, torch.tensor([0, 4, 4]), r"0\.\.3 .*found 4 at example 1 and 2 such examples"),
+    (Categorical, torch.tensor([0, 1, -1]), "found -1 at example 2"),
 ]
 
 

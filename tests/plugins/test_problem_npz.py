@@ -129,17 +129,17 @@ def spoiled(value: float) -> np.ndarray:
         ({"X_train": X}, "did you mean 'X_train'"),
         ({"x_train": X[:0]}, r"'x_train' is empty, shape \(0, 5\)"),
         ({"x_train": X[:, :0]}, r"'x_train' is empty, shape \(12, 0\)"),
-        ({"x_train": np.array(1.0)}, r"'x_train' is empty|at least one case"),
-        ({"x_train": spoiled(np.nan)}, "'x_train': 1 of 12 cases hold NaN.*case 7"),
+        ({"x_train": np.array(1.0)}, r"'x_train' is empty|at least one example"),
+        ({"x_train": spoiled(np.nan)}, "'x_train': 1 of 12 examples hold NaN.*example 7"),
         ({"x_train": spoiled(-np.inf)}, "hold NaN, infinity"),
         ({"x_train": spoiled(1e300)}, "beyond float32"),
         ({"x_train": X + 1j}, "dtype complex128"),
         ({"x_train": np.full((3, 2), "a")}, "dtype <U1"),
         ({"x_train": np.array([[1, None]], dtype=object)}, "Python objects"),
-        ({"x_train": X, "y_train": LABELS[:11]}, "x_train has 12 cases, y_train has 11"),
-        ({"x_train": X, "y_train": LABELS - 1}, "'y_train': class numbers must be 0 or more, found -1 at case 0"),
+        ({"x_train": X, "y_train": LABELS[:11]}, "x_train has 12 examples, y_train has 11"),
+        ({"x_train": X, "y_train": LABELS - 1}, "'y_train': class numbers must be 0 or more, found -1 at example 0"),
         ({"x_train": X, "y_train": np.eye(12, dtype=int)}, r"'y_train' has shape \(12, 12\).*argmax"),
-        ({"x_train": X, "y_train": spoiled(np.nan)}, "'y_train': 1 of 12 cases"),
+        ({"x_train": X, "y_train": spoiled(np.nan)}, "'y_train': 1 of 12 examples"),
         ({"x_train": X, "y_train": LABELS, "x_test": X_TEST}, "no y_test"),
         ({"x_train": X, "y_train": LABELS, "y_test": LABELS_TEST}, "y_test but no x_test"),
         ({"x_train": X, "x_test": X_TEST, "y_test": LABELS_TEST}, "y_test but no y_train"),
@@ -147,7 +147,7 @@ def spoiled(value: float) -> np.ndarray:
         ({"x_train": X, "x_test": X_TEST[:0]}, "'x_test' is empty"),
         (
             {"x_train": X, "y_train": LABELS, "x_test": X_TEST, "y_test": LABELS_TEST + 1},
-            "'y_test': class numbers must be 0 to 2, found 3 at case 0 and 1 such cases.*problem.classes",
+            "'y_test': class numbers must be 0 to 2, found 3 at example 0 and 1 such examples.*problem.classes",
         ),
         (
             {"x_train": X, "y_train": LABELS, "x_test": X_TEST, "y_test": LABELS_TEST / 2},
@@ -209,7 +209,7 @@ def test_options_that_do_not_fit(tmp_path: Path) -> None:
         problem(tmp_path, {"x_train": X}, task="classifier").load()
     with pytest.raises(DataError, match="'y_train' has dtype float64"):
         problem(tmp_path, {"x_train": X, "y_train": X}, task="classifier").load()
-    with pytest.raises(DataError, match="must be 0 to 1, found 2 at case 2"):
+    with pytest.raises(DataError, match="must be 0 to 1, found 2 at example 2"):
         problem(tmp_path, {"x_train": X, "y_train": LABELS}, classes=2).load()
     with pytest.raises(ConfigError, match=r"problem\.classes=3 is for a classifier"):
         problem(tmp_path, {"x_train": X}, classes=3).load()

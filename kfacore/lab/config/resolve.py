@@ -146,7 +146,7 @@ def _validate(composer: Composer, optimizer: Component) -> RunConfig:
         elif slot == "likelihood":
             raise ConfigError(
                 f"the problem '{tree['problem'].kind}' suggests no likelihood, "
-                f"choose one with --likelihood NAME or --set likelihood=NAME, {known_names(registry, slot)}"
+                f"choose one with --set likelihood=NAME, {known_names(registry, slot)}"
             )
         else:
             raise ConfigError(f"saved configuration: {slot} is missing, the optimizer '{optimizer.name}' uses it")

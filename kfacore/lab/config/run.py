@@ -50,7 +50,7 @@ class BatchConfig(Model):
     schedule: Literal["exponential", "constant"] = "exponential"
     """How the size grows: exponential reaches the whole training set at target_step, constant stays at start."""
     start: Count = 1000
-    """Cases in the first mini-batch (m_1)."""
+    """Examples in the first mini-batch (m_1)."""
     target_step: Annotated[int, Field(strict=True, ge=2)] = 500
     """Step at which the exponential schedule reaches the whole training set (K)."""
     hold: Count = 1
@@ -72,7 +72,7 @@ class BudgetConfig(Model):
     """Limits besides `steps`; the run ends with the step that reaches the first of them."""
 
     cases: Count | None = None
-    """Training cases in all, the sum of the mini-batches; no limit if left out."""
+    """Training examples in all, the sum of the mini-batches; no limit if left out."""
     seconds: Annotated[float, Field(strict=True, gt=0.0)] | None = None
     """Training seconds in all, evaluation and checkpoints not counted; no limit if left out."""
 
@@ -85,7 +85,7 @@ class EvalConfig(Model):
     early: bool = True
     """Evaluate after steps 1, 2, 5, 10, 20, 50, ... below `every` as well, where the error falls fastest."""
     cases: Count | None = None
-    """Training and test cases of an evaluation, evenly spread over each set; all of them if left out."""
+    """Training and test examples of an evaluation, evenly spread over each set; all of them if left out."""
 
 
 class CheckpointConfig(Model):
@@ -124,7 +124,7 @@ class RunConfig(Model):
     steps: Count = 500
     """Steps in all, also when a run is resumed."""
     budget: BudgetConfig = BudgetConfig()
-    """Limits in cases and seconds, besides steps."""
+    """Limits in examples and seconds, besides steps."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     """Seed of every random draw."""
     device: str = "auto"

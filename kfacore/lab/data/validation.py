@@ -36,13 +36,13 @@ def check(
         _check_split(data.test, "test", data.source)
         if data.test.inputs.shape[1:] != data.train.inputs.shape[1:]:
             raise DataError(
-                f"test inputs ({data.source}): each case has shape {tuple(data.test.inputs.shape[1:])}, but training "
-                f"cases have {tuple(data.train.inputs.shape[1:])}; both must agree"
+                f"test inputs ({data.source}): each example has shape {tuple(data.test.inputs.shape[1:])}, but "
+                f"training examples have {tuple(data.train.inputs.shape[1:])}; both must agree"
             )
     for name, split in (("training", data.train), ("test", data.test)):
         if split is not None:
             y = split.targets if rows is None else rows(split.targets)
-            said = "" if len(y) == len(split) else f", as rows, {len(y) // len(split)} positions a case"
+            said = "" if len(y) == len(split) else f", as rows, {len(y) // len(split)} positions an example"
             likelihood.check_targets(y, outputs, f"{name} targets ({data.source}{said})")
 
 
@@ -50,16 +50,16 @@ def _check_split(split: Split, name: str, source: str) -> None:
     inputs, targets = split.inputs, split.targets
     where = f"{'training' if name == 'train' else name} inputs ({source})"
     if inputs.ndim == 0 or inputs.numel() == 0:
-        raise DataError(f"{where}: no cases, shape {tuple(inputs.shape)}; give at least one")
+        raise DataError(f"{where}: no examples, shape {tuple(inputs.shape)}; give at least one")
     if targets.ndim == 0 or targets.shape[0] != inputs.shape[0]:
         count = 0 if targets.ndim == 0 else targets.shape[0]
-        raise DataError(f"{where}: {inputs.shape[0]} cases, but {count} targets; each case needs one")
+        raise DataError(f"{where}: {inputs.shape[0]} examples, but {count} targets; each example needs one")
     if not inputs.is_floating_point():
         return
     bad = ~inputs.isfinite().reshape(inputs.shape[0], -1).all(dim=1)
     if bool(bad.any()):
         count, first = int(bad.sum()), int(bad.nonzero()[0, 0])
         raise DataError(
-            f"{where}: {count} of {inputs.shape[0]} cases hold NaN or infinity, the first is case {first}; remove or "
-            "repair them"
+            f"{where}: {count} of {inputs.shape[0]} examples hold NaN or infinity, the first is example {first}; "
+            "remove or repair them"
         )

@@ -84,7 +84,7 @@ def unshared(layers: Sequence[Block], samples: Samples) -> dict[str, str]:
     first: tuple[str, int] | None = None
     for layer, s in zip(layers, samples, strict=True):
         if s is None:
-            reasons[layer.name] = "these cases did not use it"
+            reasons[layer.name] = "these examples did not use it"
         elif not layer.plain:
             reasons[layer.name] = f"its curvature is {_form(layer)}, no product of two whole factors"
         elif first is not None and s.gradients.shape[1] != first[1]:
@@ -224,7 +224,7 @@ def inverse_of(matrix: Tensor, what: str) -> Tensor:
     if not smallest > _SINGULAR * largest:
         raise ConfigError(
             f"{what} has no inverse: its eigenvalues go from {smallest:.3g} to {largest:.3g}; use a larger damping or "
-            "more cases"
+            "more examples"
         )
     return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
 

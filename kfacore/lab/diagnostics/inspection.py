@@ -150,7 +150,7 @@ def inspect_subject(
     _check_span(layers, exact.layers)
     samples, statistics = _statistics(subject)
     clock.lap("statistics")
-    say(f"natural gradient: conjugate gradients on {exact.cases:,} cases")
+    say(f"natural gradient: conjugate gradients on {exact.cases:,} examples")
     gradient = exact.gradient()
     natural = _natural(subject, registry, gradient, samples, large=large)
     result = Inspection(subject, statistics, natural, seconds=clock.laps)
@@ -340,7 +340,7 @@ def _statistics(subject: Subject) -> tuple[Samples, str]:
     draws = max(1, min(_MOST_DRAWS, _DRAWN_ENTRIES // entries))
     samples = exact.monte_carlo_samples(subject.generator("targets"), draws)
     why = ", because the examples of a batch depend on each other" if exact.mixes else ""
-    return samples, f"drawn targets, {draws} a case{why}"
+    return samples, f"drawn targets, {draws} an example{why}"
 
 
 def _natural(

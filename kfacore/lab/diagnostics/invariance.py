@@ -303,7 +303,7 @@ def _inverse_root(matrix: Tensor, what: str) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     if not float(values[0]) > 1e-12 * float(values[-1]):
         raise UnsupportedModelError(
-            f"{what} cannot be whitened: their second moment is singular; use more cases, inputs without constant "
+            f"{what} cannot be whitened: their second moment is singular; use more examples, inputs without constant "
             "entries, and Bernoulli or Gaussian outputs"
         )
     root: Tensor = (vectors * values.rsqrt()) @ vectors.T

@@ -86,7 +86,7 @@ def paper_figure(
     if name not in FIGURES:
         raise ConfigError(f"unknown figure '{name}', {nearest(name, FIGURES)}")
     subject, training = trained_classifier(config, registry, cases=cases, say=say)
-    say(f"{name}: measuring on {subject.exact.cases} cases")
+    say(f"{name}: measuring on {subject.exact.cases} examples")
     figure, numbers = _DRAW[name](subject, registry)
     facts = {
         "figure": name,
@@ -140,7 +140,7 @@ def trained_classifier(
     name = f"{config.problem.kind}, {optimizer.steps} steps of K-FAC ({100 * error:.1f}% training error)"
     subject = Subject(name, str(config.problem.kind), optimizer.steps, exact, gamma, pi, config.seed)
     facts = {
-        "optimizer": f"kfac, tridiag, lambda0 {_LAMBDA0:g}, all training cases in every step (tau_1 = tau_2 = 1)",
+        "optimizer": f"kfac, tridiag, lambda0 {_LAMBDA0:g}, all training examples in every step (tau_1 = tau_2 = 1)",
         "steps": optimizer.steps,
         "train_error": error,
         "train_cases": len(train),

@@ -57,8 +57,8 @@ KINDS: dict[str, Kind] = {
         command="kfac train --problem npz --set problem.file=MINE.npz --set likelihood=NAME --steps 100",
     ),
     "estimator": Kind(
-        "The Fisher's statistics from several sampled targets a case.",
-        '    passes: int = 2\n    """Sampled targets a case, a backward pass each."""\n',
+        "The Fisher's statistics from several sampled targets an example.",
+        '    passes: int = 2\n    """Sampled targets an example, a backward pass each."""\n',
     ),
     "problem": Kind(
         "Noisy values of a smooth function of four numbers.",

@@ -325,10 +325,10 @@ def _first_outputs(model: nn.Module, split: Split) -> Tensor:  # (1, ..., o), (1
         for module in training:
             module.training = True
     if not isinstance(z, Tensor) or z.dim() < 1 or len(z) != 1:
-        found = f"shape {tuple(z.shape)} for one case" if isinstance(z, Tensor) else type(z).__name__
+        found = f"shape {tuple(z.shape)} for one example" if isinstance(z, Tensor) else type(z).__name__
         raise DataError(
-            f"the model must return natural parameters of shape (cases, outputs), or (cases, positions, outputs), "
-            f"found {found}"
+            f"the model must return natural parameters of shape (examples, outputs), or (examples, positions, "
+            f"outputs), found {found}"
         )
     return z
 

@@ -73,7 +73,7 @@ COMPONENTS: tuple[Component, ...] = (
         "diagonal",
         DiagonalConfig,
         "kfac_plugins.approx.diagonal:Diagonal",
-        "Diagonal of the Fisher from per-case second moments; any graph of layers.",
+        "Diagonal of the Fisher from per-example second moments; any graph of layers.",
     ),
     Component(
         "approx",

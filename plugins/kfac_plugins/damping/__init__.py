@@ -27,7 +27,7 @@ class LevenbergMarquardtConfig(DampingConfig):
     rate: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
     """What lambda is multiplied with a step while the model is good; w1 = rate^T_1."""
     confirmed: bool = False
-    """Lower lambda only while new mini-batches see the decrease that steps promised on their own."""
+    """Lower lambda only while new mini-batches see any decrease from the last steps."""
     gamma_rule: Literal["compared", "tied"] = "compared"
     """Where gamma comes from: comparing three every T_2 steps, or always sqrt(lambda + weight decay)."""
     gamma_every: Period = 20

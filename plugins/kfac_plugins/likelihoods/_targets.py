@@ -66,7 +66,7 @@ def require_matrix(y: Tensor, outputs: int, where: str, likelihood: str) -> None
 def _advice(y: Tensor, outputs: int) -> str:
     """What a vector in place of a matrix most probably is."""
     if y.is_floating_point():
-        return " (one number a case: give them as a column, .unsqueeze(1))" if outputs == 1 else ""
+        return " (one number an example: give them as a column, .unsqueeze(1))" if outputs == 1 else ""
     distinct = len(torch.unique(y.long()))
     if distinct > _MANY or outputs == 1:
         return (
@@ -86,8 +86,8 @@ def require_finite(y: Tensor, where: str) -> None:
     if bool(bad.any()):
         count, first = int(bad.sum()), int(bad.nonzero()[0, 0])
         raise DataError(
-            f"{where}: {count} of {y.shape[0]} cases hold NaN or infinity, the first is case {first}; remove or repair "
-            "them"
+            f"{where}: {count} of {y.shape[0]} examples hold NaN or infinity, the first is example {first}; remove or "
+            "repair them"
         )
 
 

@@ -127,7 +127,7 @@ class Categorical(Likelihood):
             return
         if y.ndim != 1:
             raise DataError(
-                f"{where}: the categorical likelihood needs shape (N,), one class number a case, found "
+                f"{where}: the categorical likelihood needs shape (N,), one class number an example, found "
                 f"{tuple(y.shape)}; {_advice(y)}"
             )
         if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
@@ -143,15 +143,15 @@ class Categorical(Likelihood):
             first = int(wrong.nonzero()[0, 0])
             raise DataError(
                 f"{where}: class numbers must lie in 0..{outputs - 1} (the model has {outputs} outputs), found "
-                f"{int(y[first])} at case {first} and {int(wrong.sum())} such cases in all; renumber the classes or "
-                f"give the model more outputs{self._padding(y, wrong)}"
+                f"{int(y[first])} at example {first} and {int(wrong.sum())} such examples in all; renumber the classes "
+                f"or give the model more outputs{self._padding(y, wrong)}"
             )
 
     def _padding(self, y: Tensor, wrong: Tensor) -> str:
         """What to do about labels that mark padding."""
         found = y[wrong]
         alone = bool((found == found[0]).all()) and int(found[0]) < 0
-        return f", or say likelihood.ignore_index={int(found[0])} if it marks cases that do not count" if alone else ""
+        return f", or say likelihood.ignore_index={int(found[0])} if it marks what does not count" if alone else ""
 
     def _check_probabilities(self, y: Tensor, outputs: int, where: str) -> None:
         wrong = self.unfit(y, outputs)
@@ -214,7 +214,7 @@ def _advice(y: Tensor) -> str:
     if y.ndim > 1 and y.shape[-1] == 1:
         whole = "" if not y.is_floating_point() else ".long()"
         return f"a column of class numbers becomes a vector with .squeeze({y.ndim - 1}){whole}"
-    return "from one-hot rows take .argmax(1)" if y.ndim == 2 else "give one class number a case"
+    return "from one-hot rows take .argmax(1)" if y.ndim == 2 else "give one class number an example"
 
 
 def _weighted(v: Tensor) -> Terms:

@@ -85,7 +85,7 @@ class FacesConfig(ProblemConfig):
     kind: Literal["faces"] = "faces"
     """Name of the implementation."""
     patches_per_image: Annotated[int, Field(ge=1, le=10_000)] = 414
-    """Patches cut from each of the 400 images; the paper's 414 make 103,500 training cases."""
+    """Patches cut from each of the 400 images; the paper's 414 make 103,500 training examples."""
 
     def data_status(self) -> DataStatus:
         """Where the Olivetti images are."""

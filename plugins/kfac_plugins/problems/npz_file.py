@@ -201,16 +201,16 @@ def _check_pairs(raw: dict[str, NDArray[Any]], path: Path) -> None:
         raise DataError(f"{path}: has y_test but no y_train; give both or none")
     for name, array in raw.items():
         if array.ndim == 0 or array.size == 0:
-            raise DataError(f"{path}: array '{name}' is empty, shape {array.shape}; give at least one case")
+            raise DataError(f"{path}: array '{name}' is empty, shape {array.shape}; give at least one example")
     for part in ("train", "test"):
         if f"y_{part}" in raw and len(raw[f"y_{part}"]) != len(raw[f"x_{part}"]):
             raise DataError(
-                f"{path}: x_{part} has {len(raw[f'x_{part}'])} cases, y_{part} has {len(raw[f'y_{part}'])}; each case "
-                "needs one target"
+                f"{path}: x_{part} has {len(raw[f'x_{part}'])} examples, y_{part} has {len(raw[f'y_{part}'])}; each "
+                "example needs one target"
             )
     if "x_test" in raw and raw["x_test"].shape[1:] != raw["x_train"].shape[1:]:
         raise DataError(
-            f"{path}: cases of x_test have shape {raw['x_test'].shape[1:]}, those of x_train "
+            f"{path}: examples of x_test have shape {raw['x_test'].shape[1:]}, those of x_train "
             f"{raw['x_train'].shape[1:]}; both must agree"
         )
 
@@ -260,8 +260,8 @@ def _real(array: NDArray[Any], where: str) -> NDArray[np.float32]:
     bad = ~np.isfinite(values).all(axis=1)
     if bad.any():
         raise DataError(
-            f"{where}: {int(bad.sum())} of {len(values)} cases hold NaN, infinity or numbers beyond float32, the first "
-            f"is case {int(bad.argmax())}; remove or repair them"
+            f"{where}: {int(bad.sum())} of {len(values)} examples hold NaN, infinity or numbers beyond float32, the "
+            f"first is example {int(bad.argmax())}; remove or repair them"
         )
     return values
 
@@ -277,8 +277,8 @@ def _labels(array: NDArray[Any], where: str, classes: int | None) -> NDArray[np.
         )
     if array.shape not in ((len(array),), (len(array), 1)):
         raise DataError(
-            f"{where} has shape {array.shape}; a classifier needs one class number a case, shape ({len(array)},); from "
-            "one-hot rows take .argmax(1), or set problem.task=regression if they are quantities"
+            f"{where} has shape {array.shape}; a classifier needs one class number an example, shape ({len(array)},); "
+            "from one-hot rows take .argmax(1), or set problem.task=regression if they are quantities"
         )
     labels = array.reshape(-1)
     top = "" if classes is None else f" to {classes - 1}"
@@ -286,7 +286,7 @@ def _labels(array: NDArray[Any], where: str, classes: int | None) -> NDArray[np.
     if wrong.any():
         first = int(wrong.argmax())
         raise DataError(
-            f"{where}: class numbers must be 0{top or ' or more'}, found {labels[first]} at case {first} and "
-            f"{int(wrong.sum())} such cases in all; renumber the classes{' or set problem.classes' if top else ''}"
+            f"{where}: class numbers must be 0{top or ' or more'}, found {labels[first]} at example {first} and "
+            f"{int(wrong.sum())} such examples in all; renumber the classes{' or set problem.classes' if top else ''}"
         )
     return labels.astype(np.int64)

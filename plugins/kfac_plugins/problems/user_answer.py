@@ -164,7 +164,7 @@ def _stacked(data: Dataset[Any], target: str) -> Any:
     except (TypeError, RuntimeError, ValueError) as error:
         raise DataError(
             f"{target}: the data set cannot be read into tensors ({str(error).splitlines()[0]}); needed are a length "
-            "and cases (input, target) of one shape, as tensors, arrays or numbers"
+            "and examples (input, target) of one shape, as tensors, arrays or numbers"
         ) from error
 
 

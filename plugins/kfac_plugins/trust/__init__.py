@@ -28,7 +28,7 @@ class UndoConfig(TrustConfig):
     """Name of the implementation."""
 
     attempts: Count = 8
-    """How often the first mini-batches are solved, with lambda raised in between, until a step is accepted."""
+    """How often the first mini-batch is solved, with lambda raised in between, until a step is accepted."""
     settling: Count = 10
     """Steps at the start, and after every step undone, in which each step is asked about."""
     bold: Annotated[float, Field(gt=0.0)] = 0.5
