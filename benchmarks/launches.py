@@ -149,17 +149,17 @@ def _steps_of(blocks: int, device: torch.device) -> dict[str, int]:
     found = {}
     for name in ("blockdiag", "tridiag"):
         model, tokens = _transformer(blocks, device)
-        approx = {**APPROXIMATIONS[name], "refresh_growth": None, "refresh_share": None}
+        approx = {**APPROXIMATIONS[name], "refresh_growth": None, "refresh_share": None, "refresh_every": _ADAPTS}
         # Large and fixed: no step is looked at, and none goes far.
         damping = {"kind": "fixed", "lambda0": 1.0}
         optimizer = KFAC(model, likelihood="categorical", approx=approx, damping=damping, trust="none")
         counts = []
-        for _ in range(_REFRESH):
+        for _ in range(_ADAPTS):
             with torch_threads(1), Launches() as launches:
                 optimizer.step(tokens, tokens)
             counts.append(sum(launches.operations.values()))
         found[f"{name}, ordinary"] = counts[_ORDINARY - 1]
-        found[f"{name}, refresh alone"] = counts[_REFRESH - 1] - counts[_ORDINARY - 1]
+        found[f"{name}, refresh alone"] = counts[_ADAPTS - 1] - counts[_ORDINARY - 1]
     return found
 
 

@@ -45,7 +45,7 @@ LONG = [
     "test_examples",
     "test_docs",
 ]
-"""Files that come first: of two processes, one would be left alone with the last of them in the end."""
+"""Files that come first: of several processes, one would be left alone with the last of them in the end."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -143,7 +143,7 @@ def _nest() -> None:
     import kfacore.lab.studies.zygote as zygote
     import kfacore.lab.training.loop as loop
 
-    zygote._preload()
+    zygote._preload(others=True)
     loop.draw_run = lambda *_: ()
     local.subprocess = type("Forking", (), {"Popen": ForkedZygote, "PIPE": -1, "TimeoutExpired": TimeoutError})
     runners: set[int] = set()

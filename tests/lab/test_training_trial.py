@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import accumulate
 from typing import Any
 
@@ -56,6 +57,23 @@ def test_what_is_kept_grows_with_words_times_width(kind: Kind) -> None:
     assert sides["emb.weight"] == wanted[kind]
     if kind == "untied":
         assert sides["head.weight"] == ("full", "diagonal")
+
+
+def test_the_profiler_says_nothing_and_others_are_heard(capfd: pytest.CaptureFixture[str]) -> None:
+    x, y = torch.randn(5, 3), torch.randint(0, 2, (5,))
+
+    def speak(*_: object) -> None:
+        os.write(2, b"another\n")
+
+    def build() -> KFAC:
+        os.write(2, b"a word\n")
+        optimizer = KFAC(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), likelihood="categorical")
+        optimizer.linearizer.model.register_forward_hook(speak)
+        return optimizer
+
+    step_memory(build, x, y, 3)
+    said = capfd.readouterr().err.splitlines()
+    assert set(said) == {"a word", "another"}
 
 
 def test_few_examples_are_measured_as_they_are() -> None:

@@ -45,16 +45,30 @@ _TICK = 0.05
 def main() -> int:
     """Run the program: ``python -m kfacore.lab.studies.zygote STUDY``."""
     study = Path(sys.argv[1])
-    _preload()
+    _preload(others=_names_optimizers(study))
     serve(study, sys.stdin.fileno(), sys.stdout.fileno())
     return 0
 
 
-def _preload() -> None:
-    """Import what every run needs, so that no run waits for it; nothing here starts a thread."""
+def _names_optimizers(study: Path) -> bool:
+    """Whether a variant may be trained by something else than K-FAC."""
+    try:
+        return '"optimizer"' in (study / "study.json").read_text(encoding="utf-8")
+    except OSError:
+        return True
+
+
+def _preload(*, others: bool) -> None:
+    """Import what every run needs, so that no run waits for it; nothing here starts a thread.
+
+    Args:
+        others: Also what torch imports when the first optimizer of its own is made, which takes seconds.
+    """
     import matplotlib.backends.backend_agg
     import matplotlib.font_manager  # noqa: F401  # for the pictures at the end of a run
-    import torch._dynamo  # noqa: F401  # which torch imports when the first optimizer is made: seconds
+
+    if others:
+        import torch._dynamo  # noqa: F401
 
     import kfacore.lab.config.resolve
     import kfacore.lab.training.loop  # noqa: F401

@@ -10,7 +10,11 @@ highest point. Where the two curves cannot be laid on each other, their highest 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -24,6 +28,9 @@ from kfacore.optim.kfac import KFAC
 from kfacore.registry import get_registry
 
 __all__ = ["StepMemory", "step_memory"]
+
+_PROFILER = (b"SyncActivityProfilerHandler.cpp", b"CPUAllocator.cpp")
+"""In lines that are about the profiler's own beginning and end, and about what was allocated before it."""
 
 _MOST = 8
 """Examples of the smaller of the two trials, at most."""
@@ -63,6 +70,12 @@ def step_memory(
     Raises:
         KfacError: What the run's first step would refuse.
     """
+    with _few_to_collect():
+        return _measured(build, inputs, targets, examples, share)
+
+
+def _measured(build: Callable[[], KFAC], inputs: Any, targets: Tensor, examples: int, share: float) -> StepMemory:
+    """From one curve or two."""
     there = len(targets)
     few = min(_MOST, max(2, round(1.0 / share)))
     if examples <= min(2 * few, there):
@@ -79,6 +92,19 @@ def step_memory(
         small, large = [max(small)], [max(large)]
     steps = (examples - many) / (many - few)
     return StepMemory(examples, round(max(b + (b - a) * steps for a, b in zip(small, large, strict=True))), many)
+
+
+@contextmanager
+def _few_to_collect() -> Iterator[None]:
+    """Each curve begins with a collection of garbage, which need not look at all that was there before."""
+    own = gc.get_freeze_count() == 0
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if own:
+            gc.unfreeze()
 
 
 def _curve(build: Callable[[], KFAC], inputs: Any, targets: Tensor, examples: int) -> list[int]:
@@ -101,13 +127,36 @@ def _curve(build: Callable[[], KFAC], inputs: Any, targets: Tensor, examples: in
         torch.cuda.reset_peak_memory_stats(device)
         steps()
         return [torch.cuda.max_memory_allocated(device) - before + kept]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _unspoken(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         steps()
     found = profiler.profiler
     assert found is not None
     assert found.kineto_results is not None
     sizes = [event.nbytes() for event in found.kineto_results.events() if event.name() == "[memory]"]
     return list(accumulate(sizes, initial=kept))
+
+
+@contextmanager
+def _unspoken() -> Iterator[None]:
+    """What torch's profiler itself writes to standard error, past Python, is left out; all else comes afterwards."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        sys.stderr.flush()
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            held.seek(0)
+            others = [line for line in held if not any(mark in line for mark in _PROFILER)]
+            if others:
+                os.write(2, b"".join(others))
 
 
 def _busiest(optimizer: KFAC) -> int:

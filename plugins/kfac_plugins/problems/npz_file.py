@@ -120,6 +120,8 @@ def suggested_likelihood(path: Path, task: Task | None) -> tuple[str, str]:
     if name not in raw or not raw[name].size:  # `load` says what is wrong
         return "gaussian", ""
     y = raw[name]
+    if y.dtype.kind not in "fuib":  # likewise
+        return "gaussian", ""
     if (task or _infer({"y_train": y} if name == "y_train" else {})) == "classifier":
         if task is None and not are_classes(y):  # quantities or ids: the likelihood's check says what to do
             return "gaussian", ""
@@ -254,7 +256,9 @@ def _real(array: NDArray[Any], where: str) -> NDArray[np.float32]:
     import numpy as np
 
     if array.dtype.kind not in "fuib":
-        raise DataError(f"{where} has dtype {array.dtype}; needed are real numbers")
+        words = array.dtype.kind in "USO" and array.shape[1] == 1
+        advice = "; number the classes of words, numpy.unique(y, return_inverse=True)[1]" if words else ""
+        raise DataError(f"{where} has dtype {array.dtype}; needed are real numbers{advice}")
     with np.errstate(over="ignore"):  # numbers beyond float32 become infinite and are reported as such
         values = array.astype(np.float32)
     bad = ~np.isfinite(values).all(axis=1)
