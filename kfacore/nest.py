@@ -46,10 +46,10 @@ def cases_of(nest: Any) -> int:
     """
     sizes = {tuple(tensor.shape[:1]) for tensor in tensors_of(nest)}
     if not sizes:
-        raise DataError(f"inputs: found no tensor in a {type(nest).__name__}; of an array give torch.as_tensor(x)")
+        raise DataError(f"inputs: no tensor found, but {type(nest).__name__}; convert arrays with torch.as_tensor(x)")
     if len(sizes) != 1 or () in sizes:
         found = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(nest))
-        raise DataError(f"inputs: every tensor's first dimension must be the example; found shapes {found}")
+        raise DataError(f"inputs: every tensor's first dimension must count the examples; found shapes {found}")
     (count,) = sizes.pop()
     if count == 0:
         raise DataError("inputs: the mini-batch has no examples")

@@ -44,8 +44,8 @@ def test_cases() -> None:
 @pytest.mark.parametrize(
     ("nest", "message"),
     [
-        (None, "found no tensor in a NoneType"),
-        ([], "found no tensor in a list"),
+        (None, "no tensor found, but NoneType"),
+        ([], "no tensor found, but list"),
         (torch.tensor(1.0), r"found shapes \(\)"),
         ([A, torch.ones(2, 2)], r"found shapes \(3, 2\), \(2, 2\)"),
         ([A, torch.tensor(1.0)], r"found shapes \(3, 2\), \(\)"),

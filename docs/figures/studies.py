@@ -29,6 +29,7 @@ def collected(results: Results, commit: str) -> dict[str, Any]:
     machines = {run.manifest.get("cpu", "") for run in results.runs if run.manifest}
     return {
         "what": study.description,
+        "command": f"kfac study run studies/{study.name}.toml",
         "commit": commit,
         "machine": ", ".join(sorted(filter(None, machines))),
         "threads": study.threads,
@@ -99,4 +100,6 @@ def main(commit: str, *folders: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

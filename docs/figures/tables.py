@@ -17,6 +17,8 @@ from kfacore.schema.presets import PRESETS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # for `benchmarks`
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ROBUST = ROOT / "benchmarks" / "results" / "robust.json"
 """Runs of ``python -m benchmarks robust``, if they are in the repository: its table is empty without them."""
@@ -95,25 +97,42 @@ STUDIES = {
 """Ready studies and the heads of their columns; a budget is added. The ablation is in a note."""
 
 
-def studies(file: Path = HERE / "studies.json") -> str:
-    """Every variant of the ready studies at the end, smallest mean of each in bold."""
+SHORT = ("figure4-curves", "figure4-mnist", "networks-gpt", "networks-cnn")
+"""Of these the README has what people choose between."""
+
+
+def studies(names: Iterable[str] = STUDIES, leave_out: Iterable[str] = ()) -> str:
+    """Every variant of ready studies at the end, the smallest mean of each in bold."""
+    file = HERE / "studies.json"
     found: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
-    shown = {name: found[name] for name in STUDIES if name in found}
+    shown = {name: found[name] for name in names if name in found}
     head = [f"{STUDIES[name]}, {_budget(study['budget'])}" for name, study in shown.items()]
-    best = {name: min(row["mean"] for row in study["rows"].values() if row["mean"]) for name, study in shown.items()}
+    kept = {name: {v: row for v, row in study["rows"].items() if v not in leave_out} for name, study in shown.items()}
+    best = {
+        name: min((row["mean"] for row in rows.values() if row["mean"]), default=None) for name, rows in kept.items()
+    }
     lines = []
-    for variant in dict.fromkeys(variant for study in shown.values() for variant in study["rows"]):
-        rows = [(name, study["rows"].get(variant)) for name, study in shown.items()]
-        cells = [
-            "" if row is None else f"**{row['end']}**" if row["mean"] == best[name] else row["end"]
-            for name, row in rows
-        ]
+    for variant in dict.fromkeys(variant for rows in kept.values() for variant in rows):
+        found_here = [(rows.get(variant), best[name]) for name, rows in kept.items()]
+        cells = ["" if row is None else _marked(row["end"], row["mean"] == smallest) for row, smallest in found_here]
         lines.append([variant, *cells])
     return table(["", *head], lines)
 
 
+def results() -> str:
+    """The README's part of `studies`."""
+    return studies(SHORT, leave_out=("tridiag, no momentum", "ekfac"))
+
+
+def _marked(text: str, bold: bool) -> str:
+    return f"**{text}**" if bold else text
+
+
+UNITS = {"seconds": "s", "steps": "steps", "cases": "examples"}
+
+
 def _budget(budget: dict[str, float]) -> str:
-    return ", ".join(f"{value:g} {'s' if key == 'seconds' else key}" for key, value in budget.items())
+    return ", ".join(f"{value:,.0f} {UNITS[key]}" for key, value in budget.items())
 
 
 def _names(records: list[dict[str, Any]], key: str) -> list[str]:
@@ -124,7 +143,13 @@ def _short(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-MADE: dict[str, Callable[[], str]] = {"preset": preset, "robust": robust, "real": real, "studies": studies}
+MADE: dict[str, Callable[[], str]] = {
+    "preset": preset,
+    "robust": robust,
+    "real": real,
+    "studies": studies,
+    "results": results,
+}
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -156,6 +181,5 @@ def _word(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # for `benchmarks`
     for document in DOCUMENTS:
         document.write_text(written(document.read_text(encoding="utf-8")), encoding="utf-8")

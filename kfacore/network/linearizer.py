@@ -150,7 +150,7 @@ class Linearizer:
         return map_nest(torch.clone, inputs) if self.facts is not None and self.facts.overwrites else inputs
 
     def changed(self) -> list[str]:
-        """Trainable parameters that were frozen, unfrozen or replaced since the blocks were found, one line each."""
+        """Parameters that were frozen, unfrozen, reshaped or replaced since the blocks were found, one line each."""
         return self._kept.changed()
 
     def moved(self) -> None:

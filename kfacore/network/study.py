@@ -213,7 +213,7 @@ class Study:
         """Whether cases are mixed, and why a mini-batch is not cut."""
         n = common_cases(self._inputs)
         if n is None:
-            return True, "the inputs hold more than tensors whose first dimension is the example"
+            return True, "the inputs hold more than tensors whose first dimension counts the examples"
         if n != z.shape[0]:
             return True, f"the outputs have {z.shape[0]} rows for {n} examples of inputs"
         try:

@@ -50,7 +50,7 @@ def require_finite(
     step: int,
     damping: tuple[Tensor, Tensor],
     deferred: DeferredRefusal | None = None,
-    named: Mapping[str, Tensor] | None = None,
+    held: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Refuse to go on from NaN or infinity, and say where it came from. Waits for the device.
 
@@ -62,7 +62,7 @@ def require_finite(
         step: Number of the step.
         damping: lambda and gamma, for the message.
         deferred: Wrong targets that only the device knows of.
-        named: The parameters before the step, for the message.
+        held: The model's parameters and buffers before the step, for the message.
 
     Raises:
         DataError: The mini-batch has NaN or infinity, or an earlier one had wrong targets.
@@ -84,20 +84,27 @@ def require_finite(
                 f"or infinity, the first is example {int(bad.nonzero()[0, 0])}; remove or repair them"
             )
     lam, gamma = float(damping[0]), float(damping[1])
-    if step == 1 and named is not None:
-        bad = next((name for name, parameter in named.items() if not bool(torch.isfinite(parameter).all())), None)
-        cause = (
-            "inputs, targets and parameters are: the forward pass makes NaN or infinity of them (0 / 0, the logarithm "
-            "of a negative number, an overflow)"
-            if bad is None
-            else f"the data is: the parameter {bad} holds NaN or infinity; initialise or load it anew"
-        )
-        raise NumericalError(f"step 1: the {what} is not finite, though {cause}")
+    if step == 1 and held is not None:
+        raise _from_the_start(what, held)
     # Ten times what it fell apart with; a lambda of 0 (constant damping by gamma alone) has no multiple.
     larger = f"damping.lambda0={10.0 * lam:.2g}" if 0.0 < lam < math.inf else f"damping.gamma={10.0 * gamma:.2g}"
     raise NumericalError(
         f"step {step}: the {what} is not finite (lambda {lam:g}, gamma {gamma:g}); the parameters have diverged, or an "
         f"earlier mini-batch held NaN or infinity. Check the data, or try a larger damping, --set {larger}"
+    )
+
+
+def _from_the_start(what: str, held: Mapping[str, Tensor]) -> NumericalError:
+    """No step has been taken and the data is finite, so no damping is to blame."""
+    culprit = next((name for name, tensor in held.items() if not bool(torch.isfinite(tensor).all())), None)
+    if culprit is not None:
+        return NumericalError(
+            f"step 1: the {what} is not finite, and {culprit} holds NaN or infinity; initialise or load it anew"
+        )
+    return NumericalError(
+        f"step 1: the {what} is not finite, though data, parameters and buffers are: the forward pass makes NaN or "
+        "infinity of them (0 / 0, the logarithm of a negative number, an overflow). Look at what each layer returns "
+        "for this mini-batch; smaller inputs or first weights help against an overflow"
     )
 
 

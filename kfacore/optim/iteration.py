@@ -357,8 +357,11 @@ class Iteration:
     def _require_finite(self, what: str, value: Tensor, at: At) -> None:
         damping, deferred = self._parts.damping, self._parts.loss.deferred
         found = damping.lam, damping.gamma
-        named = self._parts.linearizer.named if what == "objective" else None
-        require_finite(what, value, at.inputs, at.targets, step=at.step, damping=found, deferred=deferred, named=named)
+        held = None
+        if at.step == 1 and what == "objective":
+            model = self._parts.linearizer.model
+            held = {name: each.detach() for name, each in (*model.named_parameters(), *model.named_buffers())}
+        require_finite(what, value, at.inputs, at.targets, step=at.step, damping=found, deferred=deferred, held=held)
 
     def _agree_on_buffers(self) -> None:
         """Buffers that a forward pass moves, as running statistics, become the mean over processes."""

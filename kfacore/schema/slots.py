@@ -158,9 +158,8 @@ class MomentumConfig(SlotConfig):
     """At least this many examples for the quadratic model, even if tau2 is a smaller share. With R > 1 positions an
     example, as in text: 2 min_cases / R examples, at least 4."""
     slope: Literal["batch", "model"] = "batch"
-    """Whose gradient the quadratic model has: the whole mini-batch's, or that of the examples which its curvature is
-    of.
-    With tau2 = 1 they are the same."""
+    """Whose gradient the quadratic model has: the whole mini-batch's, or that of the examples of its curvature. With
+    tau2 = 1 they are the same."""
     iterations: Annotated[int, Field(strict=True, ge=1)] = 1
     """Steps taken on the quadratic model before the parameters move, all with its one gradient; 1 is the paper's."""
     iterations_from: Annotated[int, Field(strict=True, ge=1)] = 1

@@ -491,21 +491,28 @@ def test_targets_that_are_not_finite(value: float) -> None:
         KFAC(dense.net(SIZES), likelihood="gaussian").step(x, y)
 
 
-def test_the_first_forward_pass_is_not_finite() -> None:
+@pytest.mark.parametrize("where", ["trained", "frozen", "buffer"])
+def test_nan_before_the_first_step_is_named(where: str) -> None:
     """No damping mends what was so before the first step."""
     x, y = data()
-    model = dense.net(SIZES)
+    model = nn.Sequential(nn.Linear(SIZES[0], 4), nn.BatchNorm1d(4), nn.Linear(4, SIZES[-1])).to(x.dtype).eval()
+    tensor = model[1].running_mean if where == "buffer" else model[0].bias
     with torch.no_grad():
-        model[2].bias[0] = math.nan
-    with pytest.raises(NumericalError, match=r"though the data is: the parameter 2\.bias holds NaN or infinity"):
+        tensor[0] = math.nan
+    model[0].bias.requires_grad_(where != "frozen")
+    name = "1.running_mean" if where == "buffer" else "0.bias"
+    with pytest.raises(NumericalError, match=rf"^step 1: .*and {name} holds NaN or infinity; initialise or load it"):
         KFAC(model, likelihood="gaussian").step(x, y)
 
+
+def test_a_forward_pass_that_makes_nan_of_finite_numbers() -> None:
     class Root(nn.Module):
         def forward(self, s: torch.Tensor) -> torch.Tensor:
             return s.sqrt()
 
+    x, y = data()
     model = nn.Sequential(nn.Linear(SIZES[0], 4), Root(), nn.Linear(4, SIZES[-1])).to(x.dtype)
-    with pytest.raises(NumericalError, match=r"parameters are: the forward pass makes NaN or infinity of them"):
+    with pytest.raises(NumericalError, match=r"the forward pass makes NaN or infinity of them .* each layer returns"):
         KFAC(model, likelihood="gaussian").step(x, y)
 
 

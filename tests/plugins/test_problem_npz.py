@@ -135,7 +135,7 @@ def spoiled(value: float) -> np.ndarray:
         ({"x_train": spoiled(1e300)}, "beyond float32"),
         ({"x_train": X + 1j}, "dtype complex128"),
         ({"x_train": np.full((3, 2), "a")}, "dtype <U1; needed are real numbers$"),
-        ({"x_train": X, "y_train": np.full(12, "cat")}, r"'y_train' has dtype <U3; .*number the classes of words"),
+        ({"x_train": X, "y_train": np.full(12, "cat")}, r"'y_train' has dtype <U3; .*number words with numpy.unique"),
         ({"x_train": np.array([[1, None]], dtype=object)}, "Python objects"),
         ({"x_train": X, "y_train": LABELS[:11]}, "x_train has 12 examples, y_train has 11"),
         ({"x_train": X, "y_train": LABELS - 1}, "'y_train': class numbers must be 0 or more, found -1 at example 0"),

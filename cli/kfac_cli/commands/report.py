@@ -35,7 +35,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
     ) -> None:
-        """Compare runs: errors, steps, cases, seconds, and curves in one picture."""
+        """Compare runs: errors, steps, examples, seconds, and curves in one picture."""
         from kfacore.lab.training.report import compare
 
         rows, plots = compare(runs, target=target, measure=measure, out=out)

@@ -51,10 +51,13 @@ def main() -> int:
 
 
 def _names_optimizers(study: Path) -> bool:
-    """Whether a variant may be trained by something else than K-FAC."""
+    """Whether a variant is trained by something else than K-FAC, or nobody knows."""
     try:
-        return '"optimizer"' in (study / "study.json").read_text(encoding="utf-8")
-    except OSError:
+        content = json.loads((study / "study.json").read_text(encoding="utf-8"))
+        tables = [content["base"], *(variant["overrides"] for variant in content["variants"])]
+        chosen = [table["optimizer"] for table in tables if "optimizer" in table]
+        return any((each.get("kind", "kfac") if isinstance(each, dict) else each) != "kfac" for each in chosen)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from kfacore.roles import Likelihood, Problem
 
 __all__ = ["FactorInfo", "LayerRow", "ModelTable", "describe"]
+
+logger = logging.getLogger("kfacore.lab.training")
 
 _FEW = 16
 """Examples that the model is tried on."""
@@ -174,7 +177,8 @@ def _step_memory(
     try:
         with torch.random.fork_rng():
             return step_memory(build, few.inputs, few.targets, examples, share)
-    except NumericalError:
+    except NumericalError as error:
+        logger.warning("no memory of a step: %s", error)
         return None
 
 

@@ -9,6 +9,7 @@ highest point. Where the two curves cannot be laid on each other, their highest 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -97,14 +98,15 @@ def _measured(build: Callable[[], KFAC], inputs: Any, targets: Tensor, examples:
 @contextmanager
 def _few_to_collect() -> Iterator[None]:
     """Each curve begins with a collection of garbage, which need not look at all that was there before."""
-    own = gc.get_freeze_count() == 0
+    if gc.get_freeze_count():  # somebody else's
+        yield
+        return
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        if own:
-            gc.unfreeze()
+        gc.unfreeze()
 
 
 def _curve(build: Callable[[], KFAC], inputs: Any, targets: Tensor, examples: int) -> list[int]:
@@ -139,24 +141,32 @@ def _curve(build: Callable[[], KFAC], inputs: Any, targets: Tensor, examples: in
 @contextmanager
 def _unspoken() -> Iterator[None]:
     """What torch's profiler itself writes to standard error, past Python, is left out; all else comes afterwards."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # there is none
-        yield
-        return
-    with tempfile.TemporaryFile() as held:
-        sys.stderr.flush()
+    with contextlib.ExitStack() as opened:
+        try:
+            held = opened.enter_context(tempfile.TemporaryFile())
+            kept = os.dup(2)
+        except OSError:  # no standard error, or nowhere to keep it
+            yield
+            return
+        _flush()
         os.dup2(held.fileno(), 2)
         try:
             yield
         finally:
-            sys.stderr.flush()
+            _flush()
             os.dup2(kept, 2)
             os.close(kept)
             held.seek(0)
-            others = [line for line in held if not any(mark in line for mark in _PROFILER)]
-            if others:
-                os.write(2, b"".join(others))
+            others = b"".join(line for line in held if not any(mark in line for mark in _PROFILER))
+            with contextlib.suppress(OSError), open(2, "wb", closefd=False) as out:
+                out.write(others)
+
+
+def _flush() -> None:
+    """What Python holds back for standard error, if there is one."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
 
 
 def _busiest(optimizer: KFAC) -> int:

@@ -256,9 +256,7 @@ def _real(array: NDArray[Any], where: str) -> NDArray[np.float32]:
     import numpy as np
 
     if array.dtype.kind not in "fuib":
-        words = array.dtype.kind in "USO" and array.shape[1] == 1
-        advice = "; number the classes of words, numpy.unique(y, return_inverse=True)[1]" if words else ""
-        raise DataError(f"{where} has dtype {array.dtype}; needed are real numbers{advice}")
+        raise DataError(f"{where} has dtype {array.dtype}; needed are real numbers{_number_words(array, where)}")
     with np.errstate(over="ignore"):  # numbers beyond float32 become infinite and are reported as such
         values = array.astype(np.float32)
     bad = ~np.isfinite(values).all(axis=1)
@@ -270,15 +268,20 @@ def _real(array: NDArray[Any], where: str) -> NDArray[np.float32]:
     return values
 
 
+def _number_words(array: NDArray[Any], where: str) -> str:
+    """What to do with labels that are words."""
+    if array.dtype.kind not in "US" or "y_" not in where:
+        return ""
+    return "; number words with numpy.unique(labels, return_inverse=True)[1] on all labels together"
+
+
 def _labels(array: NDArray[Any], where: str, classes: int | None) -> NDArray[np.int64]:
     """Class numbers, (N,) or (N, 1) -> (N,) int64."""
     import numpy as np
 
     if array.dtype.kind not in "uib":
-        raise DataError(
-            f"{where} has dtype {array.dtype}; a classifier needs integer class numbers (or set "
-            "problem.task=regression)"
-        )
+        advice = _number_words(array, where) or " (or set problem.task=regression)"
+        raise DataError(f"{where} has dtype {array.dtype}; a classifier needs integer class numbers{advice}")
     if array.shape not in ((len(array),), (len(array), 1)):
         raise DataError(
             f"{where} has shape {array.shape}; a classifier needs one class number an example, shape ({len(array)},); "
