@@ -80,7 +80,7 @@ def _lines(found: dict[str, Any]) -> Iterator[list[str]]:
         lost = f" ({row['lost']} of {row['runs']} lost)" if row["lost"] else ""
         targets = [row["to target"].get(axis, [None, 0])[0] for axis in ("step", "seconds")]
         yield [
-            f"**{name}**" if name == found["reference"] else f"{name}{tuned}",
+            f"**{name}**{tuned}" if name == found["reference"] else f"{name}{tuned}",
             f"{row['end']}{lost}",
             *apart,
             amount(row["steps"]),
