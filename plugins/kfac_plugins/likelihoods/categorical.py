@@ -213,8 +213,8 @@ def _advice(y: Tensor) -> str:
     """What makes class numbers of it."""
     if y.ndim > 1 and y.shape[-1] == 1:
         whole = "" if not y.is_floating_point() else ".long()"
-        file = " (in a file: save integers)" if whole else ""
-        return f"a column of class numbers becomes a vector with .squeeze({y.ndim - 1}){whole}{file}"
+        file = "a file should hold integers; " if whole else ""
+        return f"{file}a column of class numbers becomes a vector with .squeeze({y.ndim - 1}){whole}"
     return "from one-hot rows take .argmax(1)" if y.ndim == 2 else "give one class number an example"
 
 
