@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from kfacore.errors import DataError
 from kfacore.roles.base import Part
 from kfacore.roles.block import Block
 from kfacore.schema.slots import LayerConfig
@@ -39,7 +41,15 @@ class Use:
     extras: Mapping[str, Tensor]
 
     def first(self, cases: int) -> Use:
-        """The same use by the first cases alone; its output stays whole, because it is the graph's."""
+        """The same use by the first cases alone; its output stays whole, because it is the graph's.
+
+        Raises:
+            DataError: The layer was given a sparse tensor, which has no rows to take.
+        """
+        if self.inputs.layout is not torch.strided:
+            raise DataError(
+                "inputs: a layer got a sparse tensor, of which curvature takes no rows; make it dense with .to_dense()"
+            )
         return replace(self, inputs=self.inputs[:cases], extras={k: v[:cases] for k, v in self.extras.items()})
 
 

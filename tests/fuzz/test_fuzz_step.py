@@ -58,7 +58,7 @@ def spoiled(draw: st.DrawFn, tensor: Tensor) -> Any:
                 tensor.reshape(-1)[place] = torch.tensor(value, dtype=torch.float64).to(tensor.dtype)
             case "all":
                 value = torch.tensor(draw(st.sampled_from(VALUES)), dtype=torch.float64)
-                tensor = torch.full_like(tensor, 0) + value.to(tensor.dtype)
+                tensor = value.to(tensor.dtype).expand(tensor.shape).clone()  # torch adds no unsigned integers
             case "dtype":
                 tensor = tensor.to(draw(st.sampled_from(DTYPES)))
             case "shape":

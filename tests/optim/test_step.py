@@ -516,6 +516,18 @@ def test_a_forward_pass_that_makes_nan_of_finite_numbers() -> None:
         KFAC(model, likelihood="gaussian").step(x, y)
 
 
+def test_sparse_inputs_are_refused_where_the_model_itself_takes_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3), nn.Dropout(0.1)).double()
+    optimizer = KFAC(model, likelihood="categorical")
+    x, y = data(8)[0], torch.arange(8) % 3
+    optimizer.step(x, y)
+    before = dense.theta(model)
+    with pytest.raises(DataError, match=r"sparse .*\.to_dense\(\)"):
+        optimizer.step(x.to_sparse(), y)
+    assert torch.equal(dense.theta(model), before)
+    optimizer.step(x, y)
+
+
 def test_a_parameter_that_got_another_shape() -> None:
     model = dense.net(SIZES)
     optimizer = KFAC(model, likelihood="gaussian")
