@@ -123,6 +123,8 @@ class Loss:
     ) -> tuple[Tensor, Tensor | None]:
         """Rows of targets in the dtypes that likelihoods take, and on an accelerator which of them are wrong."""
         outputs = layout.outputs
+        if y.is_floating_point() and y.dtype.itemsize == 1:  # torch can do next to nothing with 8 bits
+            y = y.float()
         form = y.shape[1:], y.dtype, layout
         if counts is not None and len(y) == len(counts):
             y = fill_invalid(y if y.is_floating_point() else y.long(), counts)

@@ -80,6 +80,12 @@ def test_wrong_targets_in_any_mini_batch(likelihood: str, value: Any, message: s
     optimizer.step(inputs(), y)
 
 
+def test_targets_of_eight_bits_are_those_of_more() -> None:
+    y = good("bernoulli")
+    losses = [KFAC(net(), likelihood="bernoulli").step(inputs(), t).loss for t in (y, y.to(torch.float8_e4m3fn))]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("form", ["column", "float column", "one-hot"])
 def test_advice_about_the_shape_of_labels_is_right(form: str) -> None:
     y = good("categorical")
