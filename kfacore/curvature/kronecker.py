@@ -16,15 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kfacore.curvature.linalg import CholeskyRoot, Root, Spd, factor_spd, gammas_of, pi_of
-from kfacore.curvature.tempering import Arrived, Tempered, temper
+from kfacore.curvature.linalg import factor_spd, gammas_of, pi_of
+from kfacore.curvature.spd import CholeskyRoot, Root, Spd
+from kfacore.curvature.tempering import ByInverse, Tempered, temper
 from kfacore.roles.block import Block
 from kfacore.roles.inverse import Notice
 from kfacore.schema.slots import PiRule
 
 __all__ = ["Damped", "DampedFactors", "damp", "ready", "symmetric"]
 
-Factor = Spd | Tempered | Arrived
+Factor = Spd | Tempered | ByInverse
 
 
 def symmetric(values: Sequence[Tensor]) -> list[Tensor]:
@@ -70,13 +71,13 @@ class DampedFactors:
 
 
 def _state_of(factor: Factor) -> dict[str, Any]:
-    return factor.state_dict() if isinstance(factor, Arrived) else dict(vars(factor))
+    return factor.state_dict() if isinstance(factor, ByInverse) else dict(vars(factor))
 
 
 def _factor_of(state: Mapping[str, Any]) -> Factor:
     if "base" in state:
         return Spd(**state)
-    return Arrived(**state) if "power" in state else Tempered(**state)
+    return ByInverse(**state) if "power" in state else Tempered(**state)
 
 
 class Damped(NamedTuple):
@@ -130,7 +131,7 @@ def damp(
         factors, lower, notices = factor_spd([*A, *G], shifts, names, keep_lower=keep_roots)
         roots = [CholeskyRoot(L, factor) for L, factor in zip(lower, factors, strict=keep_roots)]
     else:
-        factors, notices = temper([*A, *G], shifts, names, power)
+        factors, notices = temper([*A, *G], shifts, names, power, vectors=keep_roots)
         roots = factors if keep_roots else []
     count = len(layers)
     return Damped(

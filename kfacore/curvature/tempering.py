@@ -12,27 +12,28 @@ block becomes gamma^2 (Ad (x) Gd / gamma^2)^p, whatever pi is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kfacore import host
 from kfacore.curvature.linalg import (
     EIGENPROBLEM,
-    Root,
     eigh_again,
     eigh_batch,
     eigh_psd,
     in_batches,
-    shifted,
     try_eigh,
 )
+from kfacore.curvature.roots import inverse_roots, ratios
+from kfacore.curvature.spd import Root, shifted
 from kfacore.errors import NumericalError
 from kfacore.roles.inverse import Notice
 
-__all__ = ["Arrived", "Tempered", "powers_of", "temper", "untempered"]
+__all__ = ["ByInverse", "Tempered", "powers_of", "temper", "untempered"]
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,10 @@ class Tempered(Root):
         return self.rows.T @ (V * self.tempered.rsqrt().unsqueeze(1))
 
 
-class Arrived(Root):
-    """A tempered factor that another process made: its inverse is here, the rest is made of that when it is asked for.
+class ByInverse(Root):
+    """A tempered factor known by its inverse: the rest is made of that when it is asked for.
+
+    Another process made it, or it was made in products alone (`kfacore.curvature.roots`).
 
     Args:
         inverse: D^-1.
@@ -116,15 +119,22 @@ class Arrived(Root):
 
 
 def temper(
-    bases: Sequence[Tensor], shifts: Sequence[Tensor], names: Sequence[tuple[str, str]], power: float
-) -> tuple[list[Tempered | Arrived], list[Notice]]:
-    """Compress the spectrum of damped factors, with one wait for the device in all.
+    bases: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    names: Sequence[tuple[str, str]],
+    power: float,
+    *,
+    vectors: bool = True,
+) -> tuple[list[Tempered | ByInverse], list[Notice]]:
+    """Compress the spectrum of damped factors, with one wait for the device in all, or two.
 
     Args:
         bases: Positive semi-definite X, symmetric up to rounding; not kept.
         shifts: c of each, scalars above 0.
         names: (layer, factor) of each, for notices.
         power: p in (0, 1].
+        vectors: Whether roots are wanted, which eigenvectors give. Without them square roots are made in products
+            alone where those are fast (`kfacore.host.products_are_fast`).
 
     Returns:
         D of each, and a notice for each eigenproblem that needed double precision.
@@ -132,40 +142,93 @@ def temper(
     Raises:
         NumericalError: A factor is not finite, there is no damping, or an eigenproblem failed; names the layer.
     """
-    here: dict[int, Tempered] = {}
-
-    def one(i: int) -> tuple[Tempered | Arrived, Tensor]:
-        # Kept by nobody: what is alive here is alive once a core.
-        values, vectors, count = try_eigh(shifted(bases[i], shifts[i]), bases[i].dtype)
-        here[i], fine = powers_of(values, vectors, shifts[i], power)
-        return here[i], torch.stack([count >= 0, fine])
-
-    def several(batch: list[int]) -> list[tuple[Tempered | Arrived, Tensor]]:
-        damped, adds = torch.stack([bases[i] for i in batch]), torch.stack([shifts[i] for i in batch])
-        damped.diagonal(dim1=1, dim2=2).add_(adds.to(damped.dtype).unsqueeze(1))
-        values, vectors, solved = eigh_batch(damped)
-        factors, fine = powers_of(values, vectors, adds, power)
-        parts = [Tempered(*x) for x in zip(*(x.unbind() for x in vars(factors).values()), strict=True)]
-        here.update(zip(batch, parts, strict=True))
-        return list(zip(parts, torch.stack([solved, fine], 1), strict=True))
-
-    def arrived(i: int, inverse: Tensor, checks: Tensor) -> tuple[Tempered | Arrived, Tensor]:
-        own = here.get(i)
-        if own is None:
-            return Arrived(inverse, shifts[i], power, names[i]), checks
-        return Tempered(own.rows, own.damped, own.tempered, inverse), checks
-
-    done = in_batches(one, several, bases, EIGENPROBLEM, (lambda made: (made[0].inverse, made[1]), arrived))
+    by_products = power == 0.5 and not vectors and host.products_are_fast(bases[0].device)
+    suited = ratios(bases, shifts) if by_products else [None] * len(bases)
+    jobs = _Jobs(bases, shifts, names, power, suited)
+    way = (lambda made: (made[0].inverse, made[1])), jobs.arrived
+    done = in_batches(jobs.one, jobs.several, bases, EIGENPROBLEM, way)
     found = [factor for factor, _ in done]
+    checks = torch.stack([check for _, check in done]).tolist()
     notices: list[Notice] = []
-    for i, (solved, fine) in enumerate(torch.stack([check for _, check in done]).tolist()):
+    again = [i for i, (solved, _) in enumerate(checks) if not solved and jobs.ratios[i] is not None]
+    if again:  # too near to rounding for products
+        better, notices = temper(
+            [bases[i] for i in again], [shifts[i] for i in again], [names[i] for i in again], power
+        )
+        for i, factor in zip(again, better, strict=True):
+            found[i], checks[i] = factor, [True, True]
+    for i, (solved, fine) in enumerate(checks):
         if not solved:
-            values, vectors, notice = eigh_again(shifted(bases[i], shifts[i]), *names[i])
-            found[i], again = powers_of(values, vectors, shifts[i], power)
+            values, rows, notice = eigh_again(shifted(bases[i], shifts[i]), *names[i])
+            found[i], right = powers_of(values, rows, shifts[i], power)
             notices.append(notice)
-        if not (fine if solved else again):
+            fine = bool(right)
+        if not fine:
             raise NumericalError(untempered(*names[i], shifts[i]))
     return found, notices
+
+
+_Made = tuple[Tempered | ByInverse, Tensor]
+"""A tempered factor, and two flags: whether it was solved, and whether its eigenvalues are finite and positive."""
+
+
+@dataclass(frozen=True)
+class _Jobs:
+    """How factors are tempered, one by one or in batches.
+
+    Attributes:
+        ratios: Of those that are made in products alone (`kfacore.curvature.roots`), None for the others.
+        here: What this process has made with eigenvectors.
+    """
+
+    bases: Sequence[Tensor]
+    shifts: Sequence[Tensor]
+    names: Sequence[tuple[str, str]]
+    power: float
+    ratios: Sequence[float | None]
+    here: dict[int, Tempered] = field(default_factory=dict)
+
+    def one(self, i: int) -> _Made:
+        """The factor of an index."""
+        if self.ratios[i] is not None:
+            return self._in_products([i])[0]
+        base, shift = self.bases[i], self.shifts[i]
+        # Kept by nobody: what is alive here is alive once a core.
+        values, vectors, count = try_eigh(shifted(base, shift), base.dtype)
+        self.here[i], fine = powers_of(values, vectors, shift, self.power)
+        return self.here[i], torch.stack([count >= 0, fine])
+
+    def several(self, batch: list[int]) -> list[_Made]:
+        """Factors of one size."""
+        if all(self.ratios[i] is not None for i in batch):
+            return self._in_products(batch)
+        damped, adds = self._stacked(batch)
+        values, vectors, solved = eigh_batch(damped)
+        factors, fine = powers_of(values, vectors, adds, self.power)
+        parts = [Tempered(*x) for x in zip(*(x.unbind() for x in vars(factors).values()), strict=True)]
+        self.here.update(zip(batch, parts, strict=True))
+        return list(zip(parts, torch.stack([solved, fine], 1), strict=True))
+
+    def _in_products(self, batch: list[int]) -> list[_Made]:
+        damped, adds = self._stacked(batch)
+        Z, fine = inverse_roots(damped, adds, min(ratio for i in batch if (ratio := self.ratios[i]) is not None))
+        inverses = Z.mul_(adds.to(Z.dtype).rsqrt()[:, None, None]).unbind()  # D = c^1/2 Xd^1/2
+        pairs = zip(batch, inverses, strict=True)
+        parts = [ByInverse(inverse, self.shifts[i], self.power, self.names[i]) for i, inverse in pairs]
+        return list(zip(parts, torch.stack([fine, fine], 1), strict=True))
+
+    def _stacked(self, batch: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """X + c I of some, (b, d, d), and their c, (b,)."""
+        damped, adds = torch.stack([self.bases[i] for i in batch]), torch.stack([self.shifts[i] for i in batch])
+        damped.diagonal(dim1=1, dim2=2).add_(adds.to(damped.dtype).unsqueeze(1))
+        return damped, adds
+
+    def arrived(self, i: int, inverse: Tensor, checks: Tensor) -> _Made:
+        """A factor whose inverse another process has sent, or this one to the others."""
+        own = self.here.get(i)
+        if own is None:
+            return ByInverse(inverse, self.shifts[i], self.power, self.names[i]), checks
+        return Tempered(own.rows, own.damped, own.tempered, inverse), checks
 
 
 def untempered(layer: str, factor: str, shift: Tensor) -> str:

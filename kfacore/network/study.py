@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kfacore.compiler import uncompiled_mode
 from kfacore.errors import KfacError, UnsupportedModelError
+from kfacore.host import full_precision
 from kfacore.nest import map_nest, repeat_cases, slice_cases, tensors_of
 from kfacore.network.blocks import ModelBlock
 from kfacore.network.capture import Chunk, as_written, capture, silenced
@@ -24,7 +25,6 @@ from kfacore.network.draws import Draws, Watch
 from kfacore.network.facts import Facts, Way, close, common_cases, equal
 from kfacore.network.jvp import double_backward, forward_mode, tangents_of, within
 from kfacore.network.outputs import Output, read_output
-from kfacore.network.precision import full_precision
 from kfacore.network.pulling import pulled_whole
 from kfacore.network.rows import all_equal, as_vector, explained
 from kfacore.network.standing import call_with

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from kfacore.errors import ConfigError, UnsupportedModelError
+from kfacore.host import full_precision
 from kfacore.network.blocks import ModelBlock, User, with_diagonals
 from kfacore.network.capture import Call, Chunk, Recorder, as_written, installed, listening, tells
 from kfacore.network.facts import close
 from kfacore.network.finding import unwrapped, whole_model
 from kfacore.network.pairs import following
 from kfacore.network.passes import Pass, gather, send_back
-from kfacore.network.precision import full_precision
 from kfacore.network.pulling import is_reentrant, pulled
 from kfacore.network.rows import Counting, all_equal, as_vector, explained
 from kfacore.optim.guest_quiet import Quiet

@@ -6,6 +6,7 @@ Plain MLPs are in tests/optim/test_step_sync.py. On a CPU the watch sees what wo
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -83,7 +84,10 @@ BASES: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     [(conv, "sgd", "graft"), (residual, "adamw", "kl"), (gpt, "adamw", "graft"), (lstm, "sgd", "none")],
 )
 def test_an_ordinary_step_of_a_guest(device: str, make: Make, base: str, scale: Any) -> None:
-    """From the forward pass to the update, whatever scales the step; a base's own waits are its own."""
+    """From the forward pass to the update, whatever scales the step; what the loop waits for without it is its own.
+
+    An LSTM of cuDNN reads a seed back in every forward pass.
+    """
     model, x, y = made(make, device)
     optimizer = Preconditioned(model, BASES[base](model), likelihood="categorical", every=100, scale=scale)
 
@@ -95,10 +99,13 @@ def test_an_ordinary_step_of_a_guest(device: str, make: Make, base: str, scale: 
         nn.functional.cross_entropy(z.flatten(0, -2), y.flatten()).backward()
         optimizer.step()
 
+    with watch() as own:
+        nn.functional.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
+
     for k in range(1, 7):
         if k <= 3:
             step()
             continue
-        with waiting_is_an_error(device), watch() as seen:
+        with nullcontext() if own else waiting_is_an_error(device), watch() as seen:
             step()
-        assert dict(seen) == {}, f"step {k} waits for the device: {dict(seen)}"
+        assert seen == own, f"step {k} waits for the device: {dict(seen)}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kfac_plugins.approx.canonical import canonical
-from kfacore.curvature.linalg import CholeskyRoot, Root
+from kfacore.curvature.spd import CholeskyRoot, Root
 from kfacore.curvature.tempering import temper
 
 Float = torch.float64

@@ -17,8 +17,8 @@ from kfac_plugins.likelihoods.bernoulli import Bernoulli
 from kfac_plugins.likelihoods.gaussian import Gaussian
 from kfac_plugins.momentum.quadratic_model import QuadraticModelMomentum
 from kfacore.curvature.kronecker import damp
-from kfacore.curvature.linalg import Spd
 from kfacore.curvature.moments import InputFactor, OutputFactor
+from kfacore.curvature.spd import Spd
 from kfacore.plugin import PiRule
 from kfacore.testing import ApproxCase, ApproxSuite, DampingSuite, EstimatorSuite, LikelihoodSuite, MomentumSuite
 

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfacore.curvature.linalg import EIGENPROBLEM, Root, eigh_psd
+from kfacore.curvature.linalg import EIGENPROBLEM, eigh_psd
+from kfacore.curvature.spd import Root
 from kfacore.roles.inverse import Notice
 
 __all__ = ["Canonical", "canonical", "cost_of"]

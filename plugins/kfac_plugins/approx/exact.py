@@ -23,7 +23,8 @@ from torch import Tensor
 
 from kfac_plugins.approx import ExactConfig
 from kfacore.curvature.cases import case_gradients
-from kfacore.curvature.linalg import Spd, factor_spd
+from kfacore.curvature.linalg import factor_spd
+from kfacore.curvature.spd import Spd
 from kfacore.errors import NumericalError, UnsupportedModelError
 from kfacore.plugin import PiRule
 from kfacore.roles.approx import Approximation, Factorisation

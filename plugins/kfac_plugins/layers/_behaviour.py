@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from kfacore.network.precision import full_precision
+from kfacore.host import full_precision
 
 __all__ = ["computes"]
 

@@ -10,7 +10,7 @@ import torch
 from any_network import linearizer
 from torch import Tensor, nn
 
-from kfacore.network.precision import full_precision
+from kfacore.host import full_precision
 
 
 @pytest.fixture
