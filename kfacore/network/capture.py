@@ -97,6 +97,11 @@ class Call:
         extras = {key: self.cases_first(value) for key, value in self.use.extras.items()}
         return replace(self.use, inputs=self.cases_first(x), output=self.cases_first(self.s), extras=extras)
 
+    def release(self) -> None:
+        """Let go of what was converted from a lower precision: of all calls together it is as large as a whole pass."""
+        if self.x.dtype != self.dtype:
+            self.__dict__.pop("typed", None)
+
     def cases_first(self, values: Tensor) -> Tensor:
         """A tensor of the use with the cases in its first dimension."""
         return values.transpose(0, 1) if self.axis == 1 and values.dim() > 1 else values

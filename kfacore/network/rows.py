@@ -118,8 +118,11 @@ def _kron(calls: list[Call], passes: Passes, counting: Counting, reduce: bool) -
     together = len({x.shape[0] for x in inputs}) == 1
     belongs = together and all(_cases(call, counting) for call in calls)
     x, positions = _flat(inputs, together)
-    g = torch.stack([_flat(parts, together)[0] for parts in gradients])
+    flat = [_flat(parts, together)[0] for parts in gradients]
+    g = torch.stack(flat) if len(flat) > 1 else flat[0].unsqueeze(0)
     count = _count(inputs, masks)
+    for call in calls:
+        call.release()
     if reduce and belongs and positions is not None and all(mask is None for mask in masks):
         shape = (counting.kept, positions)
         x, g = torch.unflatten(x, 0, shape), torch.unflatten(g, 1, shape).sum(2)

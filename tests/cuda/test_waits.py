@@ -86,7 +86,7 @@ BASES: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 def test_an_ordinary_step_of_a_guest(device: str, make: Make, base: str, scale: Any) -> None:
     """From the forward pass to the update, whatever scales the step; what the loop waits for without it is its own.
 
-    An LSTM of cuDNN reads a seed back in every forward pass.
+    An LSTM of cuDNN reads a seed back in some of its forward passes.
     """
     model, x, y = made(make, device)
     optimizer = Preconditioned(model, BASES[base](model), likelihood="categorical", every=100, scale=scale)
@@ -108,4 +108,4 @@ def test_an_ordinary_step_of_a_guest(device: str, make: Make, base: str, scale: 
             continue
         with nullcontext() if own else waiting_is_an_error(device), watch() as seen:
             step()
-        assert seen == own, f"step {k} waits for the device: {dict(seen)}"
+        assert not seen - own, f"step {k} waits for the device: {dict(seen)}"
