@@ -24,6 +24,8 @@ ROBUST = ROOT / "benchmarks" / "results" / "robust.json"
 """Runs of ``python -m benchmarks robust``, if they are in the repository: its table is empty without them."""
 REAL = ROOT / "benchmarks" / "results" / "real.json"
 """Likewise of ``python -m benchmarks real``."""
+GPU = ROOT / "benchmarks" / "results" / "gpu-h100.json"
+"""What ``bash benchmarks/gpu.sh`` wrote on a GPU."""
 
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
 
@@ -119,6 +121,19 @@ def studies(names: Iterable[str] = STUDIES, leave_out: Iterable[str] = ()) -> st
     return table(["", *head], lines)
 
 
+def gpu(file: Path = GPU) -> str:
+    """Steps of every contender on every net."""
+    tables: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["tables"]
+    lines = []
+    for found in tables:
+        kind, _, net = found["title"].removesuffix(", cuda").partition(": ")
+        for row in found["rows"] if kind == "step" else ():
+            numbers = [row[key] for key in ("median ms", "median / AdamW", "slowest ms")]
+            lines.append([net, row["optimizer"], *map(_short, numbers), f"{row['peak MB'] / 1e3:.2g}"])
+            net = ""
+    return table(["", "", "ordinary step, ms", "over AdamW's", "slowest step, ms", "peak, GB"], lines)
+
+
 def results() -> str:
     """The README's part of `studies`."""
     return studies(SHORT, leave_out=("tridiag, no momentum", "ekfac"))
@@ -147,6 +162,7 @@ MADE: dict[str, Callable[[], str]] = {
     "preset": preset,
     "robust": robust,
     "real": real,
+    "gpu": gpu,
     "studies": studies,
     "results": results,
 }
