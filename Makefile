@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Processes of the tests. One more than two cores: some tests wait for processes that they have started.
 PROCESSES ?= 3
 
-.PHONY: install dev train test suite test-all lint style imports types checks bench docs clean
+.PHONY: install dev train test test-all lint style imports types bench docs clean
 
 install: $(VENV)/.installed
 
@@ -46,15 +46,9 @@ imports: dev
 types: dev
 	$(BIN)/mypy
 
-# Types and imports beside the tests: one of two cores would wait for them, a minute on a fresh checkout.
-test: style
-	$(MAKE) --no-print-directory --jobs 2 suite checks
-
-checks: imports types
-
 # A file of tests stays in one process, which makes its shared fixtures once, and the long ones come first (conftest.py).
 # More threads would only wait on each other.
-suite: dev
+test: dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # Also the tests marked slow, and 1,000 examples of each fuzz test in place of 60.

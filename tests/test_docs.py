@@ -291,14 +291,20 @@ COMMANDS = [
 ]
 
 
+FILES = {
+    block.file: block.text
+    for document in DOCS
+    for block in blocks_of(document.read_text(encoding="utf-8"))
+    if block.language in ("toml", "python") and block.file is not None and "/" not in block.file
+}
+
+
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The files of the docs, TOML and Python, in the working folder."""
     monkeypatch.chdir(tmp_path)
-    for document in DOCS:
-        for block in blocks_of(document.read_text(encoding="utf-8")):
-            if block.language in ("toml", "python") and block.file is not None and "/" not in block.file:
-                (tmp_path / block.file).write_text(block.text, encoding="utf-8")
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
     return tmp_path
 
 

@@ -134,18 +134,18 @@ def test_killed_at_random_moments(tmp_path, nest, seeds, kills) -> None:
 
 
 def test_two_runners_on_one_folder_share_the_work(tmp_path, nest) -> None:
-    file = write_study(tmp_path, seeds=2)
+    file = write_study(tmp_path, seeds=1)
     out = tmp_path / "out"
     runners = {nest.start(file, out), nest.start(file, out)}
     answers = [nest.wait_for("code", PATIENCE) for _ in runners]
     assert [answer["code"] for answer in answers] == [0, 0]
     study = load_study(out)
-    assert study.counts()["done"] == 8
+    assert study.counts()["done"] == 4
     processes = set()
     for run in study.runs:
         journal = read_journal(out, run.hash)
         assert [line["what"] for line in journal] == ["started", "done"]
         processes.add(journal[0]["pid"])
-    assert len(processes) == 8, "a process of its own for every run"
+    assert len(processes) == 4, "a process of its own for every run"
     # Two runners with two workers each keep the machine busy with several runs: their seconds are marked.
     assert any((out / "state" / run.hash / "shared").exists() for run in study.runs)

@@ -131,7 +131,7 @@ def no_png(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_png")
-@pytest.mark.parametrize("zeros", ["some", "all"])
+@pytest.mark.parametrize("zeros", ["some", pytest.param("all", marks=pytest.mark.slow)])
 def test_errors_of_zero_draw_without_a_warning(tmp_path, monkeypatch, zeros):
     """Warnings are errors here."""
     shift = 2.0 if zeros == "some" else 100.0

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from scipy import stats
+from late import Late
 
 from kfacore.lab.studies.statistics import (
     MAX_TEST,
@@ -22,6 +22,8 @@ from kfacore.lab.studies.statistics import (
     t_quantile,
     to_target,
 )
+
+stats = Late("scipy.stats")
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 10, 29, 200])

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from late import Late
 from safetensors.torch import load_file, save_file
 from test_contract import data, make, net
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from kfacore import KFAC, ConfigError, Preconditioned
 from kfacore.optim.guest_state import own_state, split_state
+
+dcp = Late("torch.distributed.checkpoint")
+state_dicts = Late("torch.distributed.checkpoint.state_dict")
 
 KINDS: list[dict[str, Any]] = [
     {},
@@ -55,17 +57,17 @@ def test_a_run_goes_on_bit_for_bit(options: dict[str, Any], way: str, tmp_path: 
         other.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
     elif way == "dcp memory":
         buffer = io.BytesIO()
-        torch.save(get_optimizer_state_dict(optimizer.model, optimizer), buffer)
+        torch.save(state_dicts.get_optimizer_state_dict(optimizer.model, optimizer), buffer)
         buffer.seek(0)
-        set_optimizer_state_dict(other.model, other, torch.load(buffer, weights_only=True))
+        state_dicts.set_optimizer_state_dict(other.model, other, torch.load(buffer, weights_only=True))
     else:
-        saved = {"opt": get_optimizer_state_dict(optimizer.model, optimizer)}
-        save(saved, storage_writer=FileSystemWriter(tmp_path / "dcp"), no_dist=True)
+        saved = {"opt": state_dicts.get_optimizer_state_dict(optimizer.model, optimizer)}
+        dcp.save(saved, storage_writer=dcp.FileSystemWriter(tmp_path / "dcp"), no_dist=True)
         run(other, 0, 1)  # DCP reads what the target has names for: one step gives it these
         other.model.load_state_dict(optimizer.model.state_dict())
         found = {"opt": {key: empty(value) for key, value in saved["opt"].items()}}
-        load(found, storage_reader=FileSystemReader(tmp_path / "dcp"), no_dist=True)
-        set_optimizer_state_dict(other.model, other, found["opt"])
+        dcp.load(found, storage_reader=dcp.FileSystemReader(tmp_path / "dcp"), no_dist=True)
+        state_dicts.set_optimizer_state_dict(other.model, other, found["opt"])
     assert other.steps == 7
     assert run(other, 7, 16) == run(optimizer, 7, 16)
 
@@ -97,7 +99,7 @@ def test_curvature_lies_at_parameters_as_tensors_alone() -> None:
 def test_a_fresh_optimizer_can_be_looked_into() -> None:
     """Tools make a step with rates of zero where there is no state: there is one from the beginning."""
     optimizer = make()
-    assert get_optimizer_state_dict(optimizer.model, optimizer)["state"]
+    assert state_dicts.get_optimizer_state_dict(optimizer.model, optimizer)["state"]
     assert optimizer.steps == 0
 
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from guests import EXACT, backward, data, guest, mlp, run
+from late import Late
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from kfacore import KFAC, ConfigError, Preconditioned, UnsupportedModelError
+
+dcp = Late("torch.distributed.checkpoint")
+state_dicts = Late("torch.distributed.checkpoint.state_dict")
 
 KINDS: list[dict[str, Any]] = [
     {},
@@ -90,14 +92,14 @@ def test_the_distributed_checkpoint_round_trip(kind: str) -> None:
     model = net()
     opt = guest(model, BASES[kind](model.parameters()))
     on(opt, model, 0, 5)
-    state = get_optimizer_state_dict(model, opt)
+    state = state_dicts.get_optimizer_state_dict(model, opt)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
     twin = net()
     twin.load_state_dict(model.state_dict())
     other = guest(twin, BASES[kind](twin.parameters()))
-    set_optimizer_state_dict(twin, other, torch.load(buffer, weights_only=True))
+    state_dicts.set_optimizer_state_dict(twin, other, torch.load(buffer, weights_only=True))
     assert other.steps == opt.steps == 5
     assert all(torch.equal(a, b) for a, b in zip(on(opt, model, 5, 9), on(other, twin, 5, 9), strict=True))
 
@@ -149,19 +151,19 @@ def test_a_distributed_checkpoint_is_read_in_place(first: int, tmp_path: Path) -
     model = mlp()
     opt = guest(model, torch.optim.AdamW(model.parameters(), lr=0.01), every=3)
     run(opt, model, 11)
-    kept = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, opt)}
+    kept = {"model": model.state_dict(), "optimizer": state_dicts.get_optimizer_state_dict(model, opt)}
     dcp.save(kept, checkpoint_id=tmp_path / "kept", no_dist=True)
     other = mlp(seed=1)
     mine = guest(other, torch.optim.AdamW(other.parameters(), lr=0.01), every=3)
     run(mine, other, first)
-    target = {"model": other.state_dict(), "optimizer": get_optimizer_state_dict(other, mine)}
+    target = {"model": other.state_dict(), "optimizer": state_dicts.get_optimizer_state_dict(other, mine)}
     dcp.load(target, checkpoint_id=tmp_path / "kept", no_dist=True)
     if first == 0:
         with pytest.raises(ConfigError, match=r"the state lacks kfac\..*take one step before"):
-            set_optimizer_state_dict(other, mine, target["optimizer"])
+            state_dicts.set_optimizer_state_dict(other, mine, target["optimizer"])
         return
     other.load_state_dict(target["model"])
-    set_optimizer_state_dict(other, mine, target["optimizer"])
+    state_dicts.set_optimizer_state_dict(other, mine, target["optimizer"])
     assert all(torch.equal(a, b) for a, b in zip(run(opt, model, 4), run(mine, other, 4), strict=True))
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 from any_network import seed
+from late import Late
 from torch import Tensor, nn
 from zoo_images import images
 from zoo_sequences import labels, tokens, words
 
 from kfacore import KFAC
 
-transformers = pytest.importorskip("transformers")
+transformers = Late("transformers")
+pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 
 SMALL: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
 

@@ -1,0 +1,16 @@
+"""Modules that tests import when they use them: each process of the suite collects every file, and one runs it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__all__ = ["Late"]
+
+
+class Late:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, key: str) -> Any:
+        return getattr(importlib.import_module(self._name), key)
