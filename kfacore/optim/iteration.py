@@ -79,7 +79,7 @@ class Iteration:
         at.waits = at.adapts or at.asks or preconditioner.waits(step, parts.damping.candidates(step))
         try:
             with parts.ranks.together("backward passes"):
-                if at.waits or host.is_free(at.objective):
+                if at.waits or self._may_read(at.objective):
                     self._require_finite("objective", at.objective, at)
                 own = self._statistics.take(at, preconditioner)
                 directions.backward(at.batch, at.bound, retain=at.iterations > 1)
@@ -161,7 +161,7 @@ class Iteration:
     def _look_back(self, at: At, low: torch.dtype | None) -> At:
         """Undo the step before if the new mini-batch shows that it did harm; one forward pass where it is in doubt."""
         trust = self._parts.trust
-        if not (trust.looks_back and host.is_free(at.objective)):
+        if not (trust.looks_back and self._may_read(at.objective)):
             return at
         now = float(at.objective)
         if self.keeper.full and trust.doubts(now):
@@ -235,7 +235,7 @@ class Iteration:
         """Name who made a step that is not finite. Where trust undoes it, and tries anew, that is only reported."""
         undoes, preconditioner = self._parts.trust.looks_back, self._directions.preconditioner
         finite = True
-        if waits or host.is_free(value):
+        if waits or self._may_read(value):
             finite = bool(torch.isfinite(value)) and (used or bool(torch.isfinite(proposal.flat).all()))
         if not finite:
             assert preconditioner is not None
@@ -287,9 +287,13 @@ class Iteration:
             accepted = accepted & trust.believes(at.objective, change, predicted)
         return accepted
 
+    def _may_read(self, value: Tensor) -> bool:
+        """Whether a number of an ordinary step may be read: where that is free, or the rule of trust wants it."""
+        return host.is_free(value) or self._parts.trust.every_step
+
     def _wonders(self, at: At, trial: Trial) -> bool:
-        """Whether h after the step is wanted because it promises much; where asking that would cost a wait, no."""
-        if not (trial.used and host.is_free(trial.value) and host.is_free(at.objective)):
+        """Whether h after the step is wanted because it promises much."""
+        if not (trial.used and self._may_read(trial.value)):
             return False
         return self._parts.trust.wonders(float(at.objective), float(trial.value))
 
@@ -302,7 +306,7 @@ class Iteration:
         if not trust.looks_back:
             return False
         assert delta is not None
-        if not (at.waits or host.is_free(trial.accepted)):
+        if not (at.waits or self._may_read(trial.accepted)):
             self.keeper.restore(parameters, delta, trial.accepted)
             self._parts.damping.strengthen(trust.early, ~trial.accepted)
             return False

@@ -17,8 +17,8 @@ __all__ = ["Trust"]
 class Trust(Part):
     """Accepts a step or has it undone, by what the objective h did (a phase of the step, after the parameters moved).
 
-    Asking costs a forward pass. Nothing here waits for the device; numbers are handed over as Python floats only by
-    callers that may wait.
+    Asking costs a forward pass. Nothing here waits for the device; numbers are handed over as Python floats by callers
+    that may wait: on a CPU, where that costs nothing, and on a device where the rule says so (`every_step`).
 
     Attributes:
         early: What lambda is multiplied with when a step was undone by its own mini-batch.
@@ -89,6 +89,11 @@ class Trust(Part):
     def looks_back(self) -> bool:
         """Whether `doubts` can ever be true, so that it is worth asking."""
         return False
+
+    @property
+    def every_step(self) -> bool:
+        """Whether numbers of every step are read for this rule, also where that waits for the device."""
+        return self.looks_back
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and containers."""

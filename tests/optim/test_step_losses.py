@@ -92,7 +92,9 @@ def test_masks_and_options_wait_for_nothing(likelihood: nn.Module, monkeypatch: 
     y[::5] = -100
     valid = torch.arange(64) % 2 == 0
     approx = {"kind": "blockdiag", "refresh_growth": None}
-    optimizer = KFAC(net(), likelihood=likelihood, approx=approx, trust={"kind": "undo", "settling": 3})
+    optimizer = KFAC(
+        net(), likelihood=likelihood, approx=approx, trust={"kind": "undo", "settling": 3, "every_step": False}
+    )
     for step in range(1, 10):
         with watch() as seen:
             optimizer.step(inputs(), y, valid)

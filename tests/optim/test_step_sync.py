@@ -77,7 +77,7 @@ def optimizer_and_data(
     if "preset" not in options:  # no early refreshes, so that the first steps have ordinary ones among them
         approx = options.get("approx", "blockdiag")
         options["approx"] = {"refresh_growth": None, **(approx if isinstance(approx, dict) else {"kind": approx})}
-        options.setdefault("trust", {"kind": "undo", "settling": 3})
+        options.setdefault("trust", {"kind": "undo", "settling": 3, "every_step": False})
     return KFAC(model, likelihood=likelihood, **options), batches
 
 

@@ -223,3 +223,30 @@ def test_a_step_that_promises_most_of_the_objective_is_asked_about() -> None:
     for bold, asked in ((1e-12, [True] * 4), (1e12, [True, False, False, False])):
         optimizer = KFAC(deepcopy(model), likelihood="gaussian", trust={"kind": "undo", "settling": 1, "bold": bold})
         assert [optimizer.step(x, y).rho is not None for _ in range(4)] == asked
+
+
+def noisy(step: int) -> tuple[Tensor, Tensor]:
+    """Mini-batches of eight, half of their labels at random: what they ask for is mostly their own noise."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 5, generator=generator, dtype=Float)
+    wild = torch.randint(0, 3, (8,), generator=generator)
+    return x, torch.where(torch.rand(8, generator=generator) < 0.5, wild, x[:, :3].argmax(1))
+
+
+def trained(steps: int, **options: object) -> tuple[Tensor, list[StepReport]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 3)).to(Float)
+    optimizer = KFAC(model, likelihood="categorical", **options)
+    reports = [optimizer.step(*noisy(k)) for k in range(steps)]
+    return dense.theta(model).clone(), reports
+
+
+def test_on_a_device_trust_decides_as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in steps in which nothing else is read: there a run would fall apart otherwise."""
+    wanted, reports = trained(60)
+    assert sum(not report.accepted or report.undone > 0 or bool(report.notices) for report in reports[15:]) > 0
+    monkeypatch.setattr(host, "is_free", lambda value: False)
+    found, _ = trained(60)
+    assert dense.relative(found, wanted) < 1e-6
+    alone, _ = trained(60, trust={"kind": "undo", "every_step": False})
+    assert dense.relative(alone, wanted) > 1e-2, "the device alone decides otherwise"

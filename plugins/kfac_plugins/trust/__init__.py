@@ -37,6 +37,9 @@ class UndoConfig(TrustConfig):
     """A mini-batch whose objective is this many times the mean of the last ten makes the step before it doubtful."""
     worse: Above1 = 1.2
     """A doubtful step is undone if the new mini-batch's objective is this many times what it is without that step."""
+    every_step: bool = True
+    """Whether every step is looked at, which on a GPU is a wait or two; without, between steps that are asked about the
+    device decides alone, and on small noisy mini-batches a run may fall apart. On a CPU every step is."""
 
 
 COMPONENTS: tuple[Component, ...] = (

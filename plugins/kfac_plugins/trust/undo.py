@@ -78,6 +78,11 @@ class Undo(Trust):
         """Yes."""
         return True
 
+    @property
+    def every_step(self) -> bool:
+        """As configured."""
+        return self.config.every_step
+
     def doubts(self, objective: float) -> bool:
         """Far above the mean of the last ones, or not a number."""
         if len(self._recent) < _FEWEST:
