@@ -10,8 +10,8 @@ polynomial s (a + b s^2 + c s^4); its coefficients are those that come nearest t
 to lie, from the damping below and t above, so that five or six steps are enough where a fixed Newton-Schulz iteration
 takes twenty (Amsel et al. 2025 choose the polynomials of the matrix sign so).
 
-In float32 it is as exact as eigenvectors are, and their equal in noise: both lose the condition number. What comes out
-is checked: Z X Z must act on a vector as I does.
+In float32 it is as exact as eigenvectors are: both lose the condition number. What comes out is checked: Z X Z must act
+on a vector as I does.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ _ACCEPTED = 1e-2
 _NEAR = 0.02
 """Distance of singular values from 1 from which the third-order iteration takes over."""
 
+_PARTS = 4
+"""Of an octave, to which the lower end of an interval is rounded down: so plans are few, and each is made once."""
+
 
 def ratios(bases: Sequence[Tensor], shifts: Sequence[Tensor]) -> list[float | None]:
     """Of each damped factor X + c I, c over t; with one wait for the device in all.
@@ -66,8 +69,10 @@ def inverse_roots(
         ratio: The smallest of `ratios` among them.
     """
     t = (shifts / ratio).to(damped.dtype)[:, None, None]
+    low = 2.0 ** (math.floor(0.5 * _PARTS * math.log2(ratio)) / _PARTS)
+    steps = plan(low, torch.finfo(damped.dtype).eps)
     with full_precision():  # rounded to ten bits the two would drift apart
-        Z = _iterate(damped / t, plan(math.sqrt(ratio), torch.finfo(damped.dtype).eps)).mul_(t.rsqrt())
+        Z = _iterate(damped / t, steps).mul_(t.rsqrt())
         Z = (Z + Z.mT).mul_(0.5)
         probe = torch.arange(1.0, damped.shape[1] + 1.0, dtype=damped.dtype, device=damped.device).cos_()
         again = (Z @ (damped @ (Z @ probe).unsqueeze(2))).squeeze(2)
