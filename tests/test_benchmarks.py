@@ -138,7 +138,7 @@ def test_every_benchmark_is_listed_and_has_help(
 
 
 def test_an_ordinary_step_is_within_its_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """50 operations a layer, 70 for the tridiagonal form, and no wait; on a net as deep as the limits are for.
+    """50 operations a layer, 70 for the tridiagonal form, three numbers read; on a net as deep as the limits are for.
 
     Some ten of them keep the parameters and confirm the step before.
     """
@@ -149,7 +149,7 @@ def test_an_ordinary_step_is_within_its_launches(monkeypatch: pytest.MonkeyPatch
     rows = {row[""]: row for row in report.tables[0]["rows"]}
     for name, limit in (("blockdiag", 50), ("tridiag", 70), ("tridiag, tolerance 0", 70)):
         assert rows[f"{name}, ordinary"]["a layer"] <= limit
-        assert rows[f"{name}, ordinary"]["waits"] == 0
+        assert rows[f"{name}, ordinary"]["waits"] == 3, "the objective, whether it is finite, the model's promise"
 
 
 def test_equal_blocks_share_the_operations_of_a_refresh() -> None:

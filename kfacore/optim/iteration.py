@@ -163,7 +163,7 @@ class Iteration:
         trust = self._parts.trust
         if not (trust.looks_back and self._may_read(at.objective)):
             return at
-        now = float(at.objective)
+        now = at.now
         if self.keeper.full and trust.doubts(now):
             parameters, delta = self._directions.parameters(), self._directions.delta
             assert delta is not None
@@ -210,8 +210,11 @@ class Iteration:
             value = value + local.go_on(further, Jdelta, inverse, momentum, at.iterations - 1, directions.spare[1:])
             if at.lr != 1.0:
                 value = _scaled(further, value, grad, at.lr)
-        notices = notices + self._examine(at, value, proposals[best], grad, waits=at.waits or refreshed, used=used)
-        return Trial(proposals[best], inverse, further, alpha, mu, value, used, damping.lam, gamma, refreshed, notices)
+        waits = at.waits or refreshed
+        promised = float(value) if waits or self._may_read(value) else None
+        notices = notices + self._examine(at, value, promised, proposals[best], grad, waits=waits, used=used)
+        step = proposals[best], inverse, further, alpha, mu, value, used
+        return Trial(*step, damping.lam, gamma, refreshed, notices, promised)
 
     def _seen_of_before(self, local: LocalModel) -> Tensor:  # (2,) float64
         """Slope and curvature that this mini-batch sees along the step before, over what the model predicted of it.
@@ -230,13 +233,21 @@ class Iteration:
         return before / predicted.abs()
 
     def _examine(
-        self, at: At, value: Tensor, proposal: BlockVector, grad: BlockVector, *, waits: bool, used: bool
+        self,
+        at: At,
+        value: Tensor,
+        promised: float | None,
+        proposal: BlockVector,
+        grad: BlockVector,
+        *,
+        waits: bool,
+        used: bool,
     ) -> list[Notice]:
         """Name who made a step that is not finite. Where trust undoes it, and tries anew, that is only reported."""
         undoes, preconditioner = self._parts.trust.looks_back, self._directions.preconditioner
         finite = True
-        if waits or self._may_read(value):
-            finite = bool(torch.isfinite(value)) and (used or bool(torch.isfinite(proposal.flat).all()))
+        if promised is not None:
+            finite = math.isfinite(promised) and (used or bool(torch.isfinite(proposal.flat).all()))
         if not finite:
             assert preconditioner is not None
             try:
@@ -293,9 +304,9 @@ class Iteration:
 
     def _wonders(self, at: At, trial: Trial) -> bool:
         """Whether h after the step is wanted because it promises much."""
-        if not (trial.used and self._may_read(trial.value)):
+        if not trial.used or trial.promised is None or not self._may_read(trial.value):
             return False
-        return self._parts.trust.wonders(float(at.objective), float(trial.value))
+        return self._parts.trust.wonders(at.now, trial.promised)
 
     def _undone(self, at: At, trial: Trial, grad: BlockVector) -> bool:
         """Shorten or undo the step unless it was accepted, and say whether the host knows that it was undone.
@@ -310,7 +321,7 @@ class Iteration:
             self.keeper.restore(parameters, delta, trial.accepted)
             self._parts.damping.strengthen(trust.early, ~trial.accepted)
             return False
-        if bool(trial.accepted):
+        if trial.kept():
             trust.judged(at.step, True)
             return False
         if self._shortened(at, trial, grad, delta):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,6 +72,11 @@ class At:
     waits: bool = False
     undone: tuple[str, ...] = ()
 
+    @cached_property
+    def now(self) -> float:
+        """h on the host, read once; a wait where it is on a device."""
+        return float(self.objective)
+
 
 @dataclass
 class Trial:
@@ -87,6 +94,7 @@ class Trial:
         gamma: gamma.
         refreshed: Whether the inverse was made for it.
         notices: What must be reported.
+        promised: ``value`` on the host, where it was read.
         change: What it changed h by, () float64, where that was asked.
         rho: Reduction ratio, () float64, likewise.
         accepted: Whether the step is kept, () bool.
@@ -103,9 +111,16 @@ class Trial:
     gamma: Tensor
     refreshed: bool
     notices: list[Notice]
+    promised: float | None
     change: Tensor | None = None
     rho: Tensor | None = None
     accepted: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool))
+
+    def kept(self) -> bool:
+        """``accepted`` on the host. A step that was not asked about is, if what the model promised is a number."""
+        if self.change is None and self.promised is not None:
+            return math.isfinite(self.promised)
+        return bool(self.accepted)
 
     def shorten(self, share: float) -> None:
         """Only this share of the step was taken; of a step to the minimum the model then promises 2 t - t^2."""
