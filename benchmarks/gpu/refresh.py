@@ -110,8 +110,8 @@ def _methods(before: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, tuple
         """With the one wait for what the damping is of each."""
         shifts = [1e-3 * X.diagonal().mean() for X in now]  # some more than what was added: as good a lower bound
         found = ratios([X - c * torch.eye(len(X), device=X.device) for X, c in zip(now, shifts, strict=True)], shifts)
-        made = [inverse_roots(X[None], c[None], r or 1.0) for X, c, r in zip(now, shifts, found, strict=True)]
-        return [Z[0] for Z, _ in made]
+        suited = [(X, c, ratio) for X, c, ratio in zip(now, shifts, found, strict=True) if ratio is not None]
+        return [inverse_roots(X[None], c[None], ratio)[0][0] for X, c, ratio in suited]
 
     return {
         "Cholesky, checked (kfacore)": (
