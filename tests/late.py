@@ -13,4 +13,6 @@ class Late:
         self._name = name
 
     def __getattr__(self, key: str) -> Any:
+        if key.startswith("_"):  # what pytest asks every name of a file for, in search of fixtures
+            raise AttributeError(key)
         return getattr(importlib.import_module(self._name), key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-pytest.importorskip("sklearn", reason="the small data sets come with scikit-learn")
 
 from benchmarks.robust import command, contenders, race
 from benchmarks.robust.contenders import Stepped, choose_contenders
@@ -23,6 +23,8 @@ from benchmarks.robust.table import rows, standing, strangers, summary
 from benchmarks.robust.verdict import Evaluation, judge
 from kfac_plugins.optimizers.muon import orthogonalised
 from kfacore.registry import get_registry
+
+pytestmark = pytest.mark.skipif(find_spec("sklearn") is None, reason="the small data sets come with scikit-learn")
 
 STEPS = 80
 BUDGET = Budget(steps=STEPS)

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from late import Late
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from world_runs import data, own
 
 from kfacore import KFAC, Preconditioned
 from kfacore.errors import KfacError
+
+fsdp, tensor = Late("torch.distributed.fsdp"), Late("torch.distributed.tensor")
+checkpoint = Late("torch.distributed.checkpoint")
+states = Late("torch.distributed.checkpoint.state_dict")
 
 
 class Net(nn.Module):
@@ -42,8 +43,8 @@ def build(rank: int | None, options: dict[str, Any]) -> tuple[nn.Module, Precond
     torch.manual_seed(1)
     model = Net(attends=options.pop("attends", False)).double()
     if rank is not None:
-        fully_shard(model.body)
-        fully_shard(model)
+        fsdp.fully_shard(model.body)
+        fsdp.fully_shard(model)
     base = options.pop("base", "adamw")
     kinds: dict[str, Any] = {
         "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
@@ -64,7 +65,9 @@ def steps(rank: int | None, model: nn.Module, opt: Preconditioned, which: Sequen
 
 
 def whole(model: nn.Module) -> list[Tensor]:
-    return [p.detach().full_tensor() if isinstance(p, DTensor) else p.detach().clone() for p in model.parameters()]
+    return [
+        p.detach().full_tensor() if isinstance(p, tensor.DTensor) else p.detach().clone() for p in model.parameters()
+    ]
 
 
 def sharded(rank: int | None, sizes: Sequence[int], variants: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -81,8 +84,8 @@ def saved(rank: int, sizes: Sequence[int], folder: Path) -> list[Tensor]:
     """Train, and save in the middle as torch's distributed checkpoints do."""
     model, opt = build(rank, {})
     steps(rank, model, opt, range(4), sizes)
-    parameters, state = get_state_dict(model, opt)
-    save({"model": parameters, "optimizer": state}, storage_writer=FileSystemWriter(folder))
+    parameters, state = states.get_state_dict(model, opt)
+    checkpoint.save({"model": parameters, "optimizer": state}, storage_writer=checkpoint.FileSystemWriter(folder))
     steps(rank, model, opt, range(4, 8), sizes)
     return whole(model)
 
@@ -90,32 +93,35 @@ def saved(rank: int, sizes: Sequence[int], folder: Path) -> list[Tensor]:
 def went_on(rank: int, sizes: Sequence[int], folder: Path) -> list[Tensor]:
     model, opt = build(rank, {})
     steps(rank, model, opt, range(4), sizes)  # so that there is something of each kind to load into
-    parameters, state = get_state_dict(model, opt)
+    parameters, state = states.get_state_dict(model, opt)
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-    load({"model": parameters, "optimizer": state}, storage_reader=FileSystemReader(folder))
-    set_state_dict(model, opt, model_state_dict=parameters, optim_state_dict=state)
+    checkpoint.load({"model": parameters, "optimizer": state}, storage_reader=checkpoint.FileSystemReader(folder))
+    states.set_state_dict(model, opt, model_state_dict=parameters, optim_state_dict=state)
     steps(rank, model, opt, range(4, 8), sizes)
     return whole(model)
 
 
 def refused(rank: int) -> list[str]:
     """What cannot be: other meshes, other placements, KFAC, approximations of all blocks."""
-    line, square = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    line, square = (
+        tensor.init_device_mesh("cpu", (2,)),
+        tensor.init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp")),
+    )
 
     def spread(mesh: Any, *places: Any) -> nn.Module:
         model = nn.Linear(4, 6)
-        model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, places))
+        model.weight = nn.Parameter(tensor.distribute_tensor(model.weight.detach(), mesh, places))
         return model
 
     def guest(model: nn.Module, **options: Any) -> Preconditioned:
         return Preconditioned(model, torch.optim.SGD(model.parameters(), lr=0.1), likelihood="categorical", **options)
 
     jobs = [
-        lambda: guest(spread(square, Replicate(), Shard(0))),
-        lambda: guest(spread(line, Shard(1))),
-        lambda: guest(spread(line, Shard(0))),
+        lambda: guest(spread(square, tensor.Replicate(), tensor.Shard(0))),
+        lambda: guest(spread(line, tensor.Shard(1))),
+        lambda: guest(spread(line, tensor.Shard(0))),
         lambda: KFAC(build(rank, {})[0], likelihood="categorical"),
         lambda: build(rank, {"approx": "exact"}),
         lambda: build(rank, {"process_group": False}),

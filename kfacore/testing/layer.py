@@ -391,5 +391,5 @@ class LayerSuite(ComponentSuite):
     @contextmanager
     def _seeded() -> Iterator[None]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             yield

@@ -126,7 +126,7 @@ class OptimizerSuite(ComponentSuite):
         ends = []
         for global_seed in (1, 2):
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(global_seed)
+                torch.default_generator.manual_seed(global_seed)
                 before = torch.get_rng_state()
                 ends.append(_walk(self.build(), *self.data(), 5))
                 assert torch.equal(before, torch.get_rng_state()), "a step draws from the global generator: use `seed`"

@@ -113,7 +113,7 @@ class ProblemSuite(ComponentSuite):
         models = []
         for number, seed in enumerate((0, 0, 1)):
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(100 + number)
+                torch.default_generator.manual_seed(100 + number)
                 models.append(self.model(problem, seed))
         states = [[p.detach() for p in model.parameters()] for model in models]
         assert states[0], "the model has no parameters"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from matplotlib.axes import Axes
 
 from kfacore.errors import ResourceError
 from kfacore.lab.training.figures import clip_view, mark_edge, new_figure, number, save_figure, tidy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def axes(*lines: list[float]) -> Axes:

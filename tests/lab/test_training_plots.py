@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import math
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from late import Late
 from torch import nn
 
 from kfac_plugins.likelihoods.bernoulli import Bernoulli
 from kfacore.lab.training.plots import _better_average, _title, draw_progress, draw_reconstructions, draw_trace
 from kfacore.lab.training.report import draw_comparison
 from kfacore.roles import Split
+
+mpl = Late("matplotlib")
 
 
 def step(k, **more):

@@ -8,13 +8,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from late import Late
 
 from kfac_plugins.problems import curve_images
 from kfac_plugins.problems.curve_images import draw_curves
 from kfacore.lab.data import sha256_of_arrays
 from kfacore.registry import get_registry
 from kfacore.testing import ComponentSuite, ExecutorSuite, OptimizerSuite, ProblemSuite, SinkSuite
+
+event_accumulator = Late("tensorboard.backend.event_processing.event_accumulator")
 
 
 class TestKfac(OptimizerSuite):
@@ -81,7 +83,9 @@ class TestTensorboard(SinkSuite):
     keys = ("step", "loss")  # numbers only, by the step
 
     def events(self, run: Path) -> list[dict[str, Any]]:
-        accumulator = EventAccumulator(str(run / self.make_config().folder), size_guidance={"scalars": 0})
+        accumulator = event_accumulator.EventAccumulator(
+            str(run / self.make_config().folder), size_guidance={"scalars": 0}
+        )
         accumulator.Reload()
         if "loss" not in accumulator.Tags()["scalars"]:
             return []
