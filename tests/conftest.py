@@ -125,9 +125,9 @@ def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs draw nothing at their end, which takes most of the time of a small one.
+    """Commands that stand as they are draw nothing at their end, which takes most of the time of a small run.
 
-    `test_training_plots`, `test_cli_train` and the executors' tests look at what they draw.
+    `test_training_plots`, `test_cli_train` and the executors' tests look at what is drawn; others say `pictures=false`.
     """
     monkeypatch.setattr("kfacore.lab.training.loop.draw_run", lambda *_: ())
 

@@ -41,6 +41,7 @@ def settings(folder: Path, *more: str) -> list[str]:
         "eval.every=5",
         "eval.early=false",
         "checkpoint.every=5",
+        "pictures=false",  # most of the time of a run this small
         *more,
     ]
 

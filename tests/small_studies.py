@@ -27,7 +27,9 @@ damping.lambda0 = [0.1, 1.0]
 """
 
 
-def write_study(folder: Path, *, steps: int = 12, seeds: int = 3, body: str = VARIANTS, top: str = "") -> Path:
+def write_study(
+    folder: Path, *, steps: int = 12, seeds: int = 3, body: str = VARIANTS, top: str = "", pictures: bool = False
+) -> Path:
     """A study file on the small problem; 12 runs as it stands."""
     if not (folder / "data.npz").exists():
         write_data(folder)
@@ -43,6 +45,7 @@ batch = {{ start = 20, target_step = 15 }}
 averaging.start = 4
 eval = {{ every = 4, early = false }}
 checkpoint.every = 3
+pictures = {str(pictures).lower()}
 {body}
 """,
         encoding="utf-8",
@@ -141,10 +144,8 @@ def _runner(order: dict[str, Any]) -> int:
 def _nest() -> None:
     import kfac_plugins.executors.local as local
     import kfacore.lab.studies.zygote as zygote
-    import kfacore.lab.training.loop as loop
 
     zygote._preload(others=True)
-    loop.draw_run = lambda *_: ()
     local.subprocess = type("Forking", (), {"Popen": ForkedZygote, "PIPE": -1, "TimeoutExpired": TimeoutError})
     runners: set[int] = set()
     say = sys.stdout.buffer

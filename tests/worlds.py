@@ -19,10 +19,11 @@ __all__ = ["World", "world"]
 
 _context = multiprocessing.get_context(os.environ.get("KFAC_TEST_START", "forkserver"))
 if _context.get_start_method() == "forkserver":
-    # torch imports its compiler when the first optimizer is made: seconds, which every process would pay.
-    _context.set_forkserver_preload(
-        ["torch.distributed", "torch._dynamo", "kfacore.optim.kfac", "kfacore.lab.training.loop"]
-    )
+    # What torch imports when the first optimizer is made, `torch.autograd.grad` first called, forward mode first used,
+    # and the built-in components: seconds, which every process would pay.
+    torchs = ["distributed", "_dynamo", "fx.experimental.symbolic_shapes", "_decomp.decompositions_for_jvp"]
+    ours = ["kfacore.optim.kfac", "kfacore.lab.training.loop", "kfac_plugins"]
+    _context.set_forkserver_preload([*(f"torch.{name}" for name in torchs), *ours])
 
 
 class World:

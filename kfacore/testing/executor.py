@@ -39,8 +39,8 @@ class ExecutorSuite(ComponentSuite):
         file = folder / "suite.toml"
         data = json.dumps(str(folder / "data.npz"))
         file.write_text(
-            f"seeds = {runs}\nbudget.steps = {steps}\n[base]\ncheckpoint.every = 1\nlikelihood = 'bernoulli'\n"
-            f"problem = {{ kind = 'npz', file = {data}, sizes = [4] }}\n",
+            f"seeds = {runs}\nbudget.steps = {steps}\n[base]\npictures = false\ncheckpoint.every = 1\n"
+            f"likelihood = 'bernoulli'\nproblem = {{ kind = 'npz', file = {data}, sizes = [4] }}\n",
             encoding="utf-8",
         )
         study = plan_into(get_registry(), read_study(file), folder / "study").study

@@ -7,8 +7,6 @@ import json
 import pytest
 from small_runs import run, settings, write_data
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 @pytest.fixture
 def options(tmp_path):

@@ -27,7 +27,7 @@ def flags(folder, *more):
 
 
 def test_a_run_for_people(kfac, small, tmp_path):
-    code, out, err = kfac("train", *small, "--approx", "blockdiag", "--out", "run")
+    code, out, err = kfac("train", *small, "--approx", "blockdiag", "--out", "run", "--set", "pictures=true")
     assert code == 0
     assert out.startswith("done: 20 steps in ")
     assert "  training loss: first " in out
@@ -59,14 +59,12 @@ def test_a_run_for_programs(kfac, small, tmp_path):
     assert events[3]["alpha"] == 0.001
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_the_default_folder(kfac, small, tmp_path):
     assert kfac("train", *small, "--optimizer", "adam", "--steps", "1")[0] == 0
     (folder,) = os.listdir(tmp_path / "runs")
     assert folder.startswith("npz-adam-")
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_resume_goes_on_with_more_steps(kfac, small, tmp_path):
     assert kfac("train", *small, "--optimizer", "adam", "--out", "run", "--steps", "6")[0] == 0
     code, _, err = kfac("train", "--resume", "run", "--steps", "9", "--set", "eval.every=2")
@@ -76,7 +74,6 @@ def test_resume_goes_on_with_more_steps(kfac, small, tmp_path):
     assert events_of(tmp_path / "run", "eval")[-2]["step"] == 8
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_dry_run(kfac, small, tmp_path):
     code, out, _ = kfac("train", *small, "--approx", "tridiag", "--dry-run")
     assert code == 0
@@ -93,7 +90,6 @@ def test_dry_run(kfac, small, tmp_path):
     assert table["layers"][0] == {"name": "0", "d_in": 17, "d_out": 8, "parameters": 136, "factors": {}}
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_damping_and_momentum_have_flags_and_a_byte_order_mark_is_skipped(kfac, small, tmp_path):
     file = tmp_path / "small.toml"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
@@ -165,7 +161,6 @@ def test_mistakes_are_answered_in_a_line_or_two(kfac, small, tmp_path, more, whe
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_a_run_that_got_worse_exits_3_and_names_a_value(kfac, small):
     more = ["--optimizer", "adam", "--set", "optimizer.lr=3.0", "--steps", "5", "--out", "run"]
     code, out, err = kfac("train", *small, *more)

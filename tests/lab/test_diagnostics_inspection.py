@@ -188,7 +188,6 @@ def test_a_problem_at_its_initialisation(tmp_path):
         subject_at_start(config, get_registry(), cases=40, gamma=0.0)
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_a_run_is_inspected_where_it_stopped(tmp_path):
     result = run(tmp_path, "a")
     folder = tmp_path / "a"
@@ -206,7 +205,6 @@ def test_a_run_is_inspected_where_it_stopped(tmp_path):
     assert found.exact.objective < start.exact.objective
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     run(tmp_path, "a")
     config = small_config(tmp_path, "problem.sizes=[7, 3, 7]")

@@ -84,7 +84,7 @@ def assert_signals_are_heard(pid: int) -> None:
 
 
 def test_forked(tmp_path, sigint) -> None:
-    study = prepared(tmp_path, seeds=4, steps=4)
+    study = prepared(tmp_path, seeds=4, steps=4, pictures=True)
     executor = get_registry().build("executor", {"kind": "local", "start": "fork", "workers": 2})
     executor.open(study.folder, threads=1)
     try:

@@ -144,7 +144,7 @@ class TestHash:
         registry = get_registry()
         base = resolve(registry)
         for change in (
-            'problem.data_dir="x"', "checkpoint.every=3", 'sink=["jsonl", "tensorboard"]',
+            'problem.data_dir="x"', "checkpoint.every=3", "pictures=false", 'sink=["jsonl", "tensorboard"]',
         ):  # fmt: skip
             assert run_hash(registry, resolve(registry, sets=[change])) == run_hash(registry, base), change
         # A preset is a name for values; the values count, the name does not.

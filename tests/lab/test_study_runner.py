@@ -90,9 +90,6 @@ class Weak(Optimizer):
 '''
 
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
-
 @pytest.fixture
 def inline(install_plugin):
     module = install_plugin("inline_exec", INLINE)

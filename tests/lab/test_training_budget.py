@@ -11,8 +11,6 @@ from kfacore.lab.training.loop import train
 from kfacore.lab.training.resume import resume_config
 from kfacore.registry import get_registry
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 def test_cases_end_a_run_with_an_evaluation_and_a_checkpoint(tmp_path) -> None:
     result = run(tmp_path, "a", "budget.cases=100", "eval.every=0", "checkpoint.every=0")

@@ -62,9 +62,6 @@ def raising(number, step, times=1):
     return listener
 
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
@@ -78,7 +75,7 @@ class TestARun:
     def test_folder(self, folder):
         path = folder[0] / "a"
         assert sorted(p.name for p in path.iterdir()) == [
-            "checkpoint-best.pt", "checkpoint.pt", "config.json", "manifest.json", "metrics.jsonl", "plots",
+            "checkpoint-best.pt", "checkpoint.pt", "config.json", "manifest.json", "metrics.jsonl",
         ]  # fmt: skip
         assert json.loads((path / "config.json").read_text()) == small_config(folder[0]).as_dict()
 

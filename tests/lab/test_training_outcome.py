@@ -93,7 +93,7 @@ def test_remedy_names_a_value(options, lambdas, gamma, expected):
 
 
 @pytest.fixture
-def scripted(monkeypatch, no_pictures):
+def scripted(monkeypatch):
     """Evaluations that find the losses of a list, by step; a run evaluates every 5 steps."""
 
     def script(*losses):

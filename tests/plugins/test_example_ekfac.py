@@ -89,7 +89,7 @@ def test_its_manifest_keeps_the_commands_free_of_torch(fresh: Path) -> None:
 
 def test_a_run_with_it_records_its_version(command, tmp_path: Path) -> None:
     write_data(tmp_path)
-    (tmp_path / "small.toml").write_text("\n".join(settings(tmp_path, "sink=[]")))  # no event file, so no pictures
+    (tmp_path / "small.toml").write_text("\n".join(settings(tmp_path, "sink=[]")))
     options = ["--approx", "ekfac", "--set", "approx.basis_every=4"]
     out = command("train", "-c", "small.toml", *options, "--out", "run", "--json")
     events = [json.loads(line) for line in out.splitlines()]

@@ -14,9 +14,6 @@ from kfacore.registry import get_registry
 SINKS = 'sink=["jsonl", {kind="tensorboard", folder="tb"}]'
 
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
-
 def scalars_of(folder: Path) -> dict[str, dict[int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

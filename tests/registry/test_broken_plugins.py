@@ -170,7 +170,7 @@ def test_doctor_names_all_eight(site: Path, tmp_path: Path) -> None:
 
 def test_training_with_the_sound_one_works_beside_all_eight(site: Path, tmp_path: Path) -> None:
     write_data(tmp_path)
-    (tmp_path / "small.toml").write_text("\n".join(settings(tmp_path, "sink=[]")))  # no events, so no pictures
+    (tmp_path / "small.toml").write_text("\n".join(settings(tmp_path, "sink=[]")))
     options = ["--approx", "sound-one", "--steps", "2", "--out", "run"]
     done = kfac(site, "train", "-c", "small.toml", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

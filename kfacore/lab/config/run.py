@@ -145,6 +145,8 @@ class RunConfig(Model):
     """Evaluation on the whole data sets."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+    pictures: bool = True
+    """Draw pictures at the end, which takes seconds; a study of many small runs may do without."""
 
     @field_validator("device")
     @classmethod

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FREE_KEYS", "core_versions", "relevant", "run_hash", "run_versions"]
 
-FREE_KEYS = (("preset",), ("sink",), ("checkpoint",), ("problem", "data_dir"))
+FREE_KEYS = (("preset",), ("sink",), ("checkpoint",), ("pictures",), ("problem", "data_dir"))
 """Keys that cannot change a result: a preset's values are in the other keys; the rest says where and how often only.
 
 Threads and device stay in, because they change the last bits of the parameters and the seconds; so does ``eval``, which

@@ -71,13 +71,17 @@ def _preload(*, others: bool) -> None:
     import matplotlib.font_manager  # noqa: F401  # for the pictures at the end of a run
 
     if others:
-        import torch._dynamo  # noqa: F401
+        import torch._dynamo
+
+    import torch.fx.experimental.symbolic_shapes  # noqa: F401  # for `torch.autograd.grad`, when it is first called
 
     import kfacore.lab.config.resolve
     import kfacore.lab.training.loop  # noqa: F401
+    from kfacore.network.jvp import load_forward_mode
     from kfacore.registry import get_registry
     from kfacore.registry.discovery import OWN_DISTRIBUTION
 
+    load_forward_mode()
     registry = get_registry()
     for slot in RUN_SLOTS:
         for component in registry.components(slot):

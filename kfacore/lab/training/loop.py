@@ -324,8 +324,9 @@ class _Run:
             names = [f"{prefix}{name}" for prefix in ("", "averaged_") for name in _MEASURES]
             last: dict[str, Any] = next((event for event in reversed(events) if event.get("event") == "eval"), {})
             self.measures = {name: last.get(name) for name in names}
-        plots = draw_run(folder, events, parts) if events else ()
-        if not events and self.first:
+        wanted = self.config.pictures
+        plots = draw_run(folder, events, parts) if events and wanted else ()
+        if not events and wanted and self.first:
             logger.warning("no plots: the jsonl sink, which keeps the events for them, is switched off")
         best = folder.best_file if folder.best_file.exists() else None
         if self.progress.losses.last is None:  # the checkpoint is of a version that did not keep them
