@@ -400,11 +400,10 @@ def test_presets_are_documented() -> None:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small run."""
-    folder: Path = run(tmp_path_factory.mktemp("finished"), "run").run
+    folder: Path = run(tmp_path_factory.mktemp("finished"), "run", "pictures=true").run
     return folder
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_events_have_the_documented_keys(finished: Path) -> None:
     rows = rows_of("howto/command.md", under="### Events")
     documented = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in rows}
