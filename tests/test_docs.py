@@ -270,9 +270,12 @@ def commands_of(text: str) -> list[tuple[list[str], bool]]:
     return [(line[1:], mention) for line, mention in words if line and line[0] == "kfac"]
 
 
+COMMAND = typer.main.get_command(app)
+
+
 def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
     """The command that a line names, and its parameters; raises click's usage errors."""
-    command: Any = typer.main.get_command(app)
+    command: Any = COMMAND
     context = command.make_context("kfac", words)
     path = []
     while hasattr(command, "resolve_command"):
@@ -344,7 +347,7 @@ def test_the_flags_are_documented_and_exist(command: str) -> None:
     text = (ROOT / "docs" / "howto" / "command.md").read_text(encoding="utf-8")
     section = text[text.index(f"## kfac {command}\n") :].partition("\n## ")[0]
     documented = {flag for row in re.findall(r"^\| (`-.*?) \|", section, re.MULTILINE) for flag in _flags(row)}
-    group: Any = typer.main.get_command(app)
+    group: Any = COMMAND
     options = {
         flag
         for parameter in group.commands[command].params

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from kfacore.errors import nearest
 from kfacore.plugin import SLOTS, Component, kind_of
 from kfacore.schema.explain import explain
+from kfacore.schema.slots import SlotConfig
 
 __all__ = ["check_component"]
 
@@ -63,11 +65,17 @@ def _check_config(component: Component) -> str | None:
     label = config.__name__
     if not issubclass(config, base):
         return f"{label} does not derive from kfacore.plugin.{base.__name__}"
-    if kind_of(config) != component.name:
-        return f"the default of {label}.kind is {kind_of(config)!r}, not the component's name {component.name!r}"
+    return _check_model(config, component.name)
+
+
+@lru_cache(maxsize=512)  # who looks for plug-ins again, as tests do, finds the same classes
+def _check_model(config: type[SlotConfig], name: str) -> str | None:
+    label = config.__name__
+    if kind_of(config) != name:
+        return f"the default of {label}.kind is {kind_of(config)!r}, not the component's name {name!r}"
     annotation = config.model_fields["kind"].annotation
-    if get_origin(annotation) is not Literal or get_args(annotation) != (component.name,):
-        return f"{label}.kind is not annotated Literal[{component.name!r}]"
+    if get_origin(annotation) is not Literal or get_args(annotation) != (name,):
+        return f"{label}.kind is not annotated Literal[{name!r}]"
     if config.model_config.get("extra") != "forbid" or not config.model_config.get("frozen"):
         return f"{label} must keep extra='forbid' and frozen=True of its base"
     if not isinstance(getattr(config, "run_defaults", {}), dict):
