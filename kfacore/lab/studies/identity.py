@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,14 @@ def core_versions() -> dict[str, str]:
     """Versions of what every run computes with."""
     return {
         "kfacore": kfacore.__version__,
-        **{name: metadata.version(name) for name in ("torch", "numpy")},
+        **{name: _version(name) for name in ("torch", "numpy")},
     }
+
+
+@cache
+def _version(distribution: str) -> str:
+    """Kept, because a study asks for each of its runs and the answer is a file to be read."""
+    return metadata.version(distribution)
 
 
 def run_versions(registry: Registry, config: RunConfig) -> dict[str, str]:
