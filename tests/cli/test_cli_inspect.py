@@ -14,6 +14,12 @@ def options(tmp_path):
     return [part for setting in settings(tmp_path) for part in ("--set", setting)]
 
 
+@pytest.fixture
+def not_drawn(monkeypatch):
+    """Figures are made and not written, which is most of the time of an inspection this small."""
+    monkeypatch.setattr("kfacore.lab.diagnostics.command.save_figure", lambda figure, path: path)
+
+
 def test_at_initialisation(kfac, options, tmp_path):
     code, out, err = kfac("inspect", *options, "--approx", "blockdiag", "--approx", "tridiag", "--cases", 50)
     assert code == 0, err
@@ -37,6 +43,7 @@ def test_at_initialisation(kfac, options, tmp_path):
     assert answer["dense"]["cumulants"]["mismatch"] < 1e-10
 
 
+@pytest.mark.usefixtures("not_drawn")
 def test_a_run_in_json(kfac, tmp_path):
     run(tmp_path, "a")
     code, out, err = kfac("inspect", "a", "--approx", "blockdiag", "--layers", "2-3", "--gamma", 0.3, "--json")
@@ -49,6 +56,7 @@ def test_a_run_in_json(kfac, tmp_path):
     assert json.loads((tmp_path / "a" / "inspect" / "inspect.json").read_text())["subject"] == answer["subject"]
 
 
+@pytest.mark.usefixtures("not_drawn")
 def test_an_approximation_that_fails_is_named_and_the_rest_is_printed(kfac, options, monkeypatch):
     from kfac_plugins.approx.tridiag import BlockTridiagonal
 
