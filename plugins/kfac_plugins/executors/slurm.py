@@ -148,6 +148,8 @@ class Slurm(Executor):
             with heard_signals():
                 job = Job(self._study, run, alone=self._alone, processes=self.processes)
                 self._jobs[run] = self._executor.submit(job)
+            if self._alone:  # no file system of a cluster that is late with the result of a job that was killed
+                self._jobs[run]._results_timeout_s = 0
         except Exception as error:  # submitit lets whatever sbatch causes through
             raise ResourceError(f"SLURM does not take the job: {error}; see executor.options") from error
 
