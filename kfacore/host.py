@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor
 
-__all__ = ["full_precision", "is_free", "products_are_fast"]
+__all__ = ["full_precision", "is_free", "products_are_fast", "seed_generators"]
 
 
 def is_free(value: Tensor) -> bool:
@@ -22,6 +22,18 @@ def products_are_fast(device: torch.device) -> bool:
     On a CPU they take five times as long; on a GPU a tenth for factors of 500 and half for 3,072 (H100, float32).
     """
     return device.type != "cpu"
+
+
+def seed_generators(seed: int) -> None:
+    """Seed torch's global generators, as `torch.manual_seed` does.
+
+    Without a device that is the CPU's alone, for `torch.manual_seed` loads torch's compiler, which takes seconds, and
+    keeps the stack of its caller for every kind of device that is not there.
+    """
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Making and stepping an optimizer loads no compiler, unless somebody has loaded it."""
+"""Making and stepping an optimizer, and seeding, load no compiler, unless somebody has loaded it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ import sys
 import torch
 from torch import nn
 from kfacore import KFAC
+from kfacore.host import seed_generators
 
+seed_generators(3)
 model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
 optimizer = KFAC(model, likelihood="categorical")
 x, y = torch.randn(8, 4), torch.arange(8) % 2
@@ -30,7 +32,7 @@ print("torch._dynamo" in sys.modules, len(optimizer.param_groups))
 """
 
 
-def test_an_optimizer_loads_no_compiler() -> None:
+def test_an_optimizer_and_a_seed_load_no_compiler() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.stdout.split() == ["False", "1"], done.stderr
 

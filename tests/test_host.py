@@ -10,7 +10,7 @@ import torch
 from any_network import linearizer
 from torch import Tensor, nn
 
-from kfacore.host import full_precision
+from kfacore.host import full_precision, seed_generators
 
 
 @pytest.fixture
@@ -94,3 +94,9 @@ def test_settings_that_cannot_be_told_are_left_alone(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "set_float32_matmul_precision", refuses)
     with full_precision():
         pass
+
+
+def test_a_seed_of_the_global_generators_makes_torchs_draws() -> None:
+    with torch.random.fork_rng():
+        seed_generators(5)
+        assert torch.equal(torch.randn(4), torch.randn(4, generator=torch.Generator().manual_seed(5)))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacore.errors import NumericalError
+from kfacore.host import seed_generators
 from kfacore.optim.kfac import KFAC
 from kfacore.roles.approx import Approximation
 from kfacore.roles.inverse import Inverse
@@ -366,7 +367,7 @@ class ApproxSuite(ComponentSuite):
     def _training(self, dtype: torch.dtype) -> tuple[KFAC, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
+            seed_generators(0)
             model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).to(dtype)
         x = torch.randn(50, 4, generator=generator).to(dtype)
         y = torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin()], 1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
+from kfacore.host import seed_generators
 from kfacore.nest import map_nest, slice_cases, tensors_of
 from kfacore.roles.layer import Use
 from kfacore.testing.base import ComponentSuite, devices, differs
@@ -391,5 +392,5 @@ class LayerSuite(ComponentSuite):
     @contextmanager
     def _seeded() -> Iterator[None]:
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
+            seed_generators(0)
             yield

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kfacore.host import seed_generators
 from kfacore.registry import get_registry
 from kfacore.roles.likelihood import Likelihood
 from kfacore.roles.optimizer import Optimizer, StepReport
@@ -126,7 +127,7 @@ class OptimizerSuite(ComponentSuite):
         ends = []
         for global_seed in (1, 2):
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(global_seed)
+                seed_generators(global_seed)
                 before = torch.get_rng_state()
                 ends.append(_walk(self.build(), *self.data(), 5))
                 assert torch.equal(before, torch.get_rng_state()), "a step draws from the global generator: use `seed`"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kfacore.errors import ConfigError, DataError
+from kfacore.host import seed_generators
 from kfacore.lab.config.resolve import resolve
 from kfacore.lab.training.setup import check_data
 from kfacore.network import Linearizer
@@ -113,7 +114,7 @@ class ProblemSuite(ComponentSuite):
         models = []
         for number, seed in enumerate((0, 0, 1)):
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(100 + number)
+                seed_generators(100 + number)
                 models.append(self.model(problem, seed))
         states = [[p.detach() for p in model.parameters()] for model in models]
         assert states[0], "the model has no parameters"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacore.errors import ConfigError, DataError
+from kfacore.host import seed_generators
 from kfacore.lab.diagnostics.exact import ExactModel
 from kfacore.lab.training.batches import derive_seed
 from kfacore.lab.training.checkpoint import Checkpoint, load_checkpoint
@@ -141,7 +142,7 @@ def _subject(
     inputs, targets = training_cases(data.train.inputs, data.train.targets, cases, config.seed)
     max_dim = 8192 if config.approx is None else config.approx.max_dim
     with torch.random.fork_rng():  # one draw of what the model draws, the same in every inspection
-        torch.manual_seed(derive_seed(config.seed, "inspect draws"))
+        seed_generators(derive_seed(config.seed, "inspect draws"))
         exact = ExactModel(model, likelihood, inputs, targets, weight_decay=config.weight_decay, max_dim=max_dim)
     found_lam, found_gamma, measured = _damping(config, registry, checkpoint, exact)
     gamma = found_gamma if gamma is None else gamma

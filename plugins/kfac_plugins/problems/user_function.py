@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from kfacore.errors import ConfigError, KfacError, nearest
+from kfacore.host import seed_generators
 
 __all__ = ["call", "find_function", "seeded"]
 
@@ -35,10 +36,7 @@ def seeded(seed: int) -> Iterator[None]:
     """Draws from the global generators depend on the seed inside, and on nothing of it outside."""
     python, array = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        if torch.accelerator.is_available():
-            torch.manual_seed(seed)
-        else:  # the same draws, and no compiler of torch's is loaded for them, which takes seconds
-            torch.default_generator.manual_seed(seed)
+        seed_generators(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:
