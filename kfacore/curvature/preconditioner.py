@@ -149,8 +149,8 @@ class Preconditioner:
     def due(self, step: int) -> bool:
         """Whether the inverse is refreshed in this step: when it is `scheduled`.
 
-        With a share a refresh waits for the first step in which all of them, itself included, are no more than this
-        share of the work; one after a step undone does not wait.
+        With a share a refresh waits for the first step in which all of them but the first, itself included, are no more
+        than this share of the work; one after a step undone does not wait.
         """
         if self.inverse is None or self._hurried:
             return True
@@ -212,8 +212,9 @@ class Preconditioner:
         with Pace() as pace:
             made = self._make(self.moments, gammas, pi, self.ranks)
         self._background.operations = pace.done
-        self._refreshed += pace.done
-        if self.inverse is None:
+        if self.inverse is not None:
+            self._refreshed += pace.done
+        else:  # not counted, for no step is without it; and it is of curvature that the first step leaves behind
             for _, inverse in made.pairs:  # once, before the first is used
                 self._try_out(inverse)
         return self._report(made)

@@ -113,8 +113,8 @@ class ApproxConfig(SlotConfig):
     """Early refreshes: the next one comes when the step number has grown by this share, at the latest after
     refresh_every; none keeps to multiples of refresh_every."""
     refresh_share: Fraction | None = None
-    """Largest share of the work, counted in operations, that refreshes may be: one that is due waits until it fits;
-    none refreshes whenever one is due."""
+    """Largest share of the work, counted in operations, that refreshes after the first may be: one that is due waits
+    until it fits; none refreshes whenever one is due."""
     refresh: Literal["inline", "background"] = "inline"
     """Compute a new inverse in its step, or on a worker while steps go on with the old one."""
     refresh_delay: Annotated[int, Field(ge=1)] = 10

@@ -59,6 +59,25 @@ def test_early_refreshes_come_when_the_step_number_has_grown() -> None:
     assert preconditioner.due(12)
 
 
+def test_a_share_holds_for_refreshes_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is half of a refresh here: with a third there is one in every four, the second after the first four."""
+    monkeypatch.setattr("kfacore.curvature.preconditioner._CHEAP", 0.0)
+    preconditioner = make(
+        BlockDiagonal(BlockDiagonalConfig(refresh_growth=100.0, refresh_every=1, refresh_share=1 / 3))
+    )
+    preconditioner.update(samples())
+    made = []
+    for step in range(1, 14):
+        if preconditioner.due(step):
+            made.append(step)
+            ((_, inverse),), _ = preconditioner.refresh([gamma(0.1)], pi="layer")
+            preconditioner.use(inverse)
+        cost = preconditioner._background.operations
+        assert cost is not None
+        preconditioner.spent(0.5001 * cost)
+    assert made == [1, 5, 9, 13]
+
+
 def test_solve_uses_the_inverse_in_use_and_none_other() -> None:
     preconditioner = make()
     preconditioner.update(samples())
