@@ -77,7 +77,14 @@ def kfac(
     return KFAC(
         model,
         likelihood="bernoulli",
-        approx={**approx, "refresh_every": refresh_every, "refresh_growth": None, "refresh": refresh},
+        # Of every approximation in the same steps, whatever a refresh costs it.
+        approx={
+            **approx,
+            "refresh_every": refresh_every,
+            "refresh_growth": None,
+            "refresh_share": None,
+            "refresh": refresh,
+        },
         estimator={"kind": "monte-carlo", "tau1": 0.125, "min_cases": 1},
         trust={"kind": "undo", "settling": 1},  # the steady state: asked about where lambda adapts
         damping={"kind": "levenberg-marquardt", "gamma_rule": gamma},

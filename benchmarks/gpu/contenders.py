@@ -122,7 +122,7 @@ def _classifier(task: Task, approx: dict[str, Any], refresh: str) -> KFAC:
     return KFAC(
         task.build(),
         likelihood=task.likelihood,
-        approx={**approx, "refresh_every": CYCLE, "refresh_growth": None, "refresh": refresh},
+        approx={**approx, "refresh_every": CYCLE, "refresh_growth": None, "refresh_share": None, "refresh": refresh},
         estimator={"kind": "monte-carlo", "tau1": 0.125, "min_cases": 1},
         trust={"kind": "undo", "settling": 1},
         momentum={"kind": "quadratic-model", "tau2": 0.25, "min_cases": 1},
