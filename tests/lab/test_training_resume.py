@@ -28,10 +28,10 @@ def test_harmless_changes(saved):
         get_registry(),
         saved[0],
         flags={"steps": 30, "device": "cpu", "problem.data_dir": "d"},
-        sets=["eval.every=7", "checkpoint.every=9", "threads=2"],
+        sets=["eval.every=7", "checkpoint.every=9", "threads=2", "pictures=true"],
     )
     assert (config.steps, config.device, config.problem.data_dir) == (30, "cpu", "d")
-    assert (config.eval.every, config.checkpoint.every, config.threads) == (7, 9, 2)
+    assert (config.eval.every, config.checkpoint.every, config.threads, config.pictures) == (7, 9, 2, True)
     assert config.problem.sizes == saved[1].problem.sizes
 
 

@@ -30,6 +30,7 @@ _FREE = (
     ("sink",),
     ("eval",),
     ("checkpoint",),
+    ("pictures",),
     ("problem", "data_dir"),
     ("problem", "file"),
     ("problem", "folder"),
