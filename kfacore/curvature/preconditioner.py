@@ -214,7 +214,7 @@ class Preconditioner:
         self._background.operations = pace.done
         if self.inverse is not None:
             self._refreshed += pace.done
-        else:  # not counted, for no step is without it; and it is of curvature that the first step leaves behind
+        else:  # not counted: no step is without it, and its curvature is soon out of date
             for _, inverse in made.pairs:  # once, before the first is used
                 self._try_out(inverse)
         return self._report(made)
